@@ -1,0 +1,444 @@
+"""MobileMoE: a decoder whose every layer routes each token to 4 of 60 small experts and one shared expert.
+
+The architecture of "MobileMoE: Scaling On-Device Mixture of Experts" (arXiv 2605.27358) under its released names:
+
+- pre-norm RMSNorm, grouped-query attention, tied embedding, no biases anywhere;
+- RoPE on adjacent channel pairs, then a weightless per-head RMS norm of queries and keys;
+- a sigmoid router in FP32 whose bias takes part in the selection only;
+- experts stored `[E, in, out]`, gate and up side by side, weights applied to the expert output.
+
+Shapes in the comments below: B batch, T sequence, H hidden_size, N query heads, K key-value heads, D head_dim,
+E num_local_experts, I intermediate_size, V vocab_size; "tokens" is B * T.
+"""
+
+import math
+from collections.abc import Callable
+
+import torch
+from torch import nn
+from transformers import initialization as init
+from transformers.activations import ACT2FN
+from transformers.cache_utils import Cache, DynamicCache
+from transformers.generation import GenerationMixin
+from transformers.integrations import use_experts_implementation
+from transformers.masking_utils import create_causal_mask
+from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.modeling_outputs import MoeCausalLMOutputWithPast, MoeModelOutputWithPast
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, PreTrainedModel, slice_logits_to_keep
+from transformers.processing_utils import Unpack
+from transformers.utils import TransformersKwargs, can_return_tuple
+from transformers.utils.generic import maybe_autocast, merge_with_config_defaults
+from transformers.utils.output_capturing import OutputRecorder, capture_outputs
+
+from .configuration_mobilemoe import MobileMoEConfig
+from .quantization_mobilemoe import register_int4_quantizer
+
+
+class MobileMoERMSNorm(nn.Module):
+    def __init__(self, hidden_size: int, eps: float = 1e-5):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(hidden_size))
+        self.variance_epsilon = eps
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        return self.weight * rms_normalize(hidden_states, self.variance_epsilon)
+
+    def extra_repr(self) -> str:
+        return f"{tuple(self.weight.shape)}, eps={self.variance_epsilon}"
+
+
+def rms_normalize(hidden_states: torch.Tensor, eps: float) -> torch.Tensor:
+    """Divides the last dimension by its root mean square, in FP32. Without a weight it is the query and key norm."""
+    # `F.rms_norm` computes its statistics in FP32 for half-precision inputs and is one kernel instead of five.
+    return nn.functional.rms_norm(hidden_states, hidden_states.shape[-1:], eps=eps)
+
+
+class MobileMoERotaryEmbedding(nn.Module):
+    inv_freq: torch.Tensor
+
+    def __init__(self, config: MobileMoEConfig):
+        super().__init__()
+        self.config = config
+        self.inv_freq = nn.Buffer(self.compute_inv_freq(config), persistent=False)
+
+    @staticmethod
+    def compute_inv_freq(config: MobileMoEConfig) -> torch.Tensor:
+        """
+        The llama3 rule: short wavelengths stay, long ones are stretched by `factor`, a smooth band lies between.
+
+        Returns:
+            `torch.Tensor` of shape `(head_dim / 2,)`, in radians per token.
+        """
+        scaling = config.rope_scaling
+        factor, context = scaling["factor"], scaling["original_max_position_embeddings"]
+        low, high = scaling["low_freq_factor"], scaling["high_freq_factor"]
+        inv_freq = 1.0 / config.rope_theta ** (torch.arange(0, config.head_dim, 2, dtype=torch.float32) / config.head_dim)
+        # Turns within the original context: above `high` a frequency stays, below `low` it is divided.
+        turns = context * inv_freq / (2 * math.pi)
+        if high > low:
+            keep = ((turns - low) / (high - low)).clamp(0, 1)
+        else:
+            # The released configs have low == high: the band is empty and its formula would divide by zero.
+            keep = (turns >= low).float()
+        return keep * inv_freq + (1 - keep) * inv_freq / factor
+
+    @torch.no_grad()
+    def forward(self, hidden_states: torch.Tensor, position_ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        # Angles need FP32: at position 8191 a half-precision product is off by whole turns.
+        angles = position_ids[..., None].float() * self.inv_freq.to(hidden_states.device)  # (B, T, D/2)
+        return angles.cos(), angles.sin()
+
+
+def apply_rotary_emb(states: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+    """
+    Rotates adjacent channel pairs (2i, 2i+1), as the complex numbers they were trained as; not the two halves.
+
+    Args:
+        states (`torch.Tensor`): queries or keys of shape `(B, T, heads, D)`.
+        cos, sin (`torch.Tensor`): FP32, of shape `(B, T, D/2)`.
+    """
+    even, odd = states.float().unflatten(-1, (-1, 2)).unbind(-1)  # (B, T, heads, D/2)
+    cos, sin = cos.unsqueeze(2), sin.unsqueeze(2)
+    rotated = torch.stack((even * cos - odd * sin, even * sin + odd * cos), dim=-1)  # (B, T, heads, D/2, 2)
+    return rotated.flatten(-2).type_as(states)
+
+
+def repeat_kv(hidden_states: torch.Tensor, n_rep: int) -> torch.Tensor:
+    return hidden_states.repeat_interleave(n_rep, dim=1)
+
+
+def eager_attention_forward(
+    module: nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    scaling: float,
+    dropout: float = 0.0,
+    **kwargs: Unpack[TransformersKwargs],
+) -> tuple[torch.Tensor, torch.Tensor]:
+    key = repeat_kv(key, module.num_key_value_groups)  # (B, N, T, D)
+    value = repeat_kv(value, module.num_key_value_groups)
+    attn_weights = torch.matmul(query, key.transpose(2, 3)) * scaling  # (B, N, T, T)
+    if attention_mask is not None:
+        attn_weights = attn_weights + attention_mask
+    attn_weights = nn.functional.softmax(attn_weights, dim=-1, dtype=torch.float32).to(query.dtype)
+    attn_weights = nn.functional.dropout(attn_weights, p=dropout, training=module.training)
+    attn_output = torch.matmul(attn_weights, value).transpose(1, 2).contiguous()  # (B, T, N, D)
+    return attn_output, attn_weights
+
+
+class MobileMoEAttention(nn.Module):
+    def __init__(self, config: MobileMoEConfig, layer_idx: int):
+        super().__init__()
+        self.config = config
+        self.layer_idx = layer_idx
+        self.head_dim = config.head_dim
+        self.num_key_value_groups = config.num_attention_heads // config.num_key_value_heads
+        self.scaling = self.head_dim**-0.5
+        self.attention_dropout = config.attention_dropout
+        self.is_causal = True
+        self.q_proj = nn.Linear(config.hidden_size, config.num_attention_heads * self.head_dim, bias=False)
+        self.k_proj = nn.Linear(config.hidden_size, config.num_key_value_heads * self.head_dim, bias=False)
+        self.v_proj = nn.Linear(config.hidden_size, config.num_key_value_heads * self.head_dim, bias=False)
+        self.o_proj = nn.Linear(config.num_attention_heads * self.head_dim, config.hidden_size, bias=False)
+
+    def forward(
+        self,
+        hidden_states: torch.Tensor,
+        position_embeddings: tuple[torch.Tensor, torch.Tensor],
+        attention_mask: torch.Tensor | None,
+        past_key_values: Cache | None = None,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        input_shape = hidden_states.shape[:-1]
+        hidden_shape = (*input_shape, -1, self.head_dim)
+        query_states = self.q_proj(hidden_states).view(hidden_shape)  # (B, T, N, D)
+        key_states = self.k_proj(hidden_states).view(hidden_shape)  # (B, T, K, D)
+        value_states = self.v_proj(hidden_states).view(hidden_shape).transpose(1, 2)  # (B, K, T, D)
+
+        cos, sin = position_embeddings
+        # The norm follows the rotation, as in Llama 4: the cache holds rotated, normalised keys.
+        query_states = rms_normalize(apply_rotary_emb(query_states, cos, sin), self.config.rms_norm_eps)
+        key_states = rms_normalize(apply_rotary_emb(key_states, cos, sin), self.config.rms_norm_eps)
+        query_states, key_states = query_states.transpose(1, 2), key_states.transpose(1, 2)
+
+        if past_key_values is not None:
+            key_states, value_states = past_key_values.update(key_states, value_states, self.layer_idx)
+
+        attention_interface: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(
+            self.config._attn_implementation, eager_attention_forward
+        )
+        attn_output, attn_weights = attention_interface(
+            self,
+            query_states,
+            key_states,
+            value_states,
+            attention_mask,
+            dropout=self.attention_dropout if self.training else 0.0,
+            scaling=self.scaling,
+            **kwargs,
+        )
+        attn_output = self.o_proj(attn_output.reshape(*input_shape, -1).contiguous())
+        return attn_output, attn_weights
+
+
+class MobileMoEMLP(nn.Module):
+    """The shared expert: an ordinary SwiGLU block that every token passes through."""
+
+    def __init__(self, config: MobileMoEConfig):
+        super().__init__()
+        self.gate_proj = nn.Linear(config.hidden_size, config.intermediate_size_mlp, bias=False)
+        self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size_mlp, bias=False)
+        self.down_proj = nn.Linear(config.intermediate_size_mlp, config.hidden_size, bias=False)
+        self.act_fn = ACT2FN[config.hidden_act]
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        return self.down_proj(self.act_fn(self.gate_proj(hidden_states)) * self.up_proj(hidden_states))
+
+
+# transformers looks for this decorator, spelled so, before it offers its fast expert implementations.
+@use_experts_implementation(is_transposed=True)
+class MobileMoEExperts(nn.Module):
+    """The routed experts, stored `[E, in, out]` as released; the first I columns of `gate_up_proj` are the gate."""
+
+    def __init__(self, config: MobileMoEConfig):
+        super().__init__()
+        self.num_experts = config.num_local_experts
+        self.hidden_dim = config.hidden_size
+        self.intermediate_dim = config.intermediate_size
+        self.gate_up_proj = nn.Parameter(torch.empty(self.num_experts, self.hidden_dim, 2 * self.intermediate_dim))
+        self.down_proj = nn.Parameter(torch.empty(self.num_experts, self.intermediate_dim, self.hidden_dim))
+        self.act_fn = ACT2FN[config.hidden_act]
+
+    def forward(
+        self, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
+    ) -> torch.Tensor:
+        final_hidden_states = torch.zeros_like(hidden_states)  # (tokens, H)
+        for expert_idx in top_k_index.unique().tolist():
+            token_idx, top_k_pos = torch.where(top_k_index == expert_idx)
+            gate, up = (hidden_states[token_idx] @ self.gate_up_proj[expert_idx]).chunk(2, dim=-1)  # (routed, I)
+            expert_output = (self.act_fn(gate) * up) @ self.down_proj[expert_idx]  # (routed, H)
+            expert_output = expert_output * top_k_weights[token_idx, top_k_pos, None]
+            final_hidden_states.index_add_(0, token_idx, expert_output.to(final_hidden_states.dtype))
+        return final_hidden_states
+
+
+class MobileMoERouter(nn.Module):
+    def __init__(self, config: MobileMoEConfig):
+        super().__init__()
+        self.top_k = config.num_experts_per_tok
+        self.routed_scaling_factor = config.routed_scaling_factor
+        self.weight = nn.Parameter(torch.empty(config.num_local_experts, config.hidden_size))
+
+    def forward(
+        self, hidden_states: torch.Tensor, expert_bias: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        # FP32 whatever the model's dtype, also under autocast: near-ties decide which experts run.
+        with maybe_autocast(device_type=hidden_states.device.type, enabled=False):
+            router_logits = nn.functional.linear(hidden_states.float(), self.weight.float())  # (tokens, E)
+        scores = router_logits.sigmoid()
+        # The bias selects, the score weighs. A stable sort gives ties to the lower index, as every runtime must.
+        ranking = torch.sort(scores + expert_bias.float(), dim=-1, descending=True, stable=True).indices
+        top_k_index = ranking[:, : self.top_k]  # (tokens, top_k)
+        top_k_weights = scores.gather(1, top_k_index)  # (tokens, top_k)
+        top_k_weights = top_k_weights / (top_k_weights.sum(dim=-1, keepdim=True) + 1e-20) * self.routed_scaling_factor
+        return router_logits, top_k_weights, top_k_index
+
+
+class MobileMoEFeedForward(nn.Module):
+    expert_bias: torch.Tensor
+
+    def __init__(self, config: MobileMoEConfig):
+        super().__init__()
+        self.router = MobileMoERouter(config)
+        self.experts = MobileMoEExperts(config)
+        self.shared_expert = MobileMoEMLP(config)
+        # Moved by load balancing (training.py), never by the optimizer. FP32, or its steps of 1e-3 would round away.
+        self.expert_bias = nn.Buffer(torch.zeros(config.num_local_experts, dtype=torch.float32))
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        flat_hidden_states = hidden_states.reshape(-1, hidden_states.shape[-1])  # (tokens, H)
+        _, top_k_weights, top_k_index = self.router(flat_hidden_states, self.expert_bias)
+        routed = self.experts(flat_hidden_states, top_k_index, top_k_weights).view_as(hidden_states)
+        return routed + self.shared_expert(hidden_states)
+
+
+class MobileMoEDecoderLayer(GradientCheckpointingLayer):
+    def __init__(self, config: MobileMoEConfig, layer_idx: int):
+        super().__init__()
+        self.self_attn = MobileMoEAttention(config, layer_idx)
+        self.feed_forward = MobileMoEFeedForward(config)
+        self.input_layernorm = MobileMoERMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.post_attention_layernorm = MobileMoERMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+
+    def forward(
+        self,
+        hidden_states: torch.Tensor,
+        position_embeddings: tuple[torch.Tensor, torch.Tensor],
+        attention_mask: torch.Tensor | None = None,
+        past_key_values: Cache | None = None,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> torch.Tensor:
+        residual = hidden_states
+        hidden_states = self.input_layernorm(hidden_states)
+        hidden_states, _ = self.self_attn(
+            hidden_states, position_embeddings, attention_mask, past_key_values=past_key_values, **kwargs
+        )
+        hidden_states = residual + hidden_states
+
+        residual = hidden_states
+        hidden_states = self.post_attention_layernorm(hidden_states)
+        return residual + self.feed_forward(hidden_states)
+
+
+class MobileMoEPreTrainedModel(PreTrainedModel):
+    config: MobileMoEConfig
+    base_model_prefix = "model"
+    supports_gradient_checkpointing = True
+    _no_split_modules = ["MobileMoEDecoderLayer"]
+    _skip_keys_device_placement = ["past_key_values"]
+    _keep_in_fp32_modules_strict = ["router", "expert_bias"]
+    _supports_flash_attn = True
+    _supports_sdpa = True
+    _supports_flex_attn = True
+    _supports_attention_backend = True
+    _can_compile_fullgraph = True
+    _can_record_outputs = {
+        "router_logits": OutputRecorder(MobileMoERouter, index=0),
+        "hidden_states": MobileMoEDecoderLayer,
+        "attentions": MobileMoEAttention,
+    }
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module) -> None:
+        super()._init_weights(module)
+        std = self.config.initializer_range
+        if isinstance(module, MobileMoEExperts):
+            init.normal_(module.gate_up_proj, mean=0.0, std=std)
+            init.normal_(module.down_proj, mean=0.0, std=std)
+        elif isinstance(module, MobileMoERouter):
+            init.normal_(module.weight, mean=0.0, std=std)
+        elif isinstance(module, MobileMoEFeedForward):
+            init.zeros_(module.expert_bias)
+        elif isinstance(module, MobileMoERotaryEmbedding):
+            init.copy_(module.inv_freq, module.compute_inv_freq(self.config))
+
+
+class MobileMoEModel(MobileMoEPreTrainedModel):
+    def __init__(self, config: MobileMoEConfig):
+        super().__init__(config)
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.layers = nn.ModuleList([MobileMoEDecoderLayer(config, i) for i in range(config.num_hidden_layers)])
+        self.norm = MobileMoERMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.rotary_emb = MobileMoERotaryEmbedding(config)
+        self.gradient_checkpointing = False
+        self.post_init()
+
+    @merge_with_config_defaults
+    @capture_outputs
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.LongTensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: torch.FloatTensor | None = None,
+        use_cache: bool | None = None,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> MoeModelOutputWithPast:
+        if (input_ids is None) == (inputs_embeds is None):
+            raise ValueError("Exactly one of input_ids and inputs_embeds is needed. Pass one of them.")
+        if inputs_embeds is None:
+            inputs_embeds = self.embed_tokens(input_ids)  # (B, T, H)
+        if use_cache and past_key_values is None:
+            past_key_values = DynamicCache(config=self.config)
+        if position_ids is None:
+            past_seen_tokens = past_key_values.get_seq_length() if past_key_values is not None else 0
+            position_ids = torch.arange(inputs_embeds.shape[1], device=inputs_embeds.device) + past_seen_tokens
+            position_ids = position_ids.unsqueeze(0)  # (1, T)
+
+        causal_mask = create_causal_mask(
+            config=self.config,
+            inputs_embeds=inputs_embeds,
+            attention_mask=attention_mask,
+            past_key_values=past_key_values,
+            position_ids=position_ids,
+        )
+        hidden_states = inputs_embeds
+        position_embeddings = self.rotary_emb(hidden_states, position_ids)
+        for decoder_layer in self.layers:
+            hidden_states = decoder_layer(
+                hidden_states,
+                position_embeddings,
+                attention_mask=causal_mask,
+                past_key_values=past_key_values,
+                position_ids=position_ids,
+                **kwargs,
+            )
+        return MoeModelOutputWithPast(last_hidden_state=self.norm(hidden_states), past_key_values=past_key_values)
+
+
+class MobileMoEForCausalLM(MobileMoEPreTrainedModel, GenerationMixin):
+    _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}
+
+    def __init__(self, config: MobileMoEConfig):
+        super().__init__(config)
+        self.model = MobileMoEModel(config)
+        self.vocab_size = config.vocab_size
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.post_init()
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.LongTensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: torch.FloatTensor | None = None,
+        labels: torch.LongTensor | None = None,
+        use_cache: bool | None = None,
+        output_router_logits: bool | None = None,
+        logits_to_keep: int | torch.Tensor = 0,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> MoeCausalLMOutputWithPast:
+        r"""
+        Args:
+            labels (`torch.LongTensor` of shape `(batch_size, sequence_length)`, *optional*):
+                Next-token targets; -100 is ignored.
+            output_router_logits (`bool`, *optional*):
+                Also return the router logits: one FP32 tensor of shape `(batch_size * sequence_length, num_experts)`
+                per layer. The loss stays the language-modeling loss: balancing works through the expert bias.
+            logits_to_keep (`int` or `torch.Tensor`, defaults to 0):
+                Compute logits for this many last positions, or for these positions; 0 for all.
+        """
+        if output_router_logits is None:
+            output_router_logits = self.config.output_router_logits
+        outputs: MoeModelOutputWithPast = self.model(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            inputs_embeds=inputs_embeds,
+            use_cache=use_cache,
+            output_router_logits=output_router_logits,
+            **kwargs,
+        )
+        logits = self.lm_head(slice_logits_to_keep(outputs.last_hidden_state, logits_to_keep))  # (B, T, V)
+        loss = None
+        if labels is not None:
+            loss = self.loss_function(logits, labels, self.vocab_size, **kwargs)
+        return MoeCausalLMOutputWithPast(
+            loss=loss,
+            logits=logits,
+            past_key_values=outputs.past_key_values,
+            hidden_states=outputs.hidden_states,
+            attentions=outputs.attentions,
+            router_logits=outputs.router_logits,
+        )
+
+
+register_int4_quantizer()
+
+__all__ = ["MobileMoEForCausalLM", "MobileMoEModel", "MobileMoEPreTrainedModel"]

@@ -1,0 +1,348 @@
+"""The released INT4 format `mobilemoe-int4-g32`: the number grid, plain modules that hold it, and its quantizer.
+
+Every quantised tensor is stored as two: signed 4-bit integers, two to a byte, and FP16 scales. Nibble pairs and
+groups of 32 both run along the *last* dimension of the tensor as stored. For linears `[out, in]` and the embedding
+`[vocab, hidden]` that is the input axis; for experts `[E, in, out]` it is the output axis.
+
+The dtype rule: a weight is `integer * scale`, multiplied in FP32 (exact: 4 + 11 significant bits) and rounded once to
+the model's dtype. In FP32 a packed model therefore equals its dequantised twin bit for bit. Weights are expanded one
+matrix at a time, when they are used, and never kept.
+"""
+
+from typing import Any
+
+import torch
+from torch import nn
+from tqdm.auto import tqdm
+from transformers import PreTrainedModel
+from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING, AUTO_QUANTIZER_MAPPING
+from transformers.quantizers.base import HfQuantizer
+from transformers.utils.quantization_config import QuantizationConfigMixin
+
+
+GROUP_SIZE = 32
+QMIN, QMAX = -8, 7
+# The `quantization` block of the released config.json files, verbatim.
+INT4_BLOCK = {
+    "format": "mobilemoe-int4-g32",
+    "group_size": GROUP_SIZE,
+    "embedding_group_size": GROUP_SIZE,
+    "qmin": QMIN,
+    "qmax": QMAX,
+    "symmetric": True,
+    "packed": True,
+    "scale_dtype": "float16",
+    "linear_group_axis": "in (last dim of [out, in])",
+    "expert_group_axis": "out (last dim of [E, in, out])",
+}
+
+
+def quantize_tensor(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """
+    Rounds a weight to the INT4 grid: `scale = absmax / 7.5` per group, `q = clamp(round(w / scale), -8, 7)`.
+
+    This is equation 6 of the paper, `s = 2 max|W| / (2^4 - 1)`, with the scale rounded to the FP16 value that is
+    stored before it divides, so that the integers fit the scale they will be read with.
+
+    Args:
+        weight (`torch.Tensor`): of shape `(..., n)`, n divisible by 32.
+
+    Returns:
+        The integers, int8 of shape `(..., n)`, and the scales, float16 of shape `(..., n / 32)`.
+
+    Raises:
+        ValueError: when the last dimension does not divide into groups, or a value is not finite or too large.
+    """
+    if weight.shape[-1] % GROUP_SIZE:
+        raise ValueError(
+            f"A weight of shape {tuple(weight.shape)} cannot be quantised: its last dimension is not divisible by the "
+            f"group size {GROUP_SIZE}. Choose model widths that are multiples of {GROUP_SIZE}."
+        )
+    groups = weight.detach().float().unflatten(-1, (-1, GROUP_SIZE))  # (..., n / 32, 32)
+    scale = groups.abs().amax(dim=-1) / ((QMAX - QMIN) / 2)
+    scale = scale.to(torch.float16)
+    if not scale.isfinite().all():
+        raise ValueError(
+            f"A weight of shape {tuple(weight.shape)} holds values that are not finite or whose scale exceeds FP16. "
+            "The checkpoint is damaged or training diverged: quantise an earlier one."
+        )
+    # A group of zeros still needs a scale that divides: the smallest FP16 number.
+    scale = scale.clamp(min=2.0**-24)
+    quantized = (groups / scale.float().unsqueeze(-1)).round().clamp(QMIN, QMAX)
+    return quantized.to(torch.int8).flatten(-2), scale
+
+
+def pack_int4(quantized: torch.Tensor) -> torch.Tensor:
+    """Packs int8 values in -8..7 along the last dimension: even index in the low nibble, odd in the high one."""
+    return (quantized[..., 0::2] & 0x0F | quantized[..., 1::2] << 4).view(torch.uint8)
+
+
+def unpack_int4(packed: torch.Tensor) -> torch.Tensor:
+    """Inverse of [`pack_int4`]: uint8 of shape `(..., n / 2)` to int8 of shape `(..., n)`."""
+    signed = packed.view(torch.int8)
+    # The arithmetic right shift extends the sign of the nibble that the left shift moved to the top.
+    return torch.stack(((signed << 4) >> 4, signed >> 4), dim=-1).flatten(-2)
+
+
+def dequantize_tensor(packed: torch.Tensor, scale: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """Expands packed integers `(..., n / 2)` and scales `(..., n / 32)` to a weight `(..., n)` by the dtype rule."""
+    groups = unpack_int4(packed).unflatten(-1, (-1, GROUP_SIZE))
+    return (groups * scale.float().unsqueeze(-1)).flatten(-2).to(dtype)
+
+
+class Int4Module(nn.Module):
+    """Base of the packed modules: buffers that move between devices but keep the format's dtypes."""
+
+    def _add_packed(self, weight_name: str, scale_name: str, *shape: int) -> None:
+        *leading, n = shape
+        # Buffers, not parameters: nothing here can be trained, and `model.dtype` must not be read off a scale.
+        self.register_buffer(weight_name, torch.zeros(*leading, n // 2, dtype=torch.uint8))
+        self.register_buffer(scale_name, torch.ones(*leading, n // GROUP_SIZE, dtype=torch.float16))
+
+    def _apply(self, fn, recurse: bool = True):
+        # `model.to(torch.bfloat16)` must not round the FP16 scales.
+        return super()._apply(lambda tensor: fn(tensor).to(tensor.dtype) if tensor.numel() else fn(tensor), recurse)
+
+
+class Int4Linear(Int4Module):
+    def __init__(self, in_features: int, out_features: int):
+        super().__init__()
+        self.in_features = in_features
+        self.out_features = out_features
+        self._add_packed("qweight", "weight_scale", out_features, in_features)
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        weight = dequantize_tensor(self.qweight, self.weight_scale, hidden_states.dtype)
+        return nn.functional.linear(hidden_states, weight)
+
+    def extra_repr(self) -> str:
+        return f"in_features={self.in_features}, out_features={self.out_features}, int4, group_size={GROUP_SIZE}"
+
+
+class Int4Embedding(Int4Module):
+    def __init__(self, num_embeddings: int, embedding_dim: int, dtype: torch.dtype):
+        super().__init__()
+        self.num_embeddings = num_embeddings
+        self.embedding_dim = embedding_dim
+        self._add_packed("qweight", "weight_scale", num_embeddings, embedding_dim)
+        # Empty: it only follows `model.to(dtype)`, so that rows come out in the model's dtype.
+        self.output_dtype = nn.Buffer(torch.empty(0, dtype=dtype), persistent=False)
+
+    def forward(self, input_ids: torch.Tensor) -> torch.Tensor:
+        return dequantize_tensor(self.qweight[input_ids], self.weight_scale[input_ids], self.output_dtype.dtype)
+
+    def extra_repr(self) -> str:
+        return f"{self.num_embeddings}, {self.embedding_dim}, int4, group_size={GROUP_SIZE}"
+
+
+class Int4Head(nn.Module):
+    """The output head: the rows of the packed embedding as output channels. It has no tensors of its own."""
+
+    # Rows expanded at a time, which bounds the memory that one call takes.
+    chunk_size = 8192
+
+    def __init__(self, embedding: Int4Embedding):
+        super().__init__()
+        # In a tuple, or it would be registered, and saved, as a second embedding.
+        self._embedding = (embedding,)
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        (embedding,) = self._embedding
+        logits = hidden_states.new_empty(*hidden_states.shape[:-1], embedding.num_embeddings)
+        for start in range(0, embedding.num_embeddings, self.chunk_size):
+            rows = slice(start, start + self.chunk_size)
+            weight = dequantize_tensor(embedding.qweight[rows], embedding.weight_scale[rows], hidden_states.dtype)
+            logits[..., rows] = nn.functional.linear(hidden_states, weight)
+        return logits
+
+
+class Int4Experts(Int4Module):
+    """Routed experts `[E, in, out]` with groups along the output axis; only experts that a batch uses are expanded."""
+
+    def __init__(self, num_experts: int, hidden_dim: int, intermediate_dim: int, act_fn: nn.Module):
+        super().__init__()
+        self.num_experts = num_experts
+        self.hidden_dim = hidden_dim
+        self.intermediate_dim = intermediate_dim
+        self.act_fn = act_fn
+        self._add_packed("gate_up_qweight", "gate_up_scale", num_experts, hidden_dim, 2 * intermediate_dim)
+        self._add_packed("down_qweight", "down_scale", num_experts, intermediate_dim, hidden_dim)
+
+    def forward(
+        self, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
+    ) -> torch.Tensor:
+        dtype = hidden_states.dtype
+        final_hidden_states = torch.zeros_like(hidden_states)  # (tokens, hidden)
+        for expert_idx in top_k_index.unique().tolist():
+            token_idx, top_k_pos = torch.where(top_k_index == expert_idx)
+            gate_up = dequantize_tensor(self.gate_up_qweight[expert_idx], self.gate_up_scale[expert_idx], dtype)
+            down = dequantize_tensor(self.down_qweight[expert_idx], self.down_scale[expert_idx], dtype)
+            gate, up = (hidden_states[token_idx] @ gate_up).chunk(2, dim=-1)  # (routed, intermediate)
+            expert_output = (self.act_fn(gate) * up) @ down  # (routed, hidden)
+            expert_output = expert_output * top_k_weights[token_idx, top_k_pos, None]
+            final_hidden_states.index_add_(0, token_idx, expert_output.to(dtype))
+        return final_hidden_states
+
+    def extra_repr(self) -> str:
+        return f"{self.num_experts}, {self.hidden_dim}, {self.intermediate_dim}, int4, group_size={GROUP_SIZE}"
+
+
+def _modules_to_pack(model: PreTrainedModel) -> dict[str, nn.Module]:
+    """Linears, the embedding and the experts by name. The head shares the embedding; the rest stays as it is."""
+    return {
+        name: module
+        for name, module in model.named_modules()
+        if (isinstance(module, (nn.Linear, nn.Embedding)) and module is not model.get_output_embeddings())
+        or "gate_up_proj" in module._parameters
+    }
+
+
+def _packed_twin(module: nn.Module, dtype: torch.dtype) -> Int4Module:
+    """The packed module, still empty, that takes the place of `module`."""
+    if isinstance(module, nn.Linear):
+        return Int4Linear(module.in_features, module.out_features)
+    if isinstance(module, nn.Embedding):
+        return Int4Embedding(module.num_embeddings, module.embedding_dim, dtype)
+    return Int4Experts(module.num_experts, module.hidden_dim, module.intermediate_dim, module.act_fn)
+
+
+# A full-precision parameter and the two tensors that hold it packed.
+PACKED_NAMES = {
+    "weight": ("qweight", "weight_scale"),
+    "gate_up_proj": ("gate_up_qweight", "gate_up_scale"),
+    "down_proj": ("down_qweight", "down_scale"),
+}
+
+
+def _pack_head(model: PreTrainedModel) -> None:
+    """Points the output head at the packed embedding; the base model has no head and needs nothing."""
+    if model.get_output_embeddings() is not None:
+        model.set_output_embeddings(Int4Head(model.get_input_embeddings()))
+        model._tied_weights_keys = {}
+        model.all_tied_weights_keys = {}
+
+
+class MobileMoEInt4Config(QuantizationConfigMixin):
+    """The released `quantization` block. There is one grid, so every key has one legal value."""
+
+    def __init__(self, quant_method: str = "mobilemoe", **block: Any):
+        for key, expected in INT4_BLOCK.items():
+            if key not in block:
+                raise ValueError(
+                    f"The quantization block of config.json lacks {key!r}, so its tensors cannot be read. "
+                    f"Add {key!r}: {expected!r} if the checkpoint is in the {INT4_BLOCK['format']} format."
+                )
+            if block[key] != expected or type(block[key]) is not type(expected):
+                raise ValueError(
+                    f"The quantization block of config.json has {key}={block[key]!r}, which this format does not "
+                    f"implement. Only {key}={expected!r} can be read."
+                )
+        self.quant_method = quant_method
+        for key, value in block.items():
+            setattr(self, key, value)
+
+
+class MobileMoEInt4Quantizer(HfQuantizer):
+    """Loads and saves packed checkpoints; `from_pretrained` finds it through the `quantization` block."""
+
+    # A full-precision checkpoint is quantised by `quantize`, not while it loads.
+    requires_calibration = True
+
+    def _process_model_before_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> None:
+        dtype = model.dtype
+        for name, module in _modules_to_pack(model).items():
+            model.set_submodule(name, _packed_twin(module, dtype))
+        _pack_head(model)
+
+    def _dequantize(self, model: PreTrainedModel, dtype: torch.dtype | None = None) -> PreTrainedModel:
+        return dequantize(model)
+
+    def get_state_dict_and_metadata(self, model: PreTrainedModel) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
+        state_dict = model.state_dict()
+        for name, tensor in state_dict.items():
+            # As released: norms and expert biases BF16, the router FP32, packed tensors as they are.
+            if name.endswith("router.weight"):
+                state_dict[name] = tensor.float()
+            elif name.endswith(("norm.weight", "expert_bias")):
+                state_dict[name] = tensor.bfloat16()
+        return state_dict, {}
+
+    def is_serializable(self) -> bool:
+        return True
+
+    @property
+    def is_trainable(self) -> bool:
+        return False
+
+
+def quantize(model: PreTrainedModel) -> PreTrainedModel:
+    """
+    Quantises a full-precision MobileMoE model to packed INT4, in place and module by module.
+
+    Linears, experts and the tied embedding are packed. The router stays FP32; norms and expert biases are rounded to
+    the BF16 in which the format stores them, so that what is in memory equals what `save_pretrained` writes.
+
+    Raises:
+        ValueError: when the model is packed already, or a weight does not fit the grid. The model is then partly
+            packed: load it again.
+    """
+    if model.config.quantization is not None:
+        raise ValueError("This model is INT4 already; quantising it twice would lose accuracy. Use it as it is.")
+    dtype = model.dtype
+    for name, module in tqdm(_modules_to_pack(model).items(), desc="quantise to INT4", unit="module"):
+        tensors = {}
+        for parameter_name, (weight_name, scale_name) in PACKED_NAMES.items():
+            if parameter_name in module._parameters:
+                quantized, tensors[scale_name] = quantize_tensor(module._parameters[parameter_name])
+                tensors[weight_name] = pack_int4(quantized)
+        twin = _packed_twin(module, dtype)
+        twin.load_state_dict(tensors, assign=True)
+        model.set_submodule(name, twin)
+    _pack_head(model)
+    for name, tensor in model.state_dict().items():
+        if name.endswith(("norm.weight", "expert_bias")):
+            tensor.copy_(tensor.bfloat16())
+    model.config.quantization = dict(INT4_BLOCK)
+    model.config.quantization_config = MobileMoEInt4Config(**INT4_BLOCK)
+    model.hf_quantizer = MobileMoEInt4Quantizer(model.config.quantization_config)
+    model.is_quantized = True
+    return model
+
+
+def dequantize(model: PreTrainedModel) -> PreTrainedModel:
+    """
+    Expands a packed model to plain parameters in the model's dtype, in place and module by module.
+
+    Raises:
+        ValueError: when the model is not packed.
+    """
+    if model.config.quantization is None:
+        raise ValueError("This model is not packed, there is nothing to dequantise. Use it as it is.")
+    dtype = model.dtype
+    model.config.quantization = None
+    model.hf_quantizer.remove_quantization_config(model)
+    # The skeleton knows which full-precision module belongs where.
+    with torch.device("meta"):
+        skeleton = type(model)(model.config)
+    packed = {name: module for name, module in model.named_modules() if isinstance(module, Int4Module)}
+    for name, module in tqdm(packed.items(), desc="dequantise", unit="module"):
+        tensors = {
+            parameter_name: dequantize_tensor(module._buffers[weight_name], module._buffers[scale_name], dtype)
+            for parameter_name, (weight_name, scale_name) in PACKED_NAMES.items()
+            if weight_name in module._buffers
+        }
+        plain = skeleton.get_submodule(name)
+        plain.load_state_dict(tensors, assign=True)
+        model.set_submodule(name, plain)
+    if model.get_output_embeddings() is not None:
+        model.set_output_embeddings(skeleton.get_output_embeddings())
+        del model._tied_weights_keys
+        model.tie_weights()
+        model.all_tied_weights_keys = skeleton.all_tied_weights_keys
+    return model
+
+
+def register_int4_quantizer() -> None:
+    """Makes `from_pretrained` know the format. Assigned, not `register_quantizer`: remote code may import us twice."""
+    AUTO_QUANTIZATION_CONFIG_MAPPING["mobilemoe"] = MobileMoEInt4Config
+    AUTO_QUANTIZER_MAPPING["mobilemoe"] = MobileMoEInt4Quantizer
