@@ -1,4 +1,4 @@
-"""MobileMoE for the Hugging Face ecosystem. Importing this package registers the architecture with the Auto classes."""
+"""MobileMoE for the Hugging Face ecosystem. Importing the package registers the architecture with the Auto classes."""
 
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 

@@ -206,7 +206,7 @@ class MobileMoEConfig(PreTrainedConfig):
         if self.rope_scaling["high_freq_factor"] < self.rope_scaling["low_freq_factor"]:
             raise ValueError(
                 f"rope_scaling has high_freq_factor={self.rope_scaling['high_freq_factor']} below low_freq_factor="
-                f"{self.rope_scaling['low_freq_factor']}, so the bands overlap. Set high_freq_factor >= low_freq_factor."
+                f"{self.rope_scaling['low_freq_factor']}, so the bands overlap. Set it to at least low_freq_factor."
             )
 
     @property

@@ -72,7 +72,8 @@ class MobileMoERotaryEmbedding(nn.Module):
         scaling = config.rope_scaling
         factor, context = scaling["factor"], scaling["original_max_position_embeddings"]
         low, high = scaling["low_freq_factor"], scaling["high_freq_factor"]
-        inv_freq = 1.0 / config.rope_theta ** (torch.arange(0, config.head_dim, 2, dtype=torch.float32) / config.head_dim)
+        exponent = torch.arange(0, config.head_dim, 2, dtype=torch.float32) / config.head_dim
+        inv_freq = 1.0 / config.rope_theta**exponent
         # Turns within the original context: above `high` a frequency stays, below `low` it is divided.
         turns = context * inv_freq / (2 * math.pi)
         if high > low:

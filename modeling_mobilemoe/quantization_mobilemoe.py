@@ -37,6 +37,14 @@ INT4_BLOCK = {
 }
 
 
+# A full-precision parameter and the two tensors that hold it packed.
+PACKED_NAMES = {
+    "weight": ("qweight", "weight_scale"),
+    "gate_up_proj": ("gate_up_qweight", "gate_up_scale"),
+    "down_proj": ("down_qweight", "down_scale"),
+}
+
+
 def quantize_tensor(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """
     Rounds a weight to the INT4 grid: `scale = absmax / 7.5` per group, `q = clamp(round(w / scale), -8, 7)`.
@@ -187,7 +195,7 @@ class Int4Experts(Int4Module):
         return f"{self.num_experts}, {self.hidden_dim}, {self.intermediate_dim}, int4, group_size={GROUP_SIZE}"
 
 
-def _modules_to_pack(model: PreTrainedModel) -> dict[str, nn.Module]:
+def modules_to_pack(model: PreTrainedModel) -> dict[str, nn.Module]:
     """Linears, the embedding and the experts by name. The head shares the embedding; the rest stays as it is."""
     return {
         name: module
@@ -204,14 +212,6 @@ def _packed_twin(module: nn.Module, dtype: torch.dtype) -> Int4Module:
     if isinstance(module, nn.Embedding):
         return Int4Embedding(module.num_embeddings, module.embedding_dim, dtype)
     return Int4Experts(module.num_experts, module.hidden_dim, module.intermediate_dim, module.act_fn)
-
-
-# A full-precision parameter and the two tensors that hold it packed.
-PACKED_NAMES = {
-    "weight": ("qweight", "weight_scale"),
-    "gate_up_proj": ("gate_up_qweight", "gate_up_scale"),
-    "down_proj": ("down_qweight", "down_scale"),
-}
 
 
 def _pack_head(model: PreTrainedModel) -> None:
@@ -250,7 +250,7 @@ class MobileMoEInt4Quantizer(HfQuantizer):
 
     def _process_model_before_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> None:
         dtype = model.dtype
-        for name, module in _modules_to_pack(model).items():
+        for name, module in modules_to_pack(model).items():
             model.set_submodule(name, _packed_twin(module, dtype))
         _pack_head(model)
 
@@ -289,7 +289,7 @@ def quantize(model: PreTrainedModel) -> PreTrainedModel:
     if model.config.quantization is not None:
         raise ValueError("This model is INT4 already; quantising it twice would lose accuracy. Use it as it is.")
     dtype = model.dtype
-    for name, module in tqdm(_modules_to_pack(model).items(), desc="quantise to INT4", unit="module"):
+    for name, module in tqdm(modules_to_pack(model).items(), desc="quantise to INT4", unit="module"):
         tensors = {}
         for parameter_name, (weight_name, scale_name) in PACKED_NAMES.items():
             if parameter_name in module._parameters:

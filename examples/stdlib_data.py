@@ -1,0 +1,57 @@
+"""Real text that every machine has: the Python standard library as training data.
+
+Writes `{code,docstrings,chat}.{train,heldout}.jsonl`. A file is held out as a whole, by a hash of its name, so nothing
+of it is ever trained on.
+"""
+
+import ast
+import hashlib
+import json
+import sysconfig
+from collections.abc import Iterator
+from pathlib import Path
+
+
+HELDOUT_SHARE = 0.05
+# Tests, generated tables and bundled third-party code are not what a person would call Python text.
+SKIPPED = {"test", "tests", "site-packages", "dist-packages", "idlelib", "lib2to3", "encodings", "ensurepip"}
+
+
+def standard_library_files() -> Iterator[tuple[str, str]]:
+    """Yields (relative name, source text), sorted by name."""
+    root = Path(sysconfig.get_paths()["stdlib"])
+    for path in sorted(root.rglob("*.py")):
+        name = path.relative_to(root)
+        if SKIPPED.isdisjoint(name.parts) and not name.name.startswith("_sysconfigdata"):
+            yield str(name), path.read_text(encoding="utf-8", errors="ignore")
+
+
+def documented_functions(source: str) -> Iterator[tuple[str, str]]:
+    """Yields (signature line, first paragraph of the docstring) of every documented function."""
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)) and (docstring := ast.get_docstring(node)):
+            summary = " ".join(docstring.split("\n\n")[0].split())
+            if 10 <= len(summary) <= 200:
+                yield f"def {node.name}({ast.unparse(node.args)}):", summary
+
+
+def is_heldout(name: str) -> bool:
+    return hashlib.sha256(name.encode()).digest()[0] < HELDOUT_SHARE * 256
+
+
+def write_data(directory: Path) -> dict[str, int]:
+    """Writes the six files and returns their sizes in bytes of text."""
+    rows: dict[str, list[dict]] = {
+        f"{kind}.{part}": [] for kind in ("code", "docstrings", "chat") for part in ("train", "heldout")
+    }
+    for name, source in standard_library_files():
+        part = "heldout" if is_heldout(name) else "train"
+        rows[f"code.{part}"].append({"text": source})
+        for signature, summary in documented_functions(source):
+            rows[f"docstrings.{part}"].append({"text": f'{signature}\n    """{summary}"""\n'})
+            prompt = [{"role": "user", "content": f"Write the docstring of `{signature}`"}]
+            rows[f"chat.{part}"].append({"prompt": prompt, "completion": [{"role": "assistant", "content": summary}]})
+    directory.mkdir(parents=True, exist_ok=True)
+    for name, items in rows.items():
+        (directory / f"{name}.jsonl").write_text("".join(json.dumps(item) + "\n" for item in items))
+    return {name: sum(len(json.dumps(item)) for item in items) for name, items in rows.items()}

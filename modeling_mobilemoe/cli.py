@@ -1,0 +1,73 @@
+"""The `mobilemoe` command: export and run."""
+
+import argparse
+import sys
+import time
+from pathlib import Path
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(prog="mobilemoe", description="On-device mixture-of-experts language models.")
+    commands = parser.add_subparsers(dest="command", required=True)
+
+    export = commands.add_parser("export", help="checkpoint directory -> directory with model.pte")
+    export.add_argument("--model", required=True, help="checkpoint directory, packed INT4 or full precision")
+    export.add_argument("--output", required=True, help="directory to create")
+    export.add_argument("--max-seq-len", type=int, help="context of the program in tokens (default: the model's)")
+    export.add_argument("--expert-bits", type=int, default=8, choices=(4, 8), help="width of the regrouped experts")
+
+    run = commands.add_parser("run", help="generate text from a checkpoint or a .pte directory")
+    run.add_argument("--model", required=True, help="checkpoint directory, Hub id, or directory with model.pte")
+    run.add_argument("--prompt", required=True, help="text, or the user's turn with --chat")
+    run.add_argument("--chat", action="store_true", help="wrap the prompt in the chat template")
+    run.add_argument("--max-new-tokens", type=int, default=128)
+    run.add_argument("--temperature", type=float, default=0.0, help="0 is greedy")
+    run.add_argument("--seed", type=int, help="of the sampling")
+
+    arguments = parser.parse_args(argv)
+    try:
+        {"export": run_export, "run": run_generation}[arguments.command](arguments)
+    except (ValueError, OSError) as error:
+        sys.exit(f"mobilemoe {arguments.command}: {error}")
+
+
+def run_export(arguments: argparse.Namespace) -> None:
+    from .export import export_checkpoint
+
+    output = export_checkpoint(arguments.model, arguments.output, arguments.max_seq_len, arguments.expert_bits)
+    print((output / "export.json").read_text())
+
+
+def run_generation(arguments: argparse.Namespace) -> None:
+    if (Path(arguments.model) / "model.pte").is_file():
+        from .runtime import PteModel
+
+        model = PteModel(arguments.model)
+    else:
+        from .runtime import CheckpointModel
+
+        model = CheckpointModel(arguments.model)
+    prompt = model.encode(arguments.prompt, chat=arguments.chat)
+    started = time.perf_counter()
+    first_token, tokens, text = None, [], ""
+    for token in model.generate(prompt, arguments.max_new_tokens, arguments.temperature, arguments.seed):
+        first_token = first_token or time.perf_counter()
+        tokens.append(token)
+        # Decoded as a whole: a character may span tokens, and only then is the text so far final.
+        grown = model.decode(tokens)
+        if not grown.endswith("\ufffd"):
+            print(grown[len(text) :], end="", flush=True)
+            text = grown
+    finished = time.perf_counter()
+    print()
+    if len(tokens) > 1:
+        rate = (len(tokens) - 1) / (finished - first_token)
+        print(
+            f"[{len(prompt)} prompt tokens, first token after {first_token - started:.2f} s; "
+            f"{len(tokens)} new tokens, {rate:.1f} tokens/s]",
+            file=sys.stderr,
+        )
+
+
+if __name__ == "__main__":
+    main()

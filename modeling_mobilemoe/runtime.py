@@ -1,0 +1,169 @@
+"""Runs models from Python, token ids in and logits out: an exported `.pte` through ExecuTorch, or a checkpoint."""
+
+import json
+from abc import ABC, abstractmethod
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
+
+
+class LanguageModel(ABC):
+    """What a `.pte` and a checkpoint have in common: one sequence, a key-value cache, text in and out."""
+
+    tokenizer: PreTrainedTokenizerBase
+    max_seq_len: int
+    eos_ids: list[int]
+
+    def forward(self, tokens: list[int], start: int) -> torch.Tensor:
+        """
+        Feeds tokens at positions `start`, `start + 1`, ... and returns the FP32 logits of the last one, `(vocab,)`.
+
+        A call at position 0 begins a new sequence.
+
+        Raises:
+            ValueError: when there is no token, or the last one would lie outside the context.
+        """
+        if not tokens:
+            raise ValueError("There are no tokens to feed. Give at least one.")
+        if start < 0 or start + len(tokens) > self.max_seq_len:
+            raise ValueError(
+                f"Positions {start} to {start + len(tokens) - 1} leave the context of {self.max_seq_len} tokens. "
+                "Shorten the prompt, or use a model with a longer context."
+            )
+        return self._forward(torch.tensor([tokens]), start)
+
+    @abstractmethod
+    def _forward(self, tokens: torch.Tensor, start: int) -> torch.Tensor: ...
+
+    @abstractmethod
+    def all_logits(self, tokens: list[int]) -> torch.Tensor:
+        """FP32 logits of every position of one sequence, `(len(tokens), vocab)`."""
+
+    def generate(
+        self, tokens: list[int], max_new_tokens: int, temperature: float = 0.0, seed: int | None = None
+    ) -> Iterator[int]:
+        """Yields new token ids until an end id, the limit or the end of the context; greedy at temperature 0."""
+        generator = torch.Generator()
+        if seed is not None:
+            generator.manual_seed(seed)
+        logits = self.forward(tokens, 0)
+        position = len(tokens)
+        for remaining in reversed(range(max_new_tokens)):
+            if temperature > 0:
+                token = torch.multinomial((logits / temperature).softmax(dim=-1), 1, generator=generator).item()
+            else:
+                token = logits.argmax().item()
+            if token in self.eos_ids:
+                return
+            yield token
+            # The token after the last position can still be read, but not fed.
+            if remaining == 0 or position == self.max_seq_len:
+                return
+            logits = self.forward([token], position)
+            position += 1
+
+    def encode(self, prompt: str, chat: bool = False) -> list[int]:
+        """
+        Token ids of a prompt, with one BOS in front; with `chat`, of the user's turn and the assistant's header.
+
+        Raises:
+            ValueError: for `chat` without a chat template, as in a Base model.
+        """
+        if not chat:
+            return self.tokenizer(prompt).input_ids
+        if self.tokenizer.chat_template is None:
+            raise ValueError(
+                "This model has no chat template: it is a base model that continues text. "
+                "Give plain text, or use a fine-tuned (SFT or QAT) model."
+            )
+        messages = [{"role": "user", "content": prompt}]
+        return self.tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
+
+    def decode(self, tokens: list[int]) -> str:
+        # The released tokenizer config asks for a clean-up that drops spaces before punctuation, also in code.
+        return self.tokenizer.decode(tokens, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+
+
+class CheckpointModel(LanguageModel):
+    """
+    A checkpoint in PyTorch, full-precision or packed INT4.
+
+    Args:
+        path (`str` or `Path`): checkpoint directory or Hub id.
+        dtype (`torch.dtype` or `str`, defaults to `"auto"`): of the weights that are not packed.
+    """
+
+    def __init__(self, path: str | Path, dtype: torch.dtype | str = "auto"):
+        self.model = AutoModelForCausalLM.from_pretrained(path, dtype=dtype).eval()
+        self.tokenizer = AutoTokenizer.from_pretrained(path)
+        self.max_seq_len = self.model.config.max_position_embeddings
+        self.eos_ids = end_of_sequence_ids(self.model, self.tokenizer)
+        self._cache = DynamicCache(config=self.model.config)
+
+    @torch.inference_mode()
+    def _forward(self, tokens: torch.Tensor, start: int) -> torch.Tensor:
+        if start == 0:
+            self._cache = DynamicCache(config=self.model.config)
+        tokens = tokens.to(self.model.device)
+        return self.model(tokens, past_key_values=self._cache, logits_to_keep=1).logits[0, -1].float()
+
+    @torch.inference_mode()
+    def all_logits(self, tokens: list[int]) -> torch.Tensor:
+        return self.model(torch.tensor([tokens], device=self.model.device), use_cache=False).logits[0].float()
+
+
+class PteModel(LanguageModel):
+    """
+    A `.pte` directory made by `mobilemoe export`.
+
+    Args:
+        path (`str` or `Path`): the directory.
+
+    Raises:
+        ValueError: when the directory holds no program, or an operator of the program is not in this runtime.
+    """
+
+    def __init__(self, path: str | Path):
+        import executorch.extension.llm.custom_ops.custom_ops  # noqa: F401  registers llama::*
+        import executorch.kernels.quantized  # noqa: F401  registers quantized_decomposed::embedding_4bit
+        from executorch.runtime import Runtime
+
+        path = Path(path)
+        if not (path / "model.pte").is_file():
+            raise ValueError(f"{path} holds no model.pte. Make one: mobilemoe export --model CHECKPOINT --output DIR")
+        report = json.loads((path / "export.json").read_text())
+        runtime = Runtime.get()
+        moe_op = report["moe_op"]
+        if f"{moe_op}.out" not in runtime.operator_registry.operator_names:
+            raise ValueError(f"The program needs {moe_op}, which this ExecuTorch lacks. Install executorch>=1.5.1.")
+        self._program = runtime.load_program(path / "model.pte")
+        self._method = self._program.load_method("forward")
+        self.max_seq_len = report["max_seq_len"]
+        self.eos_ids = report["eos_ids"]
+        self.tokenizer = AutoTokenizer.from_pretrained(path)
+
+    def _forward(self, tokens: torch.Tensor, start: int) -> torch.Tensor:
+        # Cloned: the runtime reuses its output memory in the next call.
+        return self._method.execute((tokens, torch.tensor([start])))[0][0].clone()
+
+    def all_logits(self, tokens: list[int]) -> torch.Tensor:
+        # The program returns the last position only, so positions go in one by one.
+        return torch.stack([self.forward([token], position) for position, token in enumerate(tokens)])
+
+
+def end_of_sequence_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """
+    Every id that ends a sequence: of the config, the generation config, the tokenizer, and `<|eot|>`.
+
+    A model that stops at `<|end_of_text|>` only runs past the end of its turn.
+    """
+    ids = set()
+    for value in (model.config.eos_token_id, model.generation_config.eos_token_id, tokenizer.eos_token_id):
+        if value is not None:
+            ids.update(value if isinstance(value, list) else [value])
+    vocabulary = tokenizer.get_vocab()
+    if "<|eot|>" in vocabulary:
+        ids.add(vocabulary["<|eot|>"])
+    return sorted(ids)

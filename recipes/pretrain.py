@@ -1,0 +1,30 @@
+"""
+Pre-training and mid-training on raw text: two YAML files, one script.
+
+    python recipes/pretrain.py --config recipes/tiny/pretrain.yaml [--any_field value]
+"""
+
+from transformers import AutoTokenizer
+from trl import SFTConfig, SFTTrainer, TrlParser
+
+from modeling_mobilemoe.training import ExpertBiasCallback, RecipeArguments, load_mixture, load_model
+
+
+def main(recipe: RecipeArguments, training_args: SFTConfig) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(recipe.tokenizer or recipe.model)
+    model = load_model(recipe.model)
+    balancing = ExpertBiasCallback(model, recipe.expert_bias_update_rate)
+    trainer = SFTTrainer(
+        model=model,
+        args=training_args,
+        train_dataset=load_mixture(recipe.data, ["text"], training_args.seed),
+        processing_class=tokenizer,
+        callbacks=[balancing],
+    )
+    trainer.train(resume_from_checkpoint=training_args.resume_from_checkpoint)
+    trainer.save_model()
+    trainer.save_state()
+
+
+if __name__ == "__main__":
+    main(*TrlParser((RecipeArguments, SFTConfig)).parse_args_and_config())
