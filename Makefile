@@ -1,5 +1,7 @@
 PYTHON ?= python3
 VENV := .venv
+# Threads that spin while they wait slow everything down many times over on a machine that does anything else.
+export OMP_WAIT_POLICY = PASSIVE
 
 .PHONY: setup demo test test-slow lint clean
 

@@ -37,6 +37,8 @@ INT4_BLOCK = {
 }
 
 
+# What the format stores in BF16; the router is FP32 and everything else is packed.
+BF16_SUFFIXES = ("norm.weight", "expert_bias")
 # A full-precision parameter and the two tensors that hold it packed.
 PACKED_NAMES = {
     "weight": ("qweight", "weight_scale"),
@@ -263,7 +265,7 @@ class MobileMoEInt4Quantizer(HfQuantizer):
             # As released: norms and expert biases BF16, the router FP32, packed tensors as they are.
             if name.endswith("router.weight"):
                 state_dict[name] = tensor.float()
-            elif name.endswith(("norm.weight", "expert_bias")):
+            elif name.endswith(BF16_SUFFIXES):
                 state_dict[name] = tensor.bfloat16()
         return state_dict, {}
 
@@ -300,7 +302,7 @@ def quantize(model: PreTrainedModel) -> PreTrainedModel:
         model.set_submodule(name, twin)
     _pack_head(model)
     for name, tensor in model.state_dict().items():
-        if name.endswith(("norm.weight", "expert_bias")):
+        if name.endswith(BF16_SUFFIXES):
             tensor.copy_(tensor.bfloat16())
     model.config.quantization = dict(INT4_BLOCK)
     model.config.quantization_config = MobileMoEInt4Config(**INT4_BLOCK)

@@ -1,0 +1,111 @@
+"""Session fixtures: one tiny model with a fixed seed, its checkpoint directory, and the same in INT4."""
+
+import os
+
+
+# Both are read when a library is imported, hence first. No test may reach the network.
+os.environ["HF_HUB_OFFLINE"] = "1"
+# Threads that spin while they wait make a tiny model ten times slower on a machine whose cores are shared.
+os.environ["OMP_WAIT_POLICY"] = "PASSIVE"
+
+import argparse
+import copy
+import inspect
+from pathlib import Path
+
+import pytest
+import torch
+
+from modeling_mobilemoe import MobileMoEConfig, MobileMoEForCausalLM, quantize
+from modeling_mobilemoe.training import CHAT_TEMPLATE, train_tokenizer
+
+
+torch.set_num_threads(2)
+
+
+@pytest.fixture(scope="session")
+def tiny_config() -> MobileMoEConfig:
+    """Do not modify it: models get a copy."""
+    return MobileMoEConfig(
+        vocab_size=512,
+        hidden_size=64,
+        intermediate_size=32,
+        intermediate_size_mlp=128,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=16,
+        num_local_experts=8,
+        num_experts_per_tok=4,
+        max_position_embeddings=256,
+        bos_token_id=0,
+        eos_token_id=1,
+        # At the default 0.02 attention is close to uniform and routing to a tie, and a wrong rule would go unseen.
+        initializer_range=0.2,
+        # At 8192 the stretched frequencies turn too little within a test's few tokens to tell them from none.
+        rope_scaling={
+            "rope_type": "llama3",
+            "factor": 16,
+            "original_max_position_embeddings": 64,
+            "low_freq_factor": 1.0,
+            "high_freq_factor": 1.0,
+        },
+    )
+
+
+def build_tiny_model(config: MobileMoEConfig) -> MobileMoEForCausalLM:
+    """Norm weights and expert biases are random too: at one and zero they could be left out unnoticed."""
+    torch.manual_seed(0)
+    model = MobileMoEForCausalLM(copy.deepcopy(config)).eval()
+    with torch.no_grad():
+        for name, tensor in model.state_dict().items():
+            if name.endswith("norm.weight"):
+                tensor.uniform_(0.5, 1.5)
+            elif name.endswith("expert_bias"):
+                tensor.uniform_(-0.3, 0.3)
+    return model
+
+
+@pytest.fixture
+def tiny_model(tiny_config: MobileMoEConfig) -> MobileMoEForCausalLM:
+    """A fresh FP32 model in eval mode."""
+    return build_tiny_model(tiny_config)
+
+
+@pytest.fixture(scope="session")
+def input_ids(tiny_config: MobileMoEConfig) -> torch.Tensor:
+    """Two rows of 24 tokens, without the special ids 0 to 2."""
+    return torch.randint(3, tiny_config.vocab_size, (2, 24), generator=torch.Generator().manual_seed(1))
+
+
+@pytest.fixture(scope="session")
+def tiny_checkpoint(tiny_config: MobileMoEConfig, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("checkpoints") / "tiny"
+    build_tiny_model(tiny_config).save_pretrained(path)
+    return path
+
+
+@pytest.fixture(scope="session")
+def int4_checkpoint(tiny_config: MobileMoEConfig, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("checkpoints") / "int4"
+    quantize(build_tiny_model(tiny_config)).save_pretrained(path)
+    return path
+
+
+@pytest.fixture(scope="session")
+def tokenizer():
+    """512 tokens of the released shape: BOS is 496, the ends are 497 and 504."""
+    return train_tokenizer((inspect.getsource(module) for module in (argparse, inspect)), 512)
+
+
+@pytest.fixture(scope="session")
+def text_checkpoint(tiny_config: MobileMoEConfig, tokenizer, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A packed INT4 checkpoint with tokenizer and chat template."""
+    path = tmp_path_factory.mktemp("checkpoints") / "text"
+    config = copy.deepcopy(tiny_config)
+    config.bos_token_id, config.eos_token_id = 496, [497, 504]
+    quantize(build_tiny_model(config)).save_pretrained(path)
+    chat_tokenizer = copy.deepcopy(tokenizer)
+    chat_tokenizer.chat_template = CHAT_TEMPLATE
+    chat_tokenizer.save_pretrained(path)
+    return path

@@ -1,0 +1,85 @@
+"""Every tiny recipe runs from its command line, one stage after the other, on a small part of the demo's data."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from transformers import AutoModelForCausalLM
+
+from modeling_mobilemoe.quantization_mobilemoe import INT4_BLOCK
+
+
+ROOT = Path(__file__).parents[1]
+STAGES = {"pretrain": "pretrain", "midtrain": "pretrain", "sft": "sft", "qat": "qat"}
+
+
+@pytest.fixture(scope="module")
+def workspace(tokenizer, tmp_path_factory):
+    """A directory like the repository's root after the demo has made its data, only smaller."""
+    root = tmp_path_factory.mktemp("workspace")
+    data = root / "out/demo/data"
+    data.mkdir(parents=True)
+    config = json.loads((ROOT / "recipes/tiny/config.json").read_text()) | {
+        "vocab_size": len(tokenizer),
+        "bos_token_id": 496,
+        "eos_token_id": [497, 504],
+        "num_hidden_layers": 2,
+    }
+    (root / "recipes/tiny").mkdir(parents=True)
+    (root / "recipes/tiny/config.json").write_text(json.dumps(config))
+    tokenizer.save_pretrained(root / "out/demo/tokenizer")
+    texts = [f"def function_{i}(value):\n    return value + {i}\n" * 20 for i in range(40)]
+    pairs = [
+        {
+            "prompt": [{"role": "user", "content": f"What does function_{i} add?"}],
+            "completion": [{"role": "assistant", "content": f"It adds {i} to the value."}],
+        }
+        for i in range(40)
+    ]
+    for name in ("code", "docstrings"):
+        (data / f"{name}.train.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    (data / "chat.train.jsonl").write_text("".join(json.dumps(pair) + "\n" for pair in pairs))
+    return root
+
+
+def run_recipe(workspace, script, stage, *overrides):
+    command = [sys.executable, ROOT / f"recipes/{script}.py", "--config", ROOT / f"recipes/tiny/{stage}.yaml"]
+    environment = os.environ | {"HF_HOME": str(workspace / "hf")}
+    return subprocess.run([*command, *overrides], cwd=workspace, env=environment, capture_output=True, text=True)
+
+
+def test_four_stages_end_in_a_packed_checkpoint(workspace):
+    previous = None
+    for number, (stage, script) in enumerate(STAGES.items(), start=1):
+        result = run_recipe(workspace, script, stage, "--max_steps", "3", "--logging_steps", "1")
+        assert result.returncode == 0, result.stderr[-3000:]
+        output = workspace / f"out/demo/{number}-{stage}"
+        losses = [row["loss"] for row in json.loads((output / "trainer_state.json").read_text())["log_history"][:3]]
+        assert len(losses) == 3
+        load = json.loads((output / "expert_load.json").read_text())
+        assert len(load["history"]) == 3 and len(load["load"]) == 2
+        model = AutoModelForCausalLM.from_pretrained(output)
+        if previous is not None and stage != "qat":
+            moved = [
+                not torch.equal(parameter, previous.get_parameter(name))
+                for name, parameter in model.named_parameters()
+            ]
+            assert all(moved), stage
+        previous = model
+    assert model.config.quantization == INT4_BLOCK
+    assert (output / "chat_template.jinja").exists()
+    # Base checkpoints have no chat template.
+    assert not (workspace / "out/demo/1-pretrain/chat_template.jinja").exists()
+
+
+def test_unknown_field_stops_before_any_step(workspace, tmp_path):
+    config = yaml.safe_load((ROOT / "recipes/tiny/pretrain.yaml").read_text()) | {"learning_rat": 1}
+    (tmp_path / "typo.yaml").write_text(yaml.safe_dump(config))
+    result = run_recipe(workspace, "pretrain", "pretrain", "--config", str(tmp_path / "typo.yaml"))
+    assert result.returncode != 0
+    assert "learning_rat" in result.stderr

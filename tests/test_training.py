@@ -1,0 +1,141 @@
+"""Balancing, mixtures and the toy tokenizer."""
+
+import json
+
+import pytest
+import torch
+
+from modeling_mobilemoe.training import (
+    CHAT_TEMPLATE,
+    SPECIAL_TOKENS,
+    DataSource,
+    ExpertBiasCallback,
+    load_mixture,
+    load_model,
+    train_tokenizer,
+)
+
+
+class State:
+    global_step = 0
+    is_world_process_zero = True
+
+
+def test_bias_moves_against_the_load_by_the_update_rate(tiny_model):
+    tiny_model.train()
+    layers = [layer.feed_forward for layer in tiny_model.model.layers]
+    before = [layer.expert_bias.clone() for layer in layers]
+    callback = ExpertBiasCallback(tiny_model, update_rate=0.01)
+    routed: list[list[torch.Tensor]] = [[] for _ in layers]
+    for index, layer in enumerate(layers):
+        layer.router.register_forward_hook(lambda module, args, output, index=index: routed[index].append(output[2]))
+    # Two micro-batches belong to one optimizer step.
+    for seed in (0, 1):
+        tiny_model(torch.randint(0, 512, (2, 16), generator=torch.Generator().manual_seed(seed)))
+    callback.on_optimizer_step(None, State, None)
+    for index, layer in enumerate(layers):
+        load = torch.bincount(torch.cat(routed[index]).flatten(), minlength=8).float()
+        assert load.sum() == 2 * 2 * 16 * 4
+        torch.testing.assert_close(layer.expert_bias - before[index], 0.01 * torch.sign(load.mean() - load))
+        assert callback.history[0]["imbalance"][index] == pytest.approx((load.max() / load.mean()).item())
+    assert callback.counts.sum() == 0
+
+
+def test_evaluation_is_not_counted(tiny_model):
+    callback = ExpertBiasCallback(tiny_model.eval())
+    tiny_model(torch.arange(8)[None])
+    assert callback.counts.sum() == 0
+
+
+def test_balancing_evens_a_skewed_router_and_without_it_stays_skewed(tiny_model):
+    """The load of frozen weights under the rule alone: max over mean below 1.5 with it, unchanged without."""
+    input_ids = torch.randint(0, 512, (8, 64), generator=torch.Generator().manual_seed(0))
+    imbalance = {}
+    for rate in (0.0, 0.02):
+        for layer in tiny_model.train().model.layers:
+            layer.feed_forward.expert_bias.copy_(torch.linspace(-0.5, 0.5, 8))
+        callback = ExpertBiasCallback(tiny_model, update_rate=rate)
+        with torch.no_grad():
+            for _ in range(60):
+                tiny_model(input_ids)
+                callback.on_optimizer_step(None, State, None)
+        imbalance[rate] = max(callback.history[-1]["imbalance"])
+    assert imbalance[0.0] > 1.8 > 1.5 > imbalance[0.02]
+
+
+def write_jsonl(path, rows):
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return str(path)
+
+
+def test_mixture_follows_weights_and_seed(tmp_path):
+    first = write_jsonl(tmp_path / "a.jsonl", [{"text": f"a{i}", "other": 1} for i in range(1000)])
+    second = write_jsonl(tmp_path / "b.jsonl", [{"text": f"b{i}"} for i in range(1000)])
+    sources = [DataSource("json", 0.8, first), DataSource("json", 0.2, second)]
+    texts = load_mixture(sources, ["text"], seed=1)["text"]
+    assert texts[:200] == load_mixture(sources, ["text"], seed=1)["text"][:200]
+    assert texts[:200] != load_mixture(sources, ["text"], seed=2)["text"][:200]
+    assert texts[:200] == [row["text"] for row in load_mixture(sources, ["text"], seed=1, streaming=True).take(200)]
+    share = sum(text.startswith("a") for text in texts[:500]) / 500
+    assert 0.75 < share < 0.85
+
+
+@pytest.mark.parametrize(
+    ("weights", "columns", "message"),
+    [
+        ((0.5, 0.6), ["text"], "sum to 1.1"),
+        ((1.5, -0.5), ["text"], "Set positive weights"),
+        ((0.5, 0.5), ["prompt"], r"lacks \['prompt'\]"),
+        ((), ["text"], "names no data"),
+    ],
+)
+def test_bad_mixture_is_refused(tmp_path, weights, columns, message):
+    path = write_jsonl(tmp_path / "a.jsonl", [{"text": "a"}])
+    with pytest.raises(ValueError, match=message):
+        load_mixture([DataSource("json", weight, path) for weight in weights], columns, seed=0)
+
+
+def test_load_model_starts_from_a_config_or_a_checkpoint(tmp_path, tiny_model, tiny_checkpoint):
+    tiny_model.config.save_pretrained(tmp_path)
+    assert load_model(str(tmp_path)).num_parameters() == tiny_model.num_parameters()
+    loaded = load_model(str(tiny_checkpoint))
+    assert loaded.dtype == torch.float32
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    words = ["def", "return", "class", "self", "import", "for", "while", "lambda", "yield", "assert"]
+    text = " ".join(f"{a}_{b}{i} = {a}({b})\n" for i, a in enumerate(words * 40) for b in words)
+    return train_tokenizer(iter([text]), 400)
+
+
+def test_tokenizer_has_the_released_shape(tokenizer):
+    first_special = 400 - 16
+    assert len(tokenizer) == 400
+    # The releases have the same distances from 128000.
+    for offset, token in SPECIAL_TOKENS.items():
+        assert tokenizer.convert_tokens_to_ids(token) == first_special + offset
+    text = "def f(x):\n\n    return x + 12345  # é 字\n"
+    ids = tokenizer(text).input_ids
+    assert ids[0] == tokenizer.bos_token_id == first_special
+    assert tokenizer.decode(ids, skip_special_tokens=True) == text
+    # Digits in groups of at most three, as the Llama-3 split makes them.
+    assert not any(len(token.strip("Ġ")) > 3 for token in tokenizer.tokenize("1234567") if token.strip("Ġ").isdigit())
+
+
+def test_tokenizer_needs_enough_text():
+    with pytest.raises(ValueError, match="Give more text or a smaller vocabulary"):
+        train_tokenizer(iter(["too little"]), 1000)
+
+
+def test_chat_template_is_the_released_form(tokenizer):
+    tokenizer.chat_template = CHAT_TEMPLATE
+    messages = [{"role": "user", "content": " Name one JVM language. "}]
+    rendered = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+    # Content is not trimmed, BOS stands once in front, no system prompt is injected.
+    assert rendered == (
+        "<|begin_of_text|><|header_start|>user<|header_end|>\n\n Name one JVM language. <|eot|>"
+        "<|header_start|>assistant<|header_end|>\n\n"
+    )
+    ids = tokenizer.apply_chat_template(messages, return_dict=False)
+    assert ids.count(tokenizer.bos_token_id) == 1
