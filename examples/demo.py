@@ -30,7 +30,7 @@ OUT = Path("out/demo")
 STAGES = {"1-pretrain": "pretrain", "2-midtrain": "pretrain", "3-sft": "sft", "4-qat": "qat"}
 NUM_HELDOUT_PAIRS = 96
 NUM_HELDOUT_WINDOWS = 8
-SAMPLE_PROMPT = "class Stack:\n    def __init__(self):\n"
+SAMPLE_PROMPT = "class Stack:\n    def __init__(self, "
 
 
 def run(*command: str) -> None:
@@ -131,16 +131,19 @@ def main() -> None:
     for stage in STAGES:
         log = json.loads((OUT / stage / "trainer_state.json").read_text())["log_history"]
         losses = [row["loss"] for row in log if "loss" in row]
-        report[stage] = {"first_loss": losses[0], "last_loss": losses[-1]}
+        fifth = max(1, len(losses) // 5)
+        report[stage] = {"first_loss": statistics.mean(losses[:fifth]), "last_loss": statistics.mean(losses[-fifth:])}
         load = json.loads((OUT / stage / "expert_load.json").read_text())["history"]
         report[stage]["last_load_imbalance"] = max(load[-1]["imbalance"])
     report["pte_bytes"] = (OUT / "pte" / "model.pte").stat().st_size
-    report["sample"] = SAMPLE_PROMPT + pte.decode(list(pte.generate(pte.encode(SAMPLE_PROMPT), 120)))
+    sample = pte.generate(pte.encode(SAMPLE_PROMPT), 120, temperature=0.7, seed=0)
+    report["sample"] = SAMPLE_PROMPT + pte.decode(list(sample))
     report["seconds"] = time.perf_counter() - started
     (OUT / "report.json").write_text(json.dumps(report, indent=2) + "\n")
     plot(OUT / "demo.png")
 
-    print(f"\n{'stage':20s} {'first loss':>10s} {'last loss':>10s} {'imbalance':>10s}")
+    print("\nMean loss over the first and the last fifth of each stage; busiest expert over the mean at the end")
+    print(f"{'stage':20s} {'first loss':>10s} {'last loss':>10s} {'imbalance':>10s}")
     for stage in STAGES:
         row = report[stage]
         print(f"{stage:20s} {row['first_loss']:10.3f} {row['last_loss']:10.3f} {row['last_load_imbalance']:10.2f}")

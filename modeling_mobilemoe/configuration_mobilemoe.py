@@ -147,9 +147,10 @@ class MobileMoEConfig(PreTrainedConfig):
         if self.quantization is not None:
             # The releases call the block `quantization`; transformers looks for `quantization_config`.
             self.quantization_config = {"quant_method": self.model_type, **self.quantization}
+        self._check_architecture()
 
-    def validate_architecture(self) -> None:
-        """Cross-field checks; called by `@strict` after every construction."""
+    def _check_architecture(self) -> None:
+        # Not named `validate_architecture`: `@strict` would call it and wrap its errors in one that is no ValueError.
         for name, value in ARCHITECTURE_CONSTANTS.items():
             if getattr(self, name) != value:
                 raise ValueError(
@@ -162,6 +163,9 @@ class MobileMoEConfig(PreTrainedConfig):
         ).split():
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)} cannot be a size. Set {name} to 1 or more.")
+        for name in ("rms_norm_eps", "rope_theta", "routed_scaling_factor"):
+            if getattr(self, name) <= 0:
+                raise ValueError(f"{name}={getattr(self, name)} cannot work. Set a positive number.")
         if self.num_attention_heads % self.num_key_value_heads:
             raise ValueError(
                 f"num_attention_heads={self.num_attention_heads} is not divisible by num_key_value_heads="
@@ -191,8 +195,6 @@ class MobileMoEConfig(PreTrainedConfig):
         self._validate_rope_scaling()
 
     def _validate_rope_scaling(self) -> None:
-        if self.rope_theta <= 0:
-            raise ValueError(f"rope_theta={self.rope_theta} is not a base for frequencies. Set a positive number.")
         rope_type = self.rope_scaling.get("rope_type")
         if rope_type != "llama3":
             raise ValueError(f"rope_scaling has rope_type={rope_type!r}, only 'llama3' is implemented. Set 'llama3'.")

@@ -10,6 +10,7 @@ import os
 import shutil
 import tempfile
 import time
+import warnings
 from importlib.metadata import version
 from pathlib import Path
 
@@ -327,30 +328,32 @@ def lower(model: ExportModel, max_seq_len: int, eos_ids: list[int]):
     unwrap_tensor_subclass(model)
     length = torch.export.Dim("length", min=1, max=max_seq_len)
     example = (torch.zeros((1, min(8, max_seq_len)), dtype=torch.int64), torch.zeros(1, dtype=torch.int64))
-    with torch.no_grad():
+    with torch.no_grad(), warnings.catch_warnings():
+        # ExecuTorch's own operators still use a check that torch calls deprecated, once per layer and pass.
+        warnings.simplefilter("ignore", FutureWarning)
         exported = torch.export.export(model, example, dynamic_shapes=({1: length}, {}), strict=False)
-    edge = to_edge_transform_and_lower(
-        exported,
-        partitioner=[XnnpackDynamicallyQuantizedPartitioner(), XnnpackPartitioner()],
-        compile_config=EdgeCompileConfig(_check_ir_validity=False, _skip_dim_order=True),
-        constant_methods={
-            "get_max_seq_len": max_seq_len,
-            "get_max_context_len": max_seq_len,
-            "get_vocab_size": model.embed_tokens.weight.shape[0],
-            "get_eos_ids": eos_ids,
-            "use_kv_cache": True,
-            "use_sdpa_with_kv_cache": True,
-            "enable_dynamic_shape": True,
-        },
-    )
-    return edge.to_executorch(
-        ExecutorchBackendConfig(
-            extract_delegate_segments=True,
-            do_quant_fusion_and_const_prop=True,
-            memory_planning_pass=MemoryPlanningPass(alloc_graph_input=False),
-            sym_shape_eval_pass=ConstraintBasedSymShapeEvalPass(),
+        edge = to_edge_transform_and_lower(
+            exported,
+            partitioner=[XnnpackDynamicallyQuantizedPartitioner(), XnnpackPartitioner()],
+            compile_config=EdgeCompileConfig(_check_ir_validity=False, _skip_dim_order=True),
+            constant_methods={
+                "get_max_seq_len": max_seq_len,
+                "get_max_context_len": max_seq_len,
+                "get_vocab_size": model.embed_tokens.weight.shape[0],
+                "get_eos_ids": eos_ids,
+                "use_kv_cache": True,
+                "use_sdpa_with_kv_cache": True,
+                "enable_dynamic_shape": True,
+            },
         )
-    )
+        return edge.to_executorch(
+            ExecutorchBackendConfig(
+                extract_delegate_segments=True,
+                do_quant_fusion_and_const_prop=True,
+                memory_planning_pass=MemoryPlanningPass(alloc_graph_input=False),
+                sym_shape_eval_pass=ConstraintBasedSymShapeEvalPass(),
+            )
+        )
 
 
 def file_sha256(path: Path) -> str:

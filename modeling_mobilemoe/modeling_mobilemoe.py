@@ -31,7 +31,7 @@ from transformers.utils.generic import maybe_autocast, merge_with_config_default
 from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
 from .configuration_mobilemoe import MobileMoEConfig
-from .quantization_mobilemoe import register_int4_quantizer
+from .quantization_mobilemoe import FixedDtypeModule, register_int4_quantizer
 
 
 class MobileMoERMSNorm(nn.Module):
@@ -53,7 +53,7 @@ def rms_normalize(hidden_states: torch.Tensor, eps: float) -> torch.Tensor:
     return nn.functional.rms_norm(hidden_states, hidden_states.shape[-1:], eps=eps)
 
 
-class MobileMoERotaryEmbedding(nn.Module):
+class MobileMoERotaryEmbedding(FixedDtypeModule):
     inv_freq: torch.Tensor
 
     def __init__(self, config: MobileMoEConfig):
@@ -268,9 +268,10 @@ class MobileMoEFeedForward(nn.Module):
 class MobileMoEDecoderLayer(GradientCheckpointingLayer):
     def __init__(self, config: MobileMoEConfig, layer_idx: int):
         super().__init__()
+        # First, so that the first floating-point parameter of a packed model, which names its dtype, is a norm.
+        self.input_layernorm = MobileMoERMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.self_attn = MobileMoEAttention(config, layer_idx)
         self.feed_forward = MobileMoEFeedForward(config)
-        self.input_layernorm = MobileMoERMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.post_attention_layernorm = MobileMoERMSNorm(config.hidden_size, eps=config.rms_norm_eps)
 
     def forward(

@@ -9,6 +9,7 @@ the model's dtype. In FP32 a packed model therefore equals its dequantised twin 
 matrix at a time, when they are used, and never kept.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -100,18 +101,26 @@ def dequantize_tensor(packed: torch.Tensor, scale: torch.Tensor, dtype: torch.dt
     return (groups * scale.float().unsqueeze(-1)).flatten(-2).to(dtype)
 
 
-class Int4Module(nn.Module):
-    """Base of the packed modules: buffers that move between devices but keep the format's dtypes."""
+class FixedDtypeModule(nn.Module):
+    """Its tensors keep their dtype: `model.to(torch.bfloat16)` moves them between devices but never rounds them."""
+
+    def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> nn.Module:
+        def move(tensor: torch.Tensor) -> torch.Tensor:
+            moved = fn(tensor)
+            # An empty tensor holds nothing to round; `Int4Embedding` uses one to follow the model's dtype.
+            return moved if moved.dtype == tensor.dtype or not tensor.numel() else tensor.to(moved.device)
+
+        return super()._apply(move, recurse)
+
+
+class Int4Module(FixedDtypeModule):
+    """Base of the packed modules."""
 
     def _add_packed(self, weight_name: str, scale_name: str, *shape: int) -> None:
         *leading, n = shape
         # Buffers, not parameters: nothing here can be trained, and `model.dtype` must not be read off a scale.
         self.register_buffer(weight_name, torch.zeros(*leading, n // 2, dtype=torch.uint8))
         self.register_buffer(scale_name, torch.ones(*leading, n // GROUP_SIZE, dtype=torch.float16))
-
-    def _apply(self, fn, recurse: bool = True):
-        # `model.to(torch.bfloat16)` must not round the FP16 scales.
-        return super()._apply(lambda tensor: fn(tensor).to(tensor.dtype) if tensor.numel() else fn(tensor), recurse)
 
 
 class Int4Linear(Int4Module):

@@ -26,7 +26,7 @@ from modeling_mobilemoe.quantization_mobilemoe import (
 )
 
 
-# The `quantization` block of the -QAT releases, verbatim; pinned by integrallis/models, MobileMoeHuggingFaceConfigTest.
+# The `quantization` block of the -QAT releases, verbatim (integrallis/models, MobileMoeHuggingFaceConfigTest).
 RELEASED_BLOCK = {
     "format": "mobilemoe-int4-g32",
     "group_size": 32,
