@@ -30,7 +30,7 @@ OUT = Path("out/demo")
 STAGES = {"1-pretrain": "pretrain", "2-midtrain": "pretrain", "3-sft": "sft", "4-qat": "qat"}
 NUM_HELDOUT_PAIRS = 96
 NUM_HELDOUT_WINDOWS = 8
-SAMPLE_PROMPT = "class Stack:\n    def __init__(self, "
+SAMPLE_PROMPT = "Write the function `def get(self, key, default=None):`"
 
 
 def run(*command: str) -> None:
@@ -54,9 +54,10 @@ def bits_per_byte(model: LanguageModel, sequences: list[tuple[list[int], int, in
 
 
 def heldout_sequences(model: LanguageModel) -> dict[str, list[tuple[list[int], int, int]]]:
-    """Docstrings given their signature, and windows of code; from files that no stage has seen."""
+    """Answers given their question, and windows of code; from files that no stage has seen."""
     answers, code = [], []
-    for pair in heldout("chat")[:NUM_HELDOUT_PAIRS]:
+    pairs = heldout("chat")
+    for pair in pairs[:: len(pairs) // NUM_HELDOUT_PAIRS]:
         prompt, answer = pair["prompt"][0]["content"], pair["completion"][0]["content"]
         tokens = model.encode(prompt, chat=True)
         answer_tokens = model.tokenizer(answer + "<|eot|>", add_special_tokens=False).input_ids
@@ -136,8 +137,8 @@ def main() -> None:
         load = json.loads((OUT / stage / "expert_load.json").read_text())["history"]
         report[stage]["last_load_imbalance"] = max(load[-1]["imbalance"])
     report["pte_bytes"] = (OUT / "pte" / "model.pte").stat().st_size
-    sample = pte.generate(pte.encode(SAMPLE_PROMPT), 120, temperature=0.7, seed=0)
-    report["sample"] = SAMPLE_PROMPT + pte.decode(list(sample))
+    sample = pte.generate(pte.encode(SAMPLE_PROMPT, chat=True), 120)
+    report["sample"] = pte.decode(list(sample))
     report["seconds"] = time.perf_counter() - started
     (OUT / "report.json").write_text(json.dumps(report, indent=2) + "\n")
     plot(OUT / "demo.png")
@@ -152,7 +153,7 @@ def main() -> None:
         print(f"{name:24s} {row['answers_bits_per_byte']:8.3f} {row['code_bits_per_byte']:8.3f}")
     print(
         f"\n.pte: {report['pte_bytes'] / 1e6:.2f} MB, prefill {report['prefill_tokens_per_s']:.0f} tokens/s, "
-        f"decode {report['decode_tokens_per_s']:.0f} tokens/s\n\nThe .pte goes on writing:\n\n{report['sample']}\n"
+        f"decode {report['decode_tokens_per_s']:.0f} tokens/s\n\n{SAMPLE_PROMPT}\n\n{report['sample']}\n"
     )
     print(f"Everything is in {OUT}/ (report.json, demo.png); {report['seconds'] / 60:.1f} minutes.")
 

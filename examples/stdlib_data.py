@@ -8,6 +8,7 @@ import ast
 import hashlib
 import json
 import sysconfig
+import textwrap
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -26,17 +27,22 @@ def standard_library_files() -> Iterator[tuple[str, str]]:
             yield str(name), path.read_text(encoding="utf-8", errors="ignore")
 
 
-def documented_functions(source: str) -> Iterator[tuple[str, str]]:
-    """Yields (signature line, first paragraph of the docstring) of every documented function."""
+def functions(source: str) -> Iterator[tuple[str, str, str]]:
+    """Yields (signature, first paragraph of the docstring or "", source text) of every function."""
     for node in ast.walk(ast.parse(source)):
-        if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)) and (docstring := ast.get_docstring(node)):
-            summary = " ".join(docstring.split("\n\n")[0].split())
-            if 10 <= len(summary) <= 200:
-                yield f"def {node.name}({ast.unparse(node.args)}):", summary
+        if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)):
+            summary = " ".join((ast.get_docstring(node) or "").split("\n\n")[0].split())
+            text = " " * node.col_offset + ast.get_source_segment(source, node)
+            yield f"def {node.name}({ast.unparse(node.args)}):", summary, textwrap.dedent(text)
 
 
 def is_heldout(name: str) -> bool:
     return hashlib.sha256(name.encode()).digest()[0] < HELDOUT_SHARE * 256
+
+
+def pair(question: str, answer: str) -> dict:
+    prompt, completion = {"role": "user", "content": question}, {"role": "assistant", "content": answer}
+    return {"prompt": [prompt], "completion": [completion]}
 
 
 def write_data(directory: Path) -> dict[str, int]:
@@ -47,10 +53,12 @@ def write_data(directory: Path) -> dict[str, int]:
     for name, source in standard_library_files():
         part = "heldout" if is_heldout(name) else "train"
         rows[f"code.{part}"].append({"text": source})
-        for signature, summary in documented_functions(source):
-            rows[f"docstrings.{part}"].append({"text": f'{signature}\n    """{summary}"""\n'})
-            prompt = [{"role": "user", "content": f"Write the docstring of `{signature}`"}]
-            rows[f"chat.{part}"].append({"prompt": prompt, "completion": [{"role": "assistant", "content": summary}]})
+        for signature, summary, text in functions(source):
+            if 10 <= len(summary) <= 200:
+                rows[f"docstrings.{part}"].append({"text": f'{signature}\n    """{summary}"""\n'})
+                rows[f"chat.{part}"].append(pair(f"Write the docstring of `{signature}`", summary))
+            if len(text) <= 300:
+                rows[f"chat.{part}"].append(pair(f"Write the function `{signature}`", text))
     directory.mkdir(parents=True, exist_ok=True)
     for name, items in rows.items():
         (directory / f"{name}.jsonl").write_text("".join(json.dumps(item) + "\n" for item in items))
