@@ -20,16 +20,22 @@ from pathlib import Path
 import matplotlib.pyplot as plt
 import torch
 from stdlib_data import is_heldout, standard_library_files, write_data
+from transformers import AutoTokenizer
 
-from modeling_mobilemoe import MobileMoEConfig
+from modeling_mobilemoe import MobileMoEConfig, MobileMoEForCausalLM, quantize
 from modeling_mobilemoe.runtime import CheckpointModel, LanguageModel, PteModel
-from modeling_mobilemoe.training import train_tokenizer
+from modeling_mobilemoe.training import CHAT_TEMPLATE, train_tokenizer
 
 
 OUT = Path("out/demo")
-STAGES = {"1-pretrain": "pretrain", "2-midtrain": "pretrain", "3-sft": "sft", "4-qat": "qat"}
-NUM_HELDOUT_PAIRS = 96
-NUM_HELDOUT_WINDOWS = 8
+# Stage, its script, and the held-out text that it is there for.
+STAGES = {
+    "1-pretrain": ("pretrain", "code"),
+    "2-midtrain": ("pretrain", "docstrings"),
+    "3-sft": ("sft", "answers"),
+    "4-qat": ("qat", "answers"),
+}
+NUM_HELDOUT = {"answers": 96, "docstrings": 48, "code": 8}
 SAMPLE_PROMPT = "Write the function `def get(self, key, default=None):`"
 
 
@@ -53,19 +59,36 @@ def bits_per_byte(model: LanguageModel, sequences: list[tuple[list[int], int, in
     return nats / math.log(2) / sum(num_bytes for _, _, num_bytes in sequences)
 
 
-def heldout_sequences(model: LanguageModel) -> dict[str, list[tuple[list[int], int, int]]]:
-    """Answers given their question, and windows of code; from files that no stage has seen."""
-    answers, code = [], []
-    pairs = heldout("chat")
-    for pair in pairs[:: len(pairs) // NUM_HELDOUT_PAIRS]:
-        prompt, answer = pair["prompt"][0]["content"], pair["completion"][0]["content"]
-        tokens = model.encode(prompt, chat=True)
-        answer_tokens = model.tokenizer(answer + "<|eot|>", add_special_tokens=False).input_ids
-        answers.append((tokens + answer_tokens, len(tokens), len(answer.encode())))
-    for row in heldout("code")[:NUM_HELDOUT_WINDOWS]:
-        tokens = model.encode(row["text"])[:256]
-        code.append((tokens, 1, len(model.decode(tokens).encode())))
-    return {"answers": answers, "code": code}
+def heldout_sequences(model: LanguageModel, kind: str) -> list[tuple[list[int], int, int]]:
+    """Answers given their question, docstrings, or windows of code; from files that no stage has seen."""
+    rows = heldout("chat" if kind == "answers" else kind)
+    sequences = []
+    for row in rows[:: max(1, len(rows) // NUM_HELDOUT[kind])]:
+        if kind == "answers":
+            question, answer = row["prompt"][0]["content"], row["completion"][0]["content"]
+            messages = [{"role": "user", "content": question}]
+            prompt = model.tokenizer.apply_chat_template(
+                messages, chat_template=CHAT_TEMPLATE, add_generation_prompt=True, return_dict=False
+            )
+            tokens = prompt + model.tokenizer(answer + "<|eot|>", add_special_tokens=False).input_ids
+            sequences.append((tokens, len(prompt), len(answer.encode())))
+        else:
+            tokens = model.encode(row["text"])[:256]
+            sequences.append((tokens, 1, len(model.decode(tokens).encode())))
+    return sequences
+
+
+def stage_start(stage: str) -> CheckpointModel:
+    """What a stage starts from: random weights, the stage before, or, for QAT, that one simply rounded to INT4."""
+    if stage == "1-pretrain":
+        torch.manual_seed(0)
+        MobileMoEForCausalLM(MobileMoEConfig.from_pretrained("recipes/tiny")).save_pretrained(OUT / "0-random")
+        AutoTokenizer.from_pretrained(OUT / "tokenizer").save_pretrained(OUT / "0-random")
+        return CheckpointModel(OUT / "0-random")
+    before = CheckpointModel(OUT / list(STAGES)[list(STAGES).index(stage) - 1])
+    if stage == "4-qat":
+        quantize(before.model)
+    return before
 
 
 def speed(model: PteModel, tokens: list[int]) -> dict[str, float]:
@@ -111,7 +134,7 @@ def main() -> None:
     vocab_size = MobileMoEConfig.from_pretrained("recipes/tiny").vocab_size
     train_tokenizer(texts, vocab_size).save_pretrained(OUT / "tokenizer")
 
-    for stage, script in STAGES.items():
+    for stage, (script, _) in STAGES.items():
         run(f"recipes/{script}.py", "--config", f"recipes/tiny/{stage.split('-')[1]}.yaml")
     run("-m", "modeling_mobilemoe.cli", "export", "--model", str(OUT / "4-qat"), "--output", str(OUT / "pte"))
 
@@ -123,34 +146,41 @@ def main() -> None:
     }
     report = {"machine": platform.processor() or platform.machine(), "torch": torch.__version__, "models": {}}
     for name, model in models.items():
-        sequences = heldout_sequences(model)
         report["models"][name] = {
-            f"{kind}_bits_per_byte": bits_per_byte(model, sequences[kind]) for kind in ("answers", "code")
+            kind: bits_per_byte(model, heldout_sequences(model, kind)) for kind in ("answers", "code")
         }
     pte = models["INT4 QAT, .pte"]
-    report |= speed(pte, heldout_sequences(pte)["code"][0][0])
-    for stage in STAGES:
-        log = json.loads((OUT / stage / "trainer_state.json").read_text())["log_history"]
-        losses = [row["loss"] for row in log if "loss" in row]
-        fifth = max(1, len(losses) // 5)
-        report[stage] = {"first_loss": statistics.mean(losses[:fifth]), "last_loss": statistics.mean(losses[-fifth:])}
+    report |= speed(pte, heldout_sequences(pte, "code")[0][0])
+    report["stages"] = {}
+    for stage, (_, kind) in STAGES.items():
+        start, end = stage_start(stage), CheckpointModel(OUT / stage)
         load = json.loads((OUT / stage / "expert_load.json").read_text())["history"]
-        report[stage]["last_load_imbalance"] = max(load[-1]["imbalance"])
+        report["stages"][stage] = {
+            "heldout": kind,
+            "bits_per_byte_at_start": bits_per_byte(start, heldout_sequences(start, kind)),
+            "bits_per_byte_at_end": bits_per_byte(end, heldout_sequences(end, kind)),
+            "load_imbalance_at_end": max(load[-1]["imbalance"]),
+        }
     report["pte_bytes"] = (OUT / "pte" / "model.pte").stat().st_size
-    sample = pte.generate(pte.encode(SAMPLE_PROMPT, chat=True), 120)
+    sample = pte.generate(pte.encode(SAMPLE_PROMPT, chat=True), 120, temperature=0.6, seed=0)
     report["sample"] = pte.decode(list(sample))
     report["seconds"] = time.perf_counter() - started
     (OUT / "report.json").write_text(json.dumps(report, indent=2) + "\n")
     plot(OUT / "demo.png")
 
-    print("\nMean loss over the first and the last fifth of each stage; busiest expert over the mean at the end")
-    print(f"{'stage':20s} {'first loss':>10s} {'last loss':>10s} {'imbalance':>10s}")
-    for stage in STAGES:
-        row = report[stage]
-        print(f"{stage:20s} {row['first_loss']:10.3f} {row['last_loss']:10.3f} {row['last_load_imbalance']:10.2f}")
-    print(f"\n{'held-out bits per byte':24s} {'answers':>8s} {'code':>8s}")
+    print(
+        "\nBits per byte of held-out text, before and after each stage (before QAT: rounded to INT4 without training),"
+    )
+    print("and the load of the busiest expert over the mean at its end")
+    print(f"{'stage':24s} {'text':12s} {'before':>8s} {'after':>8s} {'load':>8s}")
+    for stage, row in report["stages"].items():
+        print(
+            f"{stage:24s} {row['heldout']:12s} {row['bits_per_byte_at_start']:8.3f} "
+            f"{row['bits_per_byte_at_end']:8.3f} {row['load_imbalance_at_end']:8.2f}"
+        )
+    print(f"\n{'bits per byte':24s} {'answers':>8s} {'code':>8s}")
     for name, row in report["models"].items():
-        print(f"{name:24s} {row['answers_bits_per_byte']:8.3f} {row['code_bits_per_byte']:8.3f}")
+        print(f"{name:24s} {row['answers']:8.3f} {row['code']:8.3f}")
     print(
         f"\n.pte: {report['pte_bytes'] / 1e6:.2f} MB, prefill {report['prefill_tokens_per_s']:.0f} tokens/s, "
         f"decode {report['decode_tokens_per_s']:.0f} tokens/s\n\n{SAMPLE_PROMPT}\n\n{report['sample']}\n"

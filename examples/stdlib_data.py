@@ -29,11 +29,12 @@ def standard_library_files() -> Iterator[tuple[str, str]]:
 
 def functions(source: str) -> Iterator[tuple[str, str, str]]:
     """Yields (signature, first paragraph of the docstring or "", source text) of every function."""
+    lines = source.splitlines()
     for node in ast.walk(ast.parse(source)):
         if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)):
             summary = " ".join((ast.get_docstring(node) or "").split("\n\n")[0].split())
-            text = " " * node.col_offset + ast.get_source_segment(source, node)
-            yield f"def {node.name}({ast.unparse(node.args)}):", summary, textwrap.dedent(text)
+            text = textwrap.dedent("\n".join(lines[node.lineno - 1 : node.end_lineno]))
+            yield f"def {node.name}({ast.unparse(node.args)}):", summary, text
 
 
 def is_heldout(name: str) -> bool:

@@ -145,6 +145,18 @@ def test_greedy_generation_stops_at_end_ids(pte):
     assert stopped == produced[: produced.index(produced[3])]
 
 
+def test_stock_runner_takes_the_file_unchanged(pte, pte_directory):
+    """ExecuTorch's own LLM runner reads the program, its metadata and tokenizer.json, and decodes the same tokens."""
+    from executorch.extension.llm.runner import GenerationConfig, TextLLMRunner
+
+    prompt = "import os"
+    runner = TextLLMRunner(str(pte_directory / "model.pte"), str(pte_directory / "tokenizer.json"))
+    pieces: list[str] = []
+    options = GenerationConfig(echo=False, temperature=0.0, max_new_tokens=8, num_bos=1)
+    runner.generate(prompt, options, token_callback=pieces.append)
+    assert "".join(pieces) == pte.decode(list(pte.generate(pte.encode(prompt), 8)))
+
+
 def test_sampling_follows_the_seed(checkpoint):
     tokens = checkpoint.encode("import os")
     first = list(checkpoint.generate(tokens, 12, temperature=1.0, seed=1))

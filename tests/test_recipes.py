@@ -47,8 +47,8 @@ def workspace(tokenizer, tmp_path_factory):
     return root
 
 
-def run_recipe(workspace, script, stage, *overrides):
-    command = [sys.executable, ROOT / f"recipes/{script}.py", "--config", ROOT / f"recipes/tiny/{stage}.yaml"]
+def run_recipe(workspace, script, config, *overrides):
+    command = [sys.executable, ROOT / f"recipes/{script}.py", "--config", config]
     environment = os.environ | {"HF_HOME": str(workspace / "hf")}
     return subprocess.run([*command, *overrides], cwd=workspace, env=environment, capture_output=True, text=True)
 
@@ -56,7 +56,8 @@ def run_recipe(workspace, script, stage, *overrides):
 def test_four_stages_end_in_a_packed_checkpoint(workspace):
     previous = None
     for number, (stage, script) in enumerate(STAGES.items(), start=1):
-        result = run_recipe(workspace, script, stage, "--max_steps", "3", "--logging_steps", "1")
+        config = ROOT / f"recipes/tiny/{stage}.yaml"
+        result = run_recipe(workspace, script, config, "--max_steps", "3", "--logging_steps", "1")
         assert result.returncode == 0, result.stderr[-3000:]
         output = workspace / f"out/demo/{number}-{stage}"
         losses = [row["loss"] for row in json.loads((output / "trainer_state.json").read_text())["log_history"][:3]]
@@ -80,6 +81,6 @@ def test_four_stages_end_in_a_packed_checkpoint(workspace):
 def test_unknown_field_stops_before_any_step(workspace, tmp_path):
     config = yaml.safe_load((ROOT / "recipes/tiny/pretrain.yaml").read_text()) | {"learning_rat": 1}
     (tmp_path / "typo.yaml").write_text(yaml.safe_dump(config))
-    result = run_recipe(workspace, "pretrain", "pretrain", "--config", str(tmp_path / "typo.yaml"))
+    result = run_recipe(workspace, "pretrain", tmp_path / "typo.yaml")
     assert result.returncode != 0
-    assert "learning_rat" in result.stderr
+    assert "Unknown arguments from config file: ['--learning_rat'" in result.stderr
