@@ -12,6 +12,7 @@ E num_local_experts, I intermediate_size, V vocab_size; "tokens" is B * T.
 """
 
 import math
+import os
 from collections.abc import Callable
 
 import torch
@@ -19,6 +20,7 @@ from torch import nn
 from transformers import initialization as init
 from transformers.activations import ACT2FN
 from transformers.cache_utils import Cache, DynamicCache
+from transformers.core_model_loading import WeightRenaming
 from transformers.generation import GenerationMixin
 from transformers.integrations import use_experts_implementation
 from transformers.masking_utils import create_causal_mask
@@ -30,6 +32,7 @@ from transformers.utils import TransformersKwargs, can_return_tuple
 from transformers.utils.generic import maybe_autocast, merge_with_config_defaults
 from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
+from .checkpoint_mobilemoe import EXPERT_SUFFIX, check_checkpoint, replace_when_complete
 from .configuration_mobilemoe import MobileMoEConfig
 from .quantization_mobilemoe import FixedDtypeModule, register_int4_quantizer
 
@@ -326,6 +329,25 @@ class MobileMoEPreTrainedModel(PreTrainedModel):
         elif isinstance(module, MobileMoERotaryEmbedding):
             init.copy_(module.inv_freq, module.compute_inv_freq(self.config))
 
+    @staticmethod
+    def _load_pretrained_model(model, state_dict, checkpoint_files, load_config, *args):
+        # The only place where the files and the finished skeleton meet before a weight is read.
+        if checkpoint_files is not None:
+            check_checkpoint(model, checkpoint_files)
+        load_config.weight_mapping = [*(load_config.weight_mapping or []), WeightRenaming(*EXPERT_SUFFIX)]
+        loaded = PreTrainedModel._load_pretrained_model(model, state_dict, checkpoint_files, load_config, *args)
+        # Or saving would write the unusual names again.
+        model._weight_conversions = []
+        return loaded
+
+    def save_pretrained(self, save_directory: str | os.PathLike, **kwargs) -> None:
+        """As in transformers, but a save that fails leaves what was there before and nothing half-written."""
+        if kwargs.get("push_to_hub"):
+            super().save_pretrained(save_directory, **kwargs)
+            return
+        with replace_when_complete(save_directory) as partial:
+            super().save_pretrained(partial, **kwargs)
+
 
 class MobileMoEModel(MobileMoEPreTrainedModel):
     def __init__(self, config: MobileMoEConfig):
@@ -390,6 +412,20 @@ class MobileMoEForCausalLM(MobileMoEPreTrainedModel, GenerationMixin):
         self.vocab_size = config.vocab_size
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         self.post_init()
+
+    @classmethod
+    def from_pretrained(cls, *args, **kwargs):
+        """As in transformers; generation then ends at every end token that the checkpoint names anywhere."""
+        loaded = super().from_pretrained(*args, **kwargs)
+        model = loaded[0] if isinstance(loaded, tuple) else loaded
+        ends = set()
+        for ids in (model.config.eos_token_id, model.generation_config.eos_token_id):
+            ends.update([] if ids is None else [ids] if isinstance(ids, int) else ids)
+        if model.config.vocab_size == 128256:
+            # <|eot|> of the released tokenizer: without it a model runs past the end of its turn.
+            ends.add(128008)
+        model.generation_config.eos_token_id = sorted(ends) or None
+        return loaded
 
     @can_return_tuple
     def forward(

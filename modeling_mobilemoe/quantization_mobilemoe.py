@@ -9,6 +9,7 @@ the model's dtype. In FP32 a packed model therefore equals its dequantised twin 
 matrix at a time, when they are used, and never kept.
 """
 
+import re
 from collections.abc import Callable
 from typing import Any
 
@@ -225,6 +226,15 @@ def _packed_twin(module: nn.Module, dtype: torch.dtype) -> Int4Module:
     return Int4Experts(module.num_experts, module.hidden_dim, module.intermediate_dim, module.act_fn)
 
 
+def check_scales(model: PreTrainedModel) -> None:
+    """Refuses a packed model with a scale that no quantiser writes: zero, negative, infinite or not a number."""
+    for name, tensor in model.named_buffers():
+        if name.endswith("scale") and not bool(((tensor > 0) & tensor.isfinite()).all()):
+            raise ValueError(
+                f"{name} holds scales that are zero, negative or not finite. The file is damaged: fetch it again."
+            )
+
+
 def _pack_head(model: PreTrainedModel) -> None:
     """Points the output head at the packed embedding; the base model has no head and needs nothing."""
     if model.get_output_embeddings() is not None:
@@ -265,6 +275,10 @@ class MobileMoEInt4Quantizer(HfQuantizer):
             model.set_submodule(name, _packed_twin(module, dtype))
         _pack_head(model)
 
+    def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> PreTrainedModel:
+        check_scales(model)
+        return model
+
     def _dequantize(self, model: PreTrainedModel, dtype: torch.dtype | None = None) -> PreTrainedModel:
         return dequantize(model)
 
@@ -286,9 +300,37 @@ class MobileMoEInt4Quantizer(HfQuantizer):
         return False
 
 
+def quantization_table(model: PreTrainedModel) -> str:
+    """What of a model is stored how: one line per kind of tensor, layers taken together."""
+    rows: dict[tuple[str, str], list[int]] = {}
+    for name, tensor in model.state_dict().items():
+        if name.startswith("lm_head."):
+            continue
+        kind = re.sub(r"\.\d+\.", ".*.", name)
+        if name.endswith("qweight"):
+            stored, parameters = "INT4, groups of 32", 2 * tensor.numel()
+        elif name.endswith("scale"):
+            stored, parameters = "scales of the above", 0
+        else:
+            dtype = torch.float32 if name.endswith("router.weight") else torch.bfloat16
+            stored, parameters = f"{str(dtype).removeprefix('torch.')}, kept", tensor.numel()
+        row = rows.setdefault((kind, stored), [0, 0, 0])
+        bits = 32 if stored.startswith("float32") else 16
+        num_bytes = tensor.numel() if tensor.dtype == torch.uint8 else tensor.numel() * bits // 8
+        row[:] = row[0] + 1, row[1] + parameters, row[2] + num_bytes
+    width = max(len(kind) for kind, _ in rows)
+    lines = [f"{'tensor':{width}s}  {'tensors':>7s}  {'parameters':>13s}  {'bytes':>13s}  stored as"]
+    for (kind, stored), (count, parameters, num_bytes) in rows.items():
+        lines.append(f"{kind:{width}s}  {count:7d}  {parameters:13,d}  {num_bytes:13,d}  {stored}")
+    totals = [sum(row[column] for row in rows.values()) for column in range(3)]
+    lines.append(f"{'total':{width}s}  {totals[0]:7d}  {totals[1]:13,d}  {totals[2]:13,d}")
+    return "\n".join(lines)
+
+
 def quantize(model: PreTrainedModel) -> PreTrainedModel:
     """
-    Quantises a full-precision MobileMoE model to packed INT4, in place and module by module.
+    Quantises a full-precision MobileMoE model to packed INT4, in place and module by module, and prints what became
+    of every tensor.
 
     Linears, experts and the tied embedding are packed. The router stays FP32; norms and expert biases are rounded to
     the BF16 in which the format stores them, so that what is in memory equals what `save_pretrained` writes.
@@ -317,6 +359,7 @@ def quantize(model: PreTrainedModel) -> PreTrainedModel:
     model.config.quantization_config = MobileMoEInt4Config(**INT4_BLOCK)
     model.hf_quantizer = MobileMoEInt4Quantizer(model.config.quantization_config)
     model.is_quantized = True
+    print(quantization_table(model))
     return model
 
 

@@ -155,15 +155,9 @@ class PteModel(LanguageModel):
 
 def end_of_sequence_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[int]:
     """
-    Every id that ends a sequence: of the config, the generation config, the tokenizer, and `<|eot|>`.
+    Every id that ends a sequence: those of the loaded model, the tokenizer's own, and `<|eot|>`.
 
     A model that stops at `<|end_of_text|>` only runs past the end of its turn.
     """
-    ids = set()
-    for value in (model.config.eos_token_id, model.generation_config.eos_token_id, tokenizer.eos_token_id):
-        if value is not None:
-            ids.update(value if isinstance(value, list) else [value])
-    vocabulary = tokenizer.get_vocab()
-    if "<|eot|>" in vocabulary:
-        ids.add(vocabulary["<|eot|>"])
-    return sorted(ids)
+    ids = {*(model.generation_config.eos_token_id or []), tokenizer.eos_token_id, tokenizer.get_vocab().get("<|eot|>")}
+    return sorted(ids - {None})
