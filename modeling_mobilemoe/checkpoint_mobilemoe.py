@@ -14,6 +14,8 @@ from transformers import PreTrainedModel
 
 # Some exports of full-precision checkpoints write the expert tensors as if they were modules.
 EXPERT_SUFFIX = (r"experts\.(gate_up_proj|down_proj)\.weight$", r"experts.\1")
+# By the last word of a tensor's name.
+PACKED_DTYPES = {"qweight": ("U8",), "scale": ("F16",)}
 FLOAT_DTYPES = ("F32", "BF16", "F16")
 
 
@@ -70,11 +72,11 @@ def check_checkpoint(model: PreTrainedModel, files: list[str]) -> None:
                 f"{file} has {stored_name} with shape {shape}, config.json makes it {tuple(tensor.shape)}. "
                 "Take the config.json that belongs to these weights."
             )
-        legal = {torch.uint8: ("U8",), torch.float16: ("F16",)} if packed else {}
-        if dtype not in legal.get(tensor.dtype, FLOAT_DTYPES):
+        legal = PACKED_DTYPES.get(name.rsplit("_", 1)[-1].rsplit(".", 1)[-1], FLOAT_DTYPES)
+        if dtype not in legal:
             raise ValueError(
-                f"{file} has {stored_name} as {dtype}, this format stores it as "
-                f"{' or '.join(legal.get(tensor.dtype, FLOAT_DTYPES))}. Convert or save the checkpoint again."
+                f"{file} has {stored_name} as {dtype}, this format stores it as {' or '.join(legal)}. "
+                "Convert it, or save the checkpoint again."
             )
     if "lm_head.weight" in found and head is not None:
         _check_tied_head(found["lm_head.weight"], found["embed_tokens.weight"])

@@ -11,6 +11,7 @@ Shapes in the comments below: B batch, T sequence, H hidden_size, N query heads,
 E num_local_experts, I intermediate_size, V vocab_size; "tokens" is B * T.
 """
 
+import dataclasses
 import math
 import os
 from collections.abc import Callable
@@ -334,7 +335,8 @@ class MobileMoEPreTrainedModel(PreTrainedModel):
         # The only place where the files and the finished skeleton meet before a weight is read.
         if checkpoint_files is not None:
             check_checkpoint(model, checkpoint_files)
-        load_config.weight_mapping = [*(load_config.weight_mapping or []), WeightRenaming(*EXPERT_SUFFIX)]
+        mapping = [*(load_config.weight_mapping or []), WeightRenaming(*EXPERT_SUFFIX)]
+        load_config = dataclasses.replace(load_config, weight_mapping=mapping)
         loaded = PreTrainedModel._load_pretrained_model(model, state_dict, checkpoint_files, load_config, *args)
         # Or saving would write the unusual names again.
         model._weight_conversions = []
