@@ -14,6 +14,8 @@ from transformers import PreTrainedModel
 
 # Some exports of full-precision checkpoints write the expert tensors as if they were modules.
 EXPERT_SUFFIX = (r"experts\.(gate_up_proj|down_proj)\.weight$", r"experts.\1")
+# What `from_pretrained` reads unless it is asked for a variant.
+WEIGHT_FILE = re.compile(r"model(-\d{5}-of-\d{5})?\.safetensors(\.index\.json)?")
 # By the last word of a tensor's name.
 PACKED_DTYPES = {"qweight": ("U8",), "scale": ("F16",)}
 FLOAT_DTYPES = ("F32", "BF16", "F16")
@@ -51,14 +53,19 @@ def check_checkpoint(model: PreTrainedModel, files: list[str]) -> None:
                     found[name] = (stored_name, tensor.get_dtype(), tuple(tensor.get_shape()), file)
         except (SafetensorError, OSError) as error:
             raise ValueError(
-                f"{file} cannot be read as safetensors: {error}. It is truncated or damaged, fetch or save it again."
+                f"{file} cannot be read as safetensors: {error}. "
+                "It is missing, truncated or damaged: fetch or save it again."
             ) from error
 
     packed = model.config.quantization is not None
-    hint = "" if packed else " (an INT4 checkpoint needs its `quantization` block in config.json)"
+    hint = ""
+    if not packed and any(name.endswith("qweight") for name in found):
+        hint = " (an INT4 checkpoint needs its `quantization` block in config.json)"
+    # A packed embedding is the head whatever else is stored, so a second head would be dropped unseen.
+    optional = set() if packed else {"lm_head.weight"}
     for kind, names in (
         ("lacks", sorted(expected.keys() - found.keys())),
-        ("holds the unknown", sorted(found.keys() - expected.keys() - {"lm_head.weight"})),
+        ("holds the unknown", sorted(found.keys() - expected.keys() - optional)),
     ):
         if names:
             raise ValueError(
@@ -97,14 +104,18 @@ def _check_tied_head(head: tuple, embedding: tuple) -> None:
 @contextmanager
 def replace_when_complete(directory: str | os.PathLike) -> Iterator[Path]:
     """
-    Gives a temporary directory beside the target; when the block ends well, its files replace those of the target.
+    Gives a temporary directory; when the block ends well, its files replace those of the target.
 
     After an error, a full disk say, the target is as it was and the temporary directory is gone. Weight files of an
     earlier save that the new one does not have are removed: a reader would mix the two.
     """
     directory = Path(directory).absolute()
     directory.parent.mkdir(parents=True, exist_ok=True)
-    partial = directory.parent / f".{directory.name}.partial-{os.getpid()}"
+    # Within a target that exists: it may be a mount point or a link, and files move within one file system only.
+    parent = directory if directory.is_dir() else directory.parent
+    partial = parent / f".{directory.name}.partial-{os.getpid()}"
+    # Left by a process that was killed: containers use the same few ids again and again.
+    shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir()
     try:
         yield partial
@@ -114,9 +125,9 @@ def replace_when_complete(directory: str | os.PathLike) -> Iterator[Path]:
         elif written:
             for name in sorted(written):
                 os.replace(partial / name, directory / name)
-            if any(name.endswith(".safetensors") for name in written):
-                for stale in directory.glob("model*.safetensors*"):
-                    if stale.name not in written:
-                        stale.unlink()
+            if any(WEIGHT_FILE.fullmatch(name) for name in written):
+                for path in list(directory.iterdir()):
+                    if WEIGHT_FILE.fullmatch(path.name) and path.name not in written:
+                        path.unlink()
     finally:
         shutil.rmtree(partial, ignore_errors=True)
