@@ -107,16 +107,15 @@ def main() -> None:
         output = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout
         result[way] = json.loads(output.splitlines()[-1])
     baseline = result["import"]["resident"]
-    print(
-        f"{'':10s} {'load s':>8s} {'resident MB':>12s} {'x file':>7s} {'peak MB':>8s} {'prefill s':>10s} {'tokens/s':>9s}"
-    )
+    columns = ("load s", "resident MB", "x file", "peak MB", "64 tokens s", "tokens/s")
+    print(" " * 10 + "".join(f"{column:>13s}" for column in columns))
     for way in WAYS[1:]:
         row = result[way]
         resident, peak = row["resident"] - baseline, row["peak"] - baseline
         row["resident_over_file"] = round(resident / result["file"], 3)
         print(
-            f"{way:10s} {row['load_s']:8.2f} {resident / 1e6:12.0f} {row['resident_over_file']:7.2f} {peak / 1e6:8.0f} "
-            f"{row['prefill_64_s']:10.2f} {row['decode_tokens_per_s']:9.2f}"
+            f"{way:10s}{row['load_s']:13.2f}{resident / 1e6:13.0f}{row['resident_over_file']:13.2f}"
+            f"{peak / 1e6:13.0f}{row['prefill_64_s']:13.2f}{row['decode_tokens_per_s']:13.2f}"
         )
     print(json.dumps(result))
 

@@ -1,5 +1,6 @@
 """Checkpoint directories: what is read is checked first, what is written appears whole."""
 
+import json
 import os
 import re
 import shutil
@@ -19,6 +20,26 @@ WEIGHT_FILE = re.compile(r"model(-\d{5}-of-\d{5})?\.safetensors(\.index\.json)?"
 # By the last word of a tensor's name.
 PACKED_DTYPES = {"qweight": ("U8",), "scale": ("F16",)}
 FLOAT_DTYPES = ("F32", "BF16", "F16")
+
+
+def check_index(directory: str | os.PathLike) -> None:
+    """
+    Checks the list of shards of a local checkpoint; a Hub id has been checked by nobody and passes.
+
+    Raises:
+        ValueError: when the list is not what transformers reads.
+    """
+    file = Path(directory) / "model.safetensors.index.json"
+    if not file.is_file():
+        return
+    try:
+        index = json.loads(file.read_text())
+    except ValueError as error:
+        raise ValueError(f"{file} is not JSON: {error}. Fetch it again or save the checkpoint again.") from error
+    if not isinstance(index, dict) or not all(isinstance(index.get(key), dict) for key in ("weight_map", "metadata")):
+        raise ValueError(
+            f"{file} lacks its `weight_map` or `metadata`, so the shards are unknown. Fetch it or save it again."
+        )
 
 
 def check_checkpoint(model: PreTrainedModel, files: list[str]) -> None:

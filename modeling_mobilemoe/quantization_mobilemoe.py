@@ -227,13 +227,13 @@ def _packed_twin(module: nn.Module, dtype: torch.dtype) -> Int4Module:
     return Int4Experts(module.num_experts, module.hidden_dim, module.intermediate_dim, module.act_fn)
 
 
-def check_scales(model: PreTrainedModel) -> None:
-    """Refuses a packed model with a scale that no quantiser writes: zero, negative, infinite or not a number."""
-    for name, tensor in model.named_buffers():
-        if name.endswith("scale") and not bool(((tensor > 0) & tensor.isfinite()).all()):
-            raise ValueError(
-                f"{name} holds scales that are zero, negative or not finite. The file is damaged: fetch it again."
-            )
+def check_values(model: PreTrainedModel) -> None:
+    """Refuses a packed model with values that no training writes: scales must be positive, all else finite."""
+    for name, tensor in model.state_dict().items():
+        is_scale = name.endswith("scale")
+        if tensor.is_floating_point() and not bool((tensor.isfinite() & ((tensor > 0) | (not is_scale))).all()):
+            kind = "scales that are zero, negative or not finite" if is_scale else "values that are not finite"
+            raise ValueError(f"{name} holds {kind}. The file is damaged: fetch it again.")
 
 
 def _pack_head(model: PreTrainedModel) -> None:
@@ -248,6 +248,12 @@ class MobileMoEInt4Config(QuantizationConfigMixin):
     """The released `quantization` block. There is one grid, so every key has one legal value."""
 
     def __init__(self, quant_method: str = "mobilemoe", **block: Any):
+        unknown = sorted(set(block) - set(INT4_BLOCK))
+        if unknown:
+            raise ValueError(
+                f"The quantization block of config.json has the key {unknown[0]!r}, which this format does not know. "
+                "Reading past it could change every weight: remove it if it has no meaning."
+            )
         for key, expected in INT4_BLOCK.items():
             if key not in block:
                 raise ValueError(
@@ -277,7 +283,7 @@ class MobileMoEInt4Quantizer(HfQuantizer):
         _pack_head(model)
 
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> PreTrainedModel:
-        check_scales(model)
+        check_values(model)
         return model
 
     def _dequantize(self, model: PreTrainedModel, dtype: torch.dtype | None = None) -> PreTrainedModel:

@@ -93,6 +93,7 @@ class HubServer(ThreadingHTTPServer):
         self.parts: dict[str, dict[int, bytes]] = defaultdict(dict)
         # One line per request: method, path, status.
         self.log: list[str] = []
+        # The next request that begins with this method and path gets a "500", or is "cut" after half its answer.
         self.faults: dict[str, str] = {}
 
     def __enter__(self) -> "HubServer":
@@ -114,10 +115,6 @@ class HubServer(ThreadingHTTPServer):
         repository = self.repositories[repo_id]
         return repository.commits[repository.resolve(revision)]
 
-    def fail_once(self, request: str, fault: str) -> None:
-        """The next request that begins with this method and path gets a "500", or is "cut" after half its answer."""
-        self.faults[request] = fault
-
 
 class HubHandler(BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
@@ -128,14 +125,15 @@ class HubHandler(BaseHTTPRequestHandler):
         self.query = parse_qs(url.query)
         self.body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
         self.token = self.headers.get("Authorization", "").removeprefix("Bearer ")
-        fault = next((self.server.faults.pop(key) for key in list(self.server.faults) if self.is_request(key)), None)
+        request = f"{self.command} {url.path}"
+        fault = next((self.server.faults.pop(key) for key in [*self.server.faults] if request.startswith(key)), None)
         try:
             if fault == "500":
                 raise HubError(500, "", "Internal Error")
-            status, headers, content = self.answer(f"{self.command} {url.path}".replace("HEAD", "GET", 1))
+            status, headers, content = self.answer(request.replace("HEAD", "GET", 1))
         except HubError as error:
             status, headers, content = error.status, error.headers, json.dumps({"error": str(error)}).encode()
-        self.server.log.append(f"{self.command} {url.path} {status}")
+        self.server.log.append(f"{request} {status}")
         self.send_response(status)
         for key, value in {"Content-Length": str(len(content)), **headers}.items():
             self.send_header(key, value)
@@ -147,9 +145,6 @@ class HubHandler(BaseHTTPRequestHandler):
     do_GET = do_HEAD = do_POST = do_PUT = handle_request
 
     def log_message(self, *args) -> None: ...
-
-    def is_request(self, prefix: str) -> bool:
-        return f"{self.command} {self.path}".startswith(prefix)
 
     def answer(self, request: str) -> Response:
         for name, pattern in ROUTES.items():
@@ -167,10 +162,9 @@ class HubHandler(BaseHTTPRequestHandler):
         raise HubError(404, "RepoNotFound", "Repository not found")
 
     def create_repo(self) -> Response:
-        request = json.loads(self.body)
-        repo_id = f"{request['organization']}/{request['name']}"
         if not self.token:
             raise HubError(401, "", "Invalid username or password.")
+        repo_id = "{organization}/{name}".format_map(json.loads(self.body))
         status = 409 if repo_id in self.server.repositories else 200
         self.server.repositories.setdefault(repo_id, Repository())
         return as_json({"url": f"{self.server.endpoint}/{repo_id}"}, status)
@@ -222,13 +216,10 @@ class HubHandler(BaseHTTPRequestHandler):
     def resolve(self, repo_id: str, revision: str, path: str) -> Response:
         repository = self.repository(repo_id)
         if repository.accepted_tokens is not None and self.token not in repository.accepted_tokens:
-            restricted = f"Access to model {repo_id} is restricted"
-            if not self.token:
-                message = ". You must have access to it and be authenticated to access it. Please log in."
-                raise HubError(401, "GatedRepo", restricted + message)
-            message = " and you are not in the authorized list."
-            message += f" Visit https://huggingface.co/{repo_id} to ask for access."
-            raise HubError(403, "GatedRepo", restricted + message)
+            reason = ". You must have access to it and be authenticated to access it. Please log in."
+            if self.token:
+                reason = f" and you are not in the authorized list. Visit https://huggingface.co/{repo_id} to ask."
+            raise HubError(403 if self.token else 401, "GatedRepo", f"Access to model {repo_id} is restricted{reason}")
         sha = repository.resolve(revision)
         if path not in repository.commits[sha]:
             raise HubError(404, "EntryNotFound", "Entry not found", **{"X-Repo-Commit": sha})
@@ -246,12 +237,12 @@ class HubHandler(BaseHTTPRequestHandler):
         # An object without an action is here already, and the client skips it.
         for new in (wanted for wanted in objects if wanted["oid"] not in self.server.large_files):
             href = f"{self.server.cdn}/{repo_id}/lfs/{new['oid']}"
-            upload: dict = {"href": href}
+            new["actions"] = {"upload": {"href": href}}
             if new["size"] > PART_BYTES:
                 numbers = range(1, -(-new["size"] // PART_BYTES) + 1)
                 header = {f"{number:05d}": f"{href}?part={number}" for number in numbers}
-                upload = {"href": f"{href}/complete", "header": {"chunk_size": str(PART_BYTES), **header}}
-            new["actions"] = {"upload": upload}
+                header["chunk_size"] = str(PART_BYTES)
+                new["actions"] = {"upload": {"href": f"{href}/complete", "header": header}}
         return as_json({"transfer": "basic", "objects": objects})
 
     def lfs_put(self, repo_id: str, oid: str) -> Response:

@@ -401,7 +401,24 @@ MALFORMED: dict[str, tuple[str, Damage, str]] = {
         r"lacks tensor .*needs its `quantization` block in config\.json",
     ),
     "block with plain tensors": ("fp32", set_config(quantization=INT4_BLOCK), r"lacks tensor embed_tokens\.qweight"),
+    "another method in the block": (
+        "int4",
+        set_config(quantization=INT4_BLOCK | {"zero_point": True}),
+        r"has the key 'zero_point'",
+    ),
+    "block no mapping": ("int4", set_config(quantization=4), "wrong type: .*'quantization'"),
     # The other keys of the configuration.
+    "number as text": ("fp32", set_config(hidden_size="64"), "wrong type: .*'hidden_size'"),
+    "no dtype and a damaged file": (
+        "fp32",
+        lambda path: (edit_config(lambda config: config.pop("dtype"))(path), cut(lambda h, d: 8 + h // 2)(path)),
+        "cannot be read as safetensors",
+    ),
+    "norm not finite": (
+        "int4",
+        edit_tensors(lambda tensors: tensors["model.norm.weight"].fill_(float("nan"))),
+        r"model\.norm\.weight holds values that are not finite",
+    ),
     "one expert fewer": ("fp32", set_config(num_local_experts=7), r"feed_forward\.\S+ with shape \(8.* \(7"),
     "one expert more": ("int4", set_config(num_local_experts=9), r"feed_forward\.\S+ with shape \(8.* \(9"),
     "hidden_size smaller": (
@@ -438,6 +455,8 @@ MALFORMED: dict[str, tuple[str, Damage, str]] = {
         sharded(lambda path: (path / "model-00002-of-00002.safetensors").write_bytes(b"\0")),
         r"model-00002-of-00002\.safetensors cannot be read",
     ),
+    "index not JSON": ("fp32", sharded(write("model.safetensors.index.json", "{")), "index.json is not JSON"),
+    "index empty": ("fp32", sharded(write("model.safetensors.index.json", "{}")), "index.json lacks its `weight_map`"),
     "index names another file": (
         "int4",
         edit_index(lambda index: index["weight_map"].update({"model.norm.weight": "other.safetensors"})),
@@ -526,9 +545,13 @@ def trapped_checkpoint(tiny_checkpoint: Path, tmp_path: Path) -> Path:
     ],
     ids=["alone", "under the other name", "beside a damaged file", "in the index"],
 )
-def test_pickle_is_never_read(damage: Damage, options: dict, trapped_checkpoint: Path):
+@pytest.mark.parametrize("dtype_in_config", [True, False])
+def test_pickle_is_never_read(damage: Damage, options: dict, dtype_in_config: bool, trapped_checkpoint: Path):
     damage(trapped_checkpoint)
-    with pytest.raises((ValueError, OSError), match=r"\.(bin|safetensors)"):
+    if not dtype_in_config:
+        # transformers then looks for the dtype in the weights, before it loads them.
+        edit_config(lambda config: config.pop("dtype"))(trapped_checkpoint)
+    with pytest.raises((ValueError, OSError), match=r"\.bin|safetensors"):
         AutoModelForCausalLM.from_pretrained(trapped_checkpoint, **options)
     assert not (trapped_checkpoint.parent / "unpickled").exists()
 
@@ -540,8 +563,9 @@ def test_pickle_beside_safetensors_is_not_read(
     model = AutoModelForCausalLM.from_pretrained(trapped_checkpoint)
     assert torch.equal(model(input_ids).logits, tiny_model(input_ids).logits)
     assert not (trapped_checkpoint.parent / "unpickled").exists()
-    with pytest.raises(ValueError, match=r"pytorch_model\.bin is not a safetensors file"):
-        AutoModelForCausalLM.from_pretrained(trapped_checkpoint, use_safetensors=False)
+    # Asking for the other file is overruled.
+    model = AutoModelForCausalLM.from_pretrained(trapped_checkpoint, use_safetensors=False)
+    assert torch.equal(model(input_ids).logits, tiny_model(input_ids).logits)
     assert not (trapped_checkpoint.parent / "unpickled").exists()
 
 

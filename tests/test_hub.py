@@ -105,8 +105,8 @@ print(json.dumps({"first": first, "second": second, "interrupted": interrupted, 
 
 @pytest.fixture(scope="module")
 def uploaded(hub, text_checkpoint, tiny_checkpoint, tmp_path_factory) -> dict:
-    hub.fail_once("PUT /user/retried/lfs/", "500")
-    hub.fail_once("POST /api/models/user/interrupted/commit/", "500")
+    hub.faults["PUT /user/retried/lfs/"] = "500"
+    hub.faults["POST /api/models/user/interrupted/commit/"] = "500"
     home = tmp_path_factory.mktemp("hub") / "uploader"
     return run_client(hub.endpoint, home, UPLOAD, text_checkpoint, tiny_checkpoint, HF_TOKEN="hf_writer")
 
@@ -226,7 +226,7 @@ def downloaded(hub, uploaded, text_checkpoint, tiny_checkpoint, reader_home, mar
     hub.add("user/untyped-pickle", {"config.json": json.dumps(config).encode(), "pytorch_model.bin": bomb})
     for name, fault in (("user/cut", "cut"), ("user/broken", "500")):
         hub.add(name, hub.files("user/full"))
-        hub.fail_once(f"GET /{name}/lfs/", fault)
+        hub.faults[f"GET /{name}/lfs/"] = fault
     arguments = text_checkpoint, tiny_checkpoint, uploaded["first"], markers / "pickle"
     return run_client(hub.endpoint, reader_home, DOWNLOAD, *arguments)
 
