@@ -5,6 +5,7 @@ import difflib
 from typing import Any
 
 from huggingface_hub.dataclasses import strict
+from huggingface_hub.errors import StrictDataclassFieldValidationError
 from transformers.configuration_utils import PreTrainedConfig
 from transformers.utils import logging
 
@@ -146,7 +147,7 @@ class MobileMoEConfig(PreTrainedConfig):
         }
         if self.quantization is not None:
             # The releases call the block `quantization`; transformers looks for `quantization_config`.
-            self.quantization_config = {"quant_method": self.model_type, **self.quantization}
+            self.quantization_config = {**self.quantization, "quant_method": self.model_type}
         self._check_architecture()
 
     def _check_architecture(self) -> None:
@@ -235,7 +236,15 @@ class MobileMoEConfig(PreTrainedConfig):
         unknown = sorted(set(config_dict) - cls._known_keys())
         if unknown:
             logger.warning_once(f"Unknown keys in the MobileMoE configuration are ignored: {', '.join(unknown)}")
-        return super().from_dict({key: value for key, value in config_dict.items() if key not in unknown}, **kwargs)
+        try:
+            return super().from_dict(
+                {key: value for key, value in config_dict.items() if key not in unknown}, **kwargs
+            )
+        except StrictDataclassFieldValidationError as error:
+            # Its own message spans lines, and it is no ValueError.
+            raise ValueError(
+                f"A configuration value has the wrong type: {' '.join(str(error).split())}. Correct config.json."
+            ) from error
 
     def to_dict(self) -> dict[str, Any]:
         return self._with_released_keys(super().to_dict())

@@ -6,9 +6,6 @@ start position int64 `[1]`, FP32 logits `[1, vocab]` of the last token out, and 
 
 import hashlib
 import json
-import os
-import shutil
-import tempfile
 import time
 import warnings
 from importlib.metadata import version
@@ -18,6 +15,7 @@ import torch
 from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from .checkpoint_mobilemoe import replace_when_complete
 from .modeling_mobilemoe import (
     MobileMoEDecoderLayer,
     MobileMoEForCausalLM,
@@ -284,10 +282,7 @@ def export_checkpoint(
 
     program = lower(ExportModel(model.eval(), max_seq_len, expert_bits), max_seq_len, eos_ids)
 
-    output_dir.parent.mkdir(parents=True, exist_ok=True)
-    # Everything is written beside the target and renamed at the end, so a stop in between leaves no half result.
-    partial = Path(tempfile.mkdtemp(prefix=f".{output_dir.name}-", dir=output_dir.parent))
-    try:
+    with replace_when_complete(output_dir) as partial:
         with open(partial / "model.pte", "wb") as file:
             program.write_to_file(file)
         tokenizer.save_pretrained(partial)
@@ -305,10 +300,6 @@ def export_checkpoint(
             "seconds": round(time.perf_counter() - started, 1),
         }
         (partial / "export.json").write_text(json.dumps(report, indent=2) + "\n")
-        os.chmod(partial, 0o755)
-        os.rename(partial, output_dir)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
     return output_dir
 
 

@@ -11,14 +11,18 @@ Shapes in the comments below: B batch, T sequence, H hidden_size, N query heads,
 E num_local_experts, I intermediate_size, V vocab_size; "tokens" is B * T.
 """
 
+import dataclasses
 import math
+import os
 from collections.abc import Callable
 
 import torch
+from safetensors import SafetensorError
 from torch import nn
 from transformers import initialization as init
 from transformers.activations import ACT2FN
 from transformers.cache_utils import Cache, DynamicCache
+from transformers.core_model_loading import WeightRenaming
 from transformers.generation import GenerationMixin
 from transformers.integrations import use_experts_implementation
 from transformers.masking_utils import create_causal_mask
@@ -30,6 +34,7 @@ from transformers.utils import TransformersKwargs, can_return_tuple
 from transformers.utils.generic import maybe_autocast, merge_with_config_defaults
 from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
+from .checkpoint_mobilemoe import EXPERT_SUFFIX, check_checkpoint, check_index, replace_when_complete
 from .configuration_mobilemoe import MobileMoEConfig
 from .quantization_mobilemoe import FixedDtypeModule, register_int4_quantizer
 
@@ -325,6 +330,68 @@ class MobileMoEPreTrainedModel(PreTrainedModel):
             init.zeros_(module.expert_bias)
         elif isinstance(module, MobileMoERotaryEmbedding):
             init.copy_(module.inv_freq, module.compute_inv_freq(self.config))
+
+    @staticmethod
+    def _load_pretrained_model(model, state_dict, checkpoint_files, load_config, *args):
+        # The only place where the files and the finished skeleton meet before a weight is read.
+        if checkpoint_files is not None:
+            check_checkpoint(model, checkpoint_files)
+        mapping = [*(load_config.weight_mapping or []), WeightRenaming(*EXPERT_SUFFIX)]
+        load_config = dataclasses.replace(load_config, weight_mapping=mapping)
+        loaded = PreTrainedModel._load_pretrained_model(model, state_dict, checkpoint_files, load_config, *args)
+        # Or saving would write the unusual names again.
+        model._weight_conversions = []
+        return loaded
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: str | os.PathLike | None, *args, **kwargs):
+        """
+        As in transformers, but a checkpoint that does not fit is an error that names the file, tensor or key.
+
+        Only safetensors are read. Generation ends at every end token that the checkpoint names anywhere.
+
+        Raises:
+            ValueError: for a damaged file, or a missing, unknown or misshaped tensor.
+            OSError: where there is no such checkpoint.
+        """
+        if pretrained_model_name_or_path is not None:
+            check_index(pretrained_model_name_or_path)
+        # Without the explicit choice a lone pickle would be opened before it is refused.
+        kwargs["use_safetensors"] = True
+        try:
+            loaded = super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
+        except SafetensorError as error:
+            raise ValueError(
+                f"The weights of {pretrained_model_name_or_path} cannot be read as safetensors: {error}. "
+                "They are truncated or damaged: fetch or save them again."
+            ) from error
+        model = loaded[0] if isinstance(loaded, tuple) else loaded
+        if model.can_generate():
+            model.generation_config.eos_token_id = cls._end_token_ids(model)
+        return loaded
+
+    @staticmethod
+    def _end_token_ids(model: PreTrainedModel) -> list[int] | None:
+        ends = set()
+        for ids in (model.config.eos_token_id, model.generation_config.eos_token_id):
+            ends.update([] if ids is None else [ids] if isinstance(ids, int) else ids)
+        if model.config.vocab_size == 128256:
+            # <|eot|> of the released tokenizer: without it a model runs past the end of its turn.
+            ends.add(128008)
+        return sorted(ends) or None
+
+    def save_pretrained(self, save_directory: str | os.PathLike, **kwargs) -> None:
+        """As in transformers, but a save that fails leaves what was there before and nothing half-written."""
+        if kwargs.get("push_to_hub"):
+            super().save_pretrained(save_directory, **kwargs)
+            return
+        try:
+            with replace_when_complete(save_directory) as partial:
+                super().save_pretrained(partial, **kwargs)
+        except SafetensorError as error:
+            raise OSError(
+                f"The checkpoint could not be written to {save_directory}: {error}. Free space, or save elsewhere."
+            ) from error
 
 
 class MobileMoEModel(MobileMoEPreTrainedModel):

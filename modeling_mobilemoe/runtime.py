@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import torch
+from huggingface_hub.errors import GatedRepoError
 from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
 
 
@@ -93,11 +94,26 @@ class CheckpointModel(LanguageModel):
     Args:
         path (`str` or `Path`): checkpoint directory or Hub id.
         dtype (`torch.dtype` or `str`, defaults to `"auto"`): of the weights that are not packed.
+
+    Raises:
+        OSError: when there is no such checkpoint, or its licence has to be accepted first.
     """
 
     def __init__(self, path: str | Path, dtype: torch.dtype | str = "auto"):
-        self.model = AutoModelForCausalLM.from_pretrained(path, dtype=dtype).eval()
-        self.tokenizer = AutoTokenizer.from_pretrained(path)
+        try:
+            self.model = AutoModelForCausalLM.from_pretrained(path, dtype=dtype).eval()
+            self.tokenizer = AutoTokenizer.from_pretrained(path)
+        except OSError as error:
+            cause: BaseException | None = error
+            while cause is not None and not isinstance(cause, GatedRepoError):
+                cause = cause.__cause__
+            if cause is None:
+                raise
+            # transformers names the page, but neither the licence nor how to log in.
+            raise OSError(
+                f"{path} is gated: its files are given only to accounts that have accepted its licence. "
+                f"Accept the licence at https://huggingface.co/{path}, then log in with `hf auth login`."
+            ) from error
         self.max_seq_len = self.model.config.max_position_embeddings
         self.eos_ids = end_of_sequence_ids(self.model, self.tokenizer)
         self._cache = DynamicCache(config=self.model.config)
@@ -155,15 +171,9 @@ class PteModel(LanguageModel):
 
 def end_of_sequence_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[int]:
     """
-    Every id that ends a sequence: of the config, the generation config, the tokenizer, and `<|eot|>`.
+    Every id that ends a sequence: those of the loaded model, the tokenizer's own, and `<|eot|>`.
 
     A model that stops at `<|end_of_text|>` only runs past the end of its turn.
     """
-    ids = set()
-    for value in (model.config.eos_token_id, model.generation_config.eos_token_id, tokenizer.eos_token_id):
-        if value is not None:
-            ids.update(value if isinstance(value, list) else [value])
-    vocabulary = tokenizer.get_vocab()
-    if "<|eot|>" in vocabulary:
-        ids.add(vocabulary["<|eot|>"])
-    return sorted(ids)
+    ids = {*(model.generation_config.eos_token_id or []), tokenizer.eos_token_id, tokenizer.get_vocab().get("<|eot|>")}
+    return sorted(ids - {None})
