@@ -266,6 +266,8 @@ class MobileMoEFeedForward(nn.Module):
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
         flat_hidden_states = hidden_states.reshape(-1, hidden_states.shape[-1])  # (tokens, H)
         _, top_k_weights, top_k_index = self.router(flat_hidden_states, self.expert_bias)
+        # The router's FP32 ends here: in FP32 the weighted expert outputs would be twice the bytes to gather and sum.
+        top_k_weights = top_k_weights.to(hidden_states.dtype)
         routed = self.experts(flat_hidden_states, top_k_index, top_k_weights).view_as(hidden_states)
         return routed + self.shared_expert(hidden_states)
 
