@@ -37,8 +37,6 @@ INT4_BLOCK = {
     "linear_group_axis": "in (last dim of [out, in])",
     "expert_group_axis": "out (last dim of [E, in, out])",
 }
-
-
 # What the format stores in BF16; the router is FP32 and everything else is packed.
 BF16_SUFFIXES = ("norm.weight", "expert_bias")
 # A full-precision parameter and the two tensors that hold it packed.
@@ -313,18 +311,16 @@ def quantization_table(model: PreTrainedModel) -> str:
     for name, tensor in model.state_dict().items():
         if name.startswith("lm_head."):
             continue
-        kind = re.sub(r"\.\d+\.", ".*.", name)
         if name.endswith("qweight"):
-            stored, parameters = "INT4, groups of 32", 2 * tensor.numel()
+            stored, itemsize, parameters = "INT4, groups of 32", 1, 2 * tensor.numel()
         elif name.endswith("scale"):
-            stored, parameters = "scales of the above", 0
+            stored, itemsize, parameters = "float16, scales of the above", 2, 0
+        elif name.endswith("router.weight"):
+            stored, itemsize, parameters = "float32, not quantised", 4, tensor.numel()
         else:
-            dtype = torch.float32 if name.endswith("router.weight") else torch.bfloat16
-            stored, parameters = f"{str(dtype).removeprefix('torch.')}, kept", tensor.numel()
-        row = rows.setdefault((kind, stored), [0, 0, 0])
-        bits = 32 if stored.startswith("float32") else 16
-        num_bytes = tensor.numel() if tensor.dtype == torch.uint8 else tensor.numel() * bits // 8
-        row[:] = row[0] + 1, row[1] + parameters, row[2] + num_bytes
+            stored, itemsize, parameters = "bfloat16, not quantised", 2, tensor.numel()
+        row = rows.setdefault((re.sub(r"\.\d+\.", ".*.", name), stored), [0, 0, 0])
+        row[:] = row[0] + 1, row[1] + parameters, row[2] + itemsize * tensor.numel()
     width = max(len(kind) for kind, _ in rows)
     lines = [f"{'tensor':{width}s}  {'tensors':>7s}  {'parameters':>13s}  {'bytes':>13s}  stored as"]
     for (kind, stored), (count, parameters, num_bytes) in rows.items():
@@ -349,7 +345,10 @@ def quantize(model: PreTrainedModel) -> PreTrainedModel:
     if model.config.quantization is not None:
         raise ValueError("This model is INT4 already; quantising it twice would lose accuracy. Use it as it is.")
     dtype = model.dtype
-    for name, module in tqdm(modules_to_pack(model).items(), desc="quantise to INT4", unit="module"):
+    modules = modules_to_pack(model)
+    for name in tqdm(list(modules), desc="quantise to INT4", unit="module"):
+        # Popped, so that its weights are freed before the next module is packed.
+        module = modules.pop(name)
         tensors = {}
         for parameter_name, (weight_name, scale_name) in PACKED_NAMES.items():
             if parameter_name in module._parameters:
@@ -386,7 +385,8 @@ def dequantize(model: PreTrainedModel) -> PreTrainedModel:
     with torch.device("meta"):
         skeleton = type(model)(model.config)
     packed = {name: module for name, module in model.named_modules() if isinstance(module, Int4Module)}
-    for name, module in tqdm(packed.items(), desc="dequantise", unit="module"):
+    for name in tqdm(list(packed), desc="dequantise", unit="module"):
+        module = packed.pop(name)
         tensors = {
             parameter_name: dequantize_tensor(module._buffers[weight_name], module._buffers[scale_name], dtype)
             for parameter_name, (weight_name, scale_name) in PACKED_NAMES.items()
