@@ -118,7 +118,12 @@ def plot(path: Path) -> None:
     loss_axis.legend()
     load = torch.tensor(json.loads((OUT / "1-pretrain" / "expert_load.json").read_text())["load"])
     image = load_axis.imshow(load / load.mean(dim=1, keepdim=True), vmin=0, vmax=2, cmap="RdBu_r", aspect="auto")
-    load_axis.set(yticks=range(len(load)), xlabel="expert", ylabel="layer", title="Expert load, last pre-training step (1 = even)")
+    load_axis.set(
+        yticks=range(len(load)),
+        xlabel="expert",
+        ylabel="layer",
+        title="Expert load, last pre-training step (1 = even)",
+    )
     figure.colorbar(image, ax=load_axis)
     figure.savefig(path, dpi=120)
     plt.close(figure)
