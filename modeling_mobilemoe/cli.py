@@ -29,6 +29,8 @@ def main(argv: list[str] | None = None) -> None:
         {"export": run_export, "run": run_generation}[arguments.command](arguments)
     except (ValueError, OSError) as error:
         sys.exit(f"mobilemoe {arguments.command}: {error}")
+    except ModuleNotFoundError as error:
+        sys.exit(f"mobilemoe {arguments.command}: {error.name} is not installed. pip install 'mobilemoe[export]'")
 
 
 def run_export(arguments: argparse.Namespace) -> None:
@@ -53,13 +55,13 @@ def run_generation(arguments: argparse.Namespace) -> None:
     for token in model.generate(prompt, arguments.max_new_tokens, arguments.temperature, arguments.seed):
         first_token = first_token or time.perf_counter()
         tokens.append(token)
-        # Decoded as a whole: a character may span tokens, and only then is the text so far final.
+        # Decoded as a whole: a character may span tokens, and until its last one the text ends in a replacement.
         grown = model.decode(tokens)
         if not grown.endswith("\ufffd"):
             print(grown[len(text) :], end="", flush=True)
             text = grown
     finished = time.perf_counter()
-    print()
+    print(model.decode(tokens)[len(text) :])
     if len(tokens) > 1:
         rate = (len(tokens) - 1) / (finished - first_token)
         print(

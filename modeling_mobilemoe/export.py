@@ -260,9 +260,14 @@ def export_checkpoint(
             axis and the released grid along the output axis: 8 keeps the weights, 4 rounds them a second time.
 
     Raises:
-        ValueError: for an existing output, a context longer than the model's, or another width.
+        ValueError: for a missing checkpoint, an existing output, a context longer than the model's, or another width.
     """
     model_dir, output_dir = Path(model_dir), Path(output_dir)
+    if not model_dir.is_dir():
+        raise ValueError(
+            f"{model_dir} is not a directory. Export reads a local checkpoint: fetch one with "
+            f"`hf download {model_dir} --local-dir DIR` and name that directory."
+        )
     if output_dir.exists():
         raise ValueError(f"The output {output_dir} exists and would be overwritten. Remove it or name another one.")
     if expert_bits not in (4, 8):

@@ -7,13 +7,13 @@ Pre-training and mid-training on raw text: two YAML files, one script.
 from transformers import AutoTokenizer
 from trl import SFTConfig, SFTTrainer, TrlParser
 
-from modeling_mobilemoe.training import ExpertBiasCallback, RecipeArguments, load_mixture, load_model
+from modeling_mobilemoe.training import RecipeArguments, load_mixture, load_model, set_up_routing
 
 
 def main(recipe: RecipeArguments, training_args: SFTConfig) -> None:
     tokenizer = AutoTokenizer.from_pretrained(recipe.tokenizer or recipe.model)
     model = load_model(recipe.model)
-    balancing = ExpertBiasCallback(model, recipe.expert_bias_update_rate)
+    balancing = set_up_routing(model, recipe, training_args.gradient_accumulation_steps)
     trainer = SFTTrainer(
         model=model,
         args=training_args,

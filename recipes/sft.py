@@ -7,7 +7,7 @@ Instruction fine-tuning on prompt and completion pairs; the loss counts the comp
 from transformers import AutoTokenizer
 from trl import SFTConfig, SFTTrainer, TrlParser
 
-from modeling_mobilemoe.training import CHAT_TEMPLATE, ExpertBiasCallback, RecipeArguments, load_mixture, load_model
+from modeling_mobilemoe.training import CHAT_TEMPLATE, RecipeArguments, load_mixture, load_model, set_up_routing
 
 
 def main(recipe: RecipeArguments, training_args: SFTConfig) -> None:
@@ -15,7 +15,7 @@ def main(recipe: RecipeArguments, training_args: SFTConfig) -> None:
     # Base checkpoints have no chat template; from here on the model has one.
     tokenizer.chat_template = tokenizer.chat_template or CHAT_TEMPLATE
     model = load_model(recipe.model)
-    balancing = ExpertBiasCallback(model, recipe.expert_bias_update_rate)
+    balancing = set_up_routing(model, recipe, training_args.gradient_accumulation_steps)
     trainer = SFTTrainer(
         model=model,
         args=training_args,

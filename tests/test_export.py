@@ -2,6 +2,7 @@
 
 import json
 import keyword
+import sys
 
 import numpy as np
 import pytest
@@ -187,9 +188,15 @@ def test_bad_requests_write_nothing(text_checkpoint, tiny_checkpoint, tmp_path):
         export_checkpoint(text_checkpoint, tmp_path / "out", expert_bits=3)
     with pytest.raises(ValueError, match="outside the model's context of 256 tokens"):
         export_checkpoint(text_checkpoint, tmp_path / "out", max_seq_len=257)
-    with pytest.raises(SystemExit, match="mobilemoe export: "):
+    with pytest.raises(SystemExit, match="mobilemoe export: .*missing is not a directory"):
         main(["export", "--model", str(tmp_path / "missing"), "--output", str(tmp_path / "out")])
     assert list(tmp_path.iterdir()) == [existing]
+
+
+def test_missing_extra_is_named(monkeypatch, pte_directory):
+    monkeypatch.setitem(sys.modules, "executorch.runtime", None)
+    with pytest.raises(SystemExit, match=r"executorch\.runtime is not installed\. pip install 'mobilemoe\[export\]'"):
+        main(["run", "--model", str(pte_directory), "--prompt", "x"])
 
 
 def test_chat_needs_a_template(checkpoint):
