@@ -1,0 +1,60 @@
+"""The example scripts run from their command lines; the demo itself is `make demo`."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+
+EXAMPLES = Path(__file__).parents[1] / "examples"
+
+
+def run_example(name: str, *arguments: str) -> dict:
+    """Runs a benchmark and returns the JSON line that it prints last."""
+    command = [sys.executable, EXAMPLES / name, *arguments]
+    result = subprocess.run(command, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr[-3000:]
+    return json.loads(result.stdout.splitlines()[-1])
+
+
+def test_forward_benchmark_prints_json_last():
+    result = run_example("bench_forward.py", "--tokens", "16", "--layers", "1", "--repeats", "3")
+    for model in ("mobilemoe", "olmoe", "qwen3_moe"):
+        assert 0 < result[model]["p10"] <= result[model]["ms_per_layer"] <= result[model]["p90"]
+
+
+@pytest.mark.slow
+def test_load_benchmark_keeps_int4_in_memory(tmp_path):
+    result = run_example("bench_load.py", "--directory", str(tmp_path / "s"), "--new-tokens", "1")
+    # Published: the size of the released S-QAT file (facebook/MobileMoE-S-QAT, model.safetensors).
+    assert result["file"] == 713_916_240
+    assert result["packed"]["resident_over_file"] < 1.25 < result["expanded"]["resident_over_file"]
+
+
+def test_demo_data_never_trains_on_heldout_files(tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(EXAMPLES)
+    import stdlib_data
+
+    library = {"kept.py": 'def f(a):\n    """Adds one to a number."""\n    return a + 1\n'}
+    library["held.py"] = library["kept.py"].replace("one", "two")
+    monkeypatch.setattr(stdlib_data, "standard_library_files", lambda: iter(library.items()))
+    monkeypatch.setattr(stdlib_data, "is_heldout", lambda name: name == "held.py")
+    stdlib_data.write_data(tmp_path)
+    for kind in ("code", "docstrings", "chat"):
+        train, heldout = ((tmp_path / f"{kind}.{part}.jsonl").read_text() for part in ("train", "heldout"))
+        assert "Adds one" in train and "two" not in train
+        assert "Adds two" in heldout and "one" not in heldout
+    rows = [json.loads(line) for line in (tmp_path / "chat.train.jsonl").read_text().splitlines()]
+    assert [row["completion"][0]["content"] for row in rows] == ["Adds one to a number.", library["kept.py"].rstrip()]
+
+
+def test_heldout_share_of_the_real_library(monkeypatch):
+    monkeypatch.syspath_prepend(EXAMPLES)
+    import stdlib_data
+
+    names = [name for name, _ in stdlib_data.standard_library_files()]
+    share = sum(stdlib_data.is_heldout(name) for name in names) / len(names)
+    assert len(names) > 100
+    assert 0.02 < share < 0.1
