@@ -1,7 +1,7 @@
 PYTHON ?= python3
 VENV := .venv
 # Small models on a CPU spend their time waiting for threads and for fresh memory. Waiting threads spin briefly and then
-# sleep, and freed memory is kept for the next step: together 30 % off a step of the demo.
+# sleep, and freed memory is kept for the next step: together a fifth off a step of the demo.
 export GOMP_SPINCOUNT = 20000
 export MALLOC_MMAP_THRESHOLD_ = 33554432
 export MALLOC_TRIM_THRESHOLD_ = 17179869184

@@ -83,6 +83,7 @@ def regroup_experts(experts: Int4Experts, num_bits: int) -> tuple[torch.Tensor, 
     Returns:
         The packed gate and up rows, and the packed down rows, each `(E, bytes)`.
     """
+    limit, low, high = ((QMAX - QMIN) / 2, QMIN, QMAX) if num_bits == 4 else (127, -128, 127)
     packed = []
     for qweight, weight_scale in (
         (experts.gate_up_qweight, experts.gate_up_scale),
@@ -93,9 +94,7 @@ def regroup_experts(experts: Int4Experts, num_bits: int) -> tuple[torch.Tensor, 
         for expert_qweight, expert_scale in zip(qweight, weight_scale, strict=True):
             weight = dequantize_tensor(expert_qweight, expert_scale, torch.float32).T  # (out, in)
             groups = weight.unflatten(-1, (-1, GROUP_SIZE))
-            limit = (QMAX - QMIN) / 2 if num_bits == 4 else 127
             scale = (groups.abs().amax(dim=-1) / limit).clamp(min=2.0**-24)
-            low, high = (QMIN, QMAX) if num_bits == 4 else (-128, 127)
             quantized = (groups / scale.unsqueeze(-1)).round().clamp(low, high).to(torch.int8).flatten(-2)
             blobs.append(pack_universal(quantized.unsqueeze(0), scale.unsqueeze(0), num_bits))
         packed.append(torch.cat(blobs))
@@ -108,7 +107,8 @@ class ExportMoE(nn.Module):
     def __init__(self, layer: MobileMoEDecoderLayer, num_bits: int):
         super().__init__()
         feed_forward = layer.feed_forward
-        self.router = feed_forward.router
+        self.top_k = feed_forward.router.top_k
+        self.route_scale = float(feed_forward.router.routed_scaling_factor)
         self.num_bits = num_bits
         self.intermediate_dim = feed_forward.experts.intermediate_dim
         gate_up, down = regroup_experts(feed_forward.experts, num_bits)
@@ -124,14 +124,14 @@ class ExportMoE(nn.Module):
             self.expert_bias,
             self.packed_gate_up,
             self.packed_down,
-            self.router.top_k,
+            self.top_k,
             self.gate_weight.shape[0],
             self.intermediate_dim,
             self.gate_weight.shape[1],
             GROUP_SIZE,
             self.num_bits,
             "sigmoid",
-            float(self.router.routed_scaling_factor),
+            self.route_scale,
         )
 
 

@@ -22,6 +22,20 @@ from modeling_mobilemoe.training import CHAT_TEMPLATE, train_tokenizer
 
 torch.set_num_threads(2)
 
+# The `quantization` block of the -QAT releases, verbatim (integrallis/models, MobileMoeHuggingFaceConfigTest).
+RELEASED_BLOCK = {
+    "format": "mobilemoe-int4-g32",
+    "group_size": 32,
+    "embedding_group_size": 32,
+    "qmin": -8,
+    "qmax": 7,
+    "symmetric": True,
+    "packed": True,
+    "scale_dtype": "float16",
+    "linear_group_axis": "in (last dim of [out, in])",
+    "expert_group_axis": "out (last dim of [E, in, out])",
+}
+
 
 @pytest.fixture(scope="session")
 def tiny_config() -> MobileMoEConfig:

@@ -4,6 +4,7 @@ from pathlib import Path
 import pytest
 import torch
 import transformers
+from conftest import RELEASED_BLOCK
 from transformers import AutoConfig
 
 from modeling_mobilemoe import MobileMoEConfig, MobileMoEForCausalLM
@@ -42,19 +43,6 @@ S_CONFIG = {
     "attention_dropout": 0.0,
     "routed_scaling_factor": 2.5,
     "norm_topk_prob": True,
-}
-# The block of the -QAT releases, verbatim; same source.
-QUANTIZATION = {
-    "format": "mobilemoe-int4-g32",
-    "group_size": 32,
-    "embedding_group_size": 32,
-    "qmin": -8,
-    "qmax": 7,
-    "symmetric": True,
-    "packed": True,
-    "scale_dtype": "float16",
-    "linear_group_axis": "in (last dim of [out, in])",
-    "expert_group_axis": "out (last dim of [E, in, out])",
 }
 ROPE_SCALING = S_CONFIG["rope_scaling"]
 ROPE_FIELDS = [field for field in ROPE_SCALING if field != "rope_type"]
@@ -185,7 +173,7 @@ def test_released_file_is_read(tmp_path: Path):
         # Neither size is the default, so that what was read is told apart from what was filled in.
         "hidden_size": 1024,
         "routed_scaling_factor": 2.0,
-        "quantization": QUANTIZATION,
+        "quantization": RELEASED_BLOCK,
     }
     config = AutoConfig.from_pretrained(write_config(tmp_path, released))
     assert type(config) is MobileMoEConfig
@@ -193,7 +181,7 @@ def test_released_file_is_read(tmp_path: Path):
     assert config.dtype == torch.bfloat16
     assert config.layer_types == ["full_attention"] * 20
     assert (config.attention_dropout, config.attn_temperature_tuning) == (0.0, False)
-    assert config.quantization == QUANTIZATION
+    assert config.quantization == RELEASED_BLOCK
 
 
 def test_unknown_keys_in_a_file_are_ignored_with_a_warning(tmp_path: Path, caplog: pytest.LogCaptureFixture):
@@ -212,7 +200,7 @@ def test_bad_value_in_a_file_names_its_key(tmp_path: Path):
         AutoConfig.from_pretrained(path)
 
 
-@pytest.mark.parametrize("quantization", [None, QUANTIZATION], ids=["full-precision", "int4"])
+@pytest.mark.parametrize("quantization", [None, RELEASED_BLOCK], ids=["full-precision", "int4"])
 def test_save_and_load_are_equal(tiny_config: MobileMoEConfig, quantization: dict | None, tmp_path: Path):
     config = MobileMoEConfig(**tiny_config.to_dict() | {"quantization": quantization})
     config.save_pretrained(tmp_path)

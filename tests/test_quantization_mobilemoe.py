@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from conftest import RELEASED_BLOCK
 from safetensors import safe_open
 from torch import nn
 from torch.nn import functional as F
@@ -24,21 +25,6 @@ from modeling_mobilemoe.quantization_mobilemoe import (
     quantize_tensor,
     unpack_int4,
 )
-
-
-# The `quantization` block of the -QAT releases, verbatim (integrallis/models, MobileMoeHuggingFaceConfigTest).
-RELEASED_BLOCK = {
-    "format": "mobilemoe-int4-g32",
-    "group_size": 32,
-    "embedding_group_size": 32,
-    "qmin": -8,
-    "qmax": 7,
-    "symmetric": True,
-    "packed": True,
-    "scale_dtype": "float16",
-    "linear_group_axis": "in (last dim of [out, in])",
-    "expert_group_axis": "out (last dim of [E, in, out])",
-}
 
 
 # By hand: two's complement, even index in the low nibble, odd in the high one.
