@@ -237,7 +237,7 @@ def add_suite_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run_evaluation(arguments: argparse.Namespace) -> None:
     if arguments.action == "prepare":
-        from .evaluation import prepare_data
+        from .evaluation_data import prepare_data
 
         prepare_data(arguments.suite, arguments.data_dir, arguments.tasks)
     elif arguments.action == "compare":
