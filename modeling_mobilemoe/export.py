@@ -138,6 +138,9 @@ def export_checkpoint(
     with stages("pack"):
         exportable = ExportModel(source, options, moe_module)
         config = source.config
+        if config.bos_token_id is None:
+            # Every runner asks the program for it.
+            config.bos_token_id = tokenizer.bos_token_id
         del source
     report = {
         "model": str(model),
