@@ -30,7 +30,7 @@ def main(argv: list[str] | None = None) -> None:
 def add_plan(commands) -> None:
     plan = commands.add_parser("plan", help="the best shape for a memory, a training budget and a speed")
     plan.add_argument(
-        "--memory-gb", type=float, required=True, help="for packed weights and key-value cache, 1e9 bytes"
+        "--memory-gb", type=float, required=True, help="for the program's weights and key-value cache, 1e9 bytes"
     )
     plan.add_argument("--context", type=int, default=8192, help="tokens that the cache holds")
     plan.add_argument("--tokens", type=float, help="training budget in tokens, or:")
@@ -53,7 +53,8 @@ def add_plan(commands) -> None:
 def run_plan(arguments: argparse.Namespace) -> None:
     from . import planner
     from .costs import PROGRAM_KV_BITS, Device, read_device
-    from .scaling import PAPER_LAW, fit_law, read_table
+    from .scaling import PAPER_LAW
+    from .scaling_fit import describe_fit, fit_law, read_table
 
     if arguments.device and (arguments.bandwidth or arguments.rate):
         raise ValueError("--device and --bandwidth or --rate both say how fast the device is. Give one of them.")
@@ -66,7 +67,10 @@ def run_plan(arguments: argparse.Namespace) -> None:
     law = PAPER_LAW
     if arguments.law:
         conditions = dict(condition.partition("=")[::2] for condition in arguments.where)
-        law = fit_law(read_table(arguments.law, **conditions))
+        table = read_table(arguments.law, **conditions)
+        law = fit_law(table)
+        if not arguments.json:
+            print(describe_fit(law, table), end="\n\n")
     request = planner.Request(
         memory=arguments.memory_gb * 1e9,
         context=arguments.context,
