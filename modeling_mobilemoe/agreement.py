@@ -8,8 +8,7 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from .evaluation import is_pte
-from .evaluation_data import write_json
+from .evaluation import is_pte, write_json
 from .modeling_mobilemoe import MobileMoERouter
 from .runtime import CheckpointModel, LanguageModel, PteModel
 

@@ -236,7 +236,8 @@ def run_task(lm, task: dict, settings: dict, data_dir: Path | None) -> dict:
     chosen = chosen or "none"
     scores = results["results"][task["task"]]
     stderr = scores.get(f"{metric}_stderr,{chosen}")
-    subtasks = {name for name in results["n-samples"] if name != task["task"]}
+    # Members of a group, and groups of them.
+    subtasks = set(results["results"]) - {task["task"], group["group"]}
     return {
         "title": task["title"],
         "task": task["task"],

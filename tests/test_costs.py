@@ -96,7 +96,7 @@ def test_memory_equals_that_of_an_exported_program(tiny_config, tiny_model):
 
     weights = sum(program_bytes(tiny_config, 32).values())
     for kv_cache, bits in (("fp32", 32), ("int8", 8)):
-        options = ProgramOptions(32, 4, kv_cache=kv_cache)
+        options = ProgramOptions(32, expert_bits=4, kv_cache=kv_cache)
         program = ExportModel(quantize(copy.deepcopy(tiny_model)), options, MOE_MODULES["mobilemoe"])
         caches = [buffer.nbytes for name, buffer in program.named_buffers() if "_cache" in name]
         assert memory_bytes(tiny_config, 32, bits) == weights + sum(caches)

@@ -44,6 +44,7 @@ ROOT = Path(__file__).parents[1]
 FEW = ["boolq", "piqa", "winogrande", "nq"]
 # 24 and 57 data sets: they take as long as all the others together.
 GROUPS = ["bbh", "mmlu"]
+OTHER_GROUPS = ("mmlu_stem", "mmlu_other", "mmlu_social_sciences", "mmlu_humanities")
 SINGLE = [name for name in select_tasks("foundation") if name not in GROUPS]
 
 
@@ -154,7 +155,14 @@ def test_scores_equal_the_harness_to_the_last_digit(bf16_report, checkpoints, fo
 @pytest.mark.slow
 def test_groups_equal_the_harness_to_the_last_digit(checkpoints, foundation_data, tmp_path):
     report = run_eval(checkpoints["bf16"], tmp_path / "out", foundation_data, "--tasks", *GROUPS)
-    assert len(report["tasks"]["mmlu"]["subtasks"]) >= 57
+    subtasks = {name: task["subtasks"] for name, task in report["tasks"].items()}
+    # 57 subjects in four groups.
+    assert len(subtasks["bbh"]) == 24 and len(subtasks["mmlu"]) == 61 and "mmlu_stem" in subtasks["mmlu"]
+    for name, metric in (("bbh", "acc_norm,none"), ("mmlu", "acc,none")):
+        rows = [row for key, row in subtasks[name].items() if not key.startswith(OTHER_GROUPS)]
+        weights = [row["sample_len"] for row in rows]
+        mean = sum(row[metric] * weight for row, weight in zip(rows, weights, strict=True)) / sum(weights)
+        assert report["tasks"][name]["score"] == pytest.approx(mean)
     (tmp_path / "work").mkdir()
     equals_the_harness(report, checkpoints["bf16"], foundation_data, tmp_path / "work")
 

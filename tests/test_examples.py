@@ -46,6 +46,14 @@ def test_kernel_benchmark_prints_json_last():
 
 
 @pytest.mark.slow
+def test_granularity_benchmark_prints_json_last():
+    times = run_example("bench_granularity.py", "--tokens", "1", "--repeats", "3")["us_per_token"]["1"]
+    assert set(times) == {"2", "4", "8", "16"} and all(
+        0 < low <= median <= high for median, low, high in times.values()
+    )
+
+
+@pytest.mark.slow
 def test_training_benchmark_prints_json_last():
     result = run_example("bench_train.py", "--layers", "1", "--length", "32", "--repeats", "3")
     for model in ("mobilemoe", "mobilemoe, capacity 1.5", "olmoe", "qwen3_moe"):
