@@ -376,11 +376,12 @@ def lower(model: ExportModel, constant_methods: dict, experts_file: bool, stages
         with stages("trace"):
             exported = torch.export.export(model, example, dynamic_shapes=dynamic_shapes, strict=False)
         with stages("lower", f"{len(model.layers)} layers, some 5 to 15 s each"):
-            # One partitioner for linears and elementwise work together: with two, as in ExecuTorch's llama example,
+            # Our operators leave nothing that a delegate would do faster than it is called.
+            # Otherwise one partitioner for linears and elementwise work together: with two, as in ExecuTorch's llama example,
             # every linear is a delegate of its own, which takes longer both here and when it runs.
             edge = to_edge_transform_and_lower(
                 exported,
-                partitioner=[XnnpackPartitioner()],
+                partitioner=[] if model.on_kernels else [XnnpackPartitioner()],
                 compile_config=EdgeCompileConfig(_check_ir_validity=False, _skip_dim_order=True),
                 constant_methods=constant_methods,
             )

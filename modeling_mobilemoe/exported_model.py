@@ -1,7 +1,9 @@
 """The module that becomes a `.pte`: `forward(tokens, pos)` from the operators that ExecuTorch runtimes have.
 
-Linears are XNNPACK's, with the INT4 integers of the checkpoint and INT8 activations; one MoE operator per layer holds
-router and routed experts; the KV cache lives inside. Shapes as in modeling_mobilemoe.py, B is 1.
+One MoE operator per layer holds router and routed experts. With `mobilemoe::moe_ffn` everything else that is packed is
+multiplied by our operators too, where the program has it mapped, and the table is also the head. With the stock one,
+linears are XNNPACK's, with the INT4 integers of the checkpoint and INT8 activations. The KV cache lives inside. Shapes
+as in modeling_mobilemoe.py, B is 1.
 """
 
 from dataclasses import dataclass
@@ -10,7 +12,7 @@ import torch
 from torch import nn
 from tqdm.auto import tqdm
 
-from .kernels.modules import MoEFFN
+from .kernels.modules import AttentionInputs, MoEFFN, PackedEmbedding, PackedLinear, PackedMLP, RMSNorm
 from .modeling_mobilemoe import (
     MobileMoEDecoderLayer,
     MobileMoEForCausalLM,
@@ -178,15 +180,32 @@ def _linear(weight: torch.Tensor, out_features: int, in_features: int) -> nn.Lin
     return linear
 
 
+class DelegatedAttentionInputs(nn.Module):
+    """As [`AttentionInputs`], of linears and elementwise work for XNNPACK."""
+
+    def __init__(self, attention: nn.Module):
+        super().__init__()
+        self.head_dim = attention.head_dim
+        self.eps = attention.config.rms_norm_eps
+        for name in ("q_proj", "k_proj", "v_proj"):
+            self.add_module(name, export_linear(attention.get_submodule(name)))
+
+    def forward(self, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        heads = (*x.shape[:2], -1, self.head_dim)
+        query = rms_normalize(apply_rotary_emb(self.q_proj(x).view(heads), cos, sin), self.eps)
+        key = rms_normalize(apply_rotary_emb(self.k_proj(x).view(heads), cos, sin), self.eps)
+        return query, key, self.v_proj(x).view(heads)
+
+
 class ExportAttention(nn.Module):
-    def __init__(self, layer: MobileMoEDecoderLayer, options: ProgramOptions):
+    def __init__(self, layer: MobileMoEDecoderLayer, options: ProgramOptions, on_kernels: bool):
         super().__init__()
         attention = layer.self_attn
         self.head_dim = attention.head_dim
-        self.eps = attention.config.rms_norm_eps
+        self.on_kernels = on_kernels
         self.int8_cache = options.kv_cache == "int8"
-        for name in ("q_proj", "k_proj", "v_proj", "o_proj"):
-            self.add_module(name, export_linear(attention.get_submodule(name)))
+        self.inputs = AttentionInputs(attention) if on_kernels else DelegatedAttentionInputs(attention)
+        self.o_proj = PackedLinear(attention.o_proj) if on_kernels else export_linear(attention.o_proj)
         per_token = (1, options.max_seq_len, attention.config.num_key_value_heads)
         for name in ("k_cache", "v_cache"):
             dtype = torch.int8 if self.int8_cache else torch.float32
@@ -197,16 +216,15 @@ class ExportAttention(nn.Module):
 
     def forward(self, hidden_states: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, start: int) -> torch.Tensor:
         batch, length, _ = hidden_states.shape
-        heads = (batch, length, -1, self.head_dim)
-        query = rms_normalize(apply_rotary_emb(self.q_proj(hidden_states).view(heads), cos, sin), self.eps)
-        key = rms_normalize(apply_rotary_emb(self.k_proj(hidden_states).view(heads), cos, sin), self.eps)
         attend = self.attend_int8 if self.int8_cache else self.attend
-        attended = attend(query, key, self.v_proj(hidden_states).view(heads), start)
+        attended = attend(*self.inputs(hidden_states, cos, sin), start)
         return self.o_proj(attended.reshape(batch, length, -1))
 
     def attend(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, start: int) -> torch.Tensor:
         torch.ops.llama.update_cache(key, self.k_cache, start)
         torch.ops.llama.update_cache(value, self.v_cache, start)
+        if self.on_kernels:
+            return torch.ops.mobilemoe.attention(query, self.k_cache, self.v_cache, start)
         return torch.ops.llama.custom_sdpa(query, self.k_cache, self.v_cache, start, None, 0.0, True)
 
     def attend_int8(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, start: int) -> torch.Tensor:
@@ -243,12 +261,17 @@ def int8_per_token(states: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, to
 
 
 class ExportLayer(nn.Module):
-    def __init__(self, layer: MobileMoEDecoderLayer, options: ProgramOptions, moe_module: type[nn.Module]):
+    def __init__(self, layer: MobileMoEDecoderLayer, options: ProgramOptions, moe_module: type[nn.Module] | None):
         super().__init__()
-        self.input_layernorm = layer.input_layernorm
-        self.post_attention_layernorm = layer.post_attention_layernorm
-        self.attention = ExportAttention(layer, options)
-        self.moe = moe_module(layer, options)
+        on_kernels = moe_module in (None, MoEFFN)
+        self.input_layernorm = RMSNorm(layer.input_layernorm) if on_kernels else layer.input_layernorm
+        norm = layer.post_attention_layernorm
+        self.post_attention_layernorm = RMSNorm(norm) if on_kernels else norm
+        self.attention = ExportAttention(layer, options, on_kernels)
+        self.moe = moe_module(layer, options) if moe_module else None
+        if on_kernels:
+            self.shared_expert = PackedMLP(layer.feed_forward.shared_expert)
+            return
         self.shared_expert = layer.feed_forward.shared_expert
         for name in ("gate_proj", "up_proj", "down_proj"):
             self.shared_expert.set_submodule(name, export_linear(self.shared_expert.get_submodule(name)))
@@ -256,6 +279,8 @@ class ExportLayer(nn.Module):
     def forward(self, hidden_states: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, start: int) -> torch.Tensor:
         hidden_states = hidden_states + self.attention(self.input_layernorm(hidden_states), cos, sin, start)
         normed = self.post_attention_layernorm(hidden_states)
+        if self.moe is None:
+            return hidden_states + self.shared_expert(normed)
         routed = self.moe(normed.flatten(0, 1)).view_as(normed)
         return hidden_states + routed + self.shared_expert(normed)
 
@@ -267,20 +292,27 @@ class ExportModel(nn.Module):
     Args:
         model (`MobileMoEForCausalLM`): packed INT4, or full precision, which stays so.
         options (`ProgramOptions`): the rest.
-        moe_module (`type[nn.Module]`): router and routed experts of a layer, one of `MOE_MODULES`, or [`DenseMoE`]
-            for full precision.
+        moe_module (`type[nn.Module]`, *optional*): router and routed experts of a layer, one of `MOE_MODULES`, or
+            [`DenseMoE`] for full precision. Without it the layers have none: a dense model on our operators.
     """
 
-    def __init__(self, model: MobileMoEForCausalLM, options: ProgramOptions, moe_module: type[nn.Module]):
+    def __init__(self, model: MobileMoEForCausalLM, options: ProgramOptions, moe_module: type[nn.Module] | None):
         super().__init__()
         embedding = model.get_input_embeddings()
         self.options = options
         packed = isinstance(embedding, Int4Embedding)
-        self.embed_tokens = ExportEmbedding(embedding, options.embedding_bits) if packed else embedding
+        self.on_kernels = moe_module in (None, MoEFFN)
+        if self.on_kernels and options.embedding_bits == 4:
+            self.embed_tokens = PackedEmbedding(embedding)
+        else:
+            self.embed_tokens = ExportEmbedding(embedding, options.embedding_bits) if packed else embedding
         layers = tqdm(model.model.layers, desc="pack", unit="layer")
         self.layers = nn.ModuleList([ExportLayer(layer, options, moe_module) for layer in layers])
-        self.norm = model.model.norm
-        self.lm_head = export_linear(embedding if packed else model.lm_head)
+        self.norm = RMSNorm(model.model.norm) if self.on_kernels else model.model.norm
+        if self.on_kernels:
+            self.lm_head = PackedLinear(embedding)
+        else:
+            self.lm_head = export_linear(embedding if packed else model.lm_head)
         inv_freq = MobileMoERotaryEmbedding.compute_inv_freq(model.config)
         angles = torch.arange(options.max_seq_len)[:, None] * inv_freq
         self.register_buffer("cos", angles.cos())

@@ -1,7 +1,8 @@
 """How far a `.pte` is from its PyTorch checkpoint on real text, and which rounding is to blame for what.
 
-XNNPACK rounds inputs of linears to INT8 per token and group scales to BF16; experts may cross to another grid. Each is
-put into the PyTorch model alone, then all together: what then still differs is the program itself.
+Our operators round inputs of linears to INT8 in groups, XNNPACK rounds them per token and group scales to BF16; experts
+may cross to another grid. Each is put into the PyTorch model alone, then all together: what then still differs is the
+program itself.
 """
 
 from collections.abc import Callable, Iterator
@@ -49,6 +50,24 @@ class KernelExperts(Int4Experts):
         return torch.ops.mobilemoe.moe_experts(hidden_states, top_k_index.contiguous(), top_k_weights, *packed)
 
 
+class KernelLinear(Int4Linear):
+    """A linear as `mobilemoe::int4_linear` multiplies it."""
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        return torch.ops.mobilemoe.int4_linear(hidden_states.contiguous(), self.qweight, self.weight_scale)
+
+
+class KernelHead(Int4Head):
+    """The head as `mobilemoe::int4_linear` multiplies it."""
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        (embedding,) = self._embedding
+        return torch.ops.mobilemoe.int4_linear(hidden_states.contiguous(), embedding.qweight, embedding.weight_scale)
+
+
+KERNEL_CLASSES = {Int4Experts: KernelExperts, Int4Linear: KernelLinear, Int4Head: KernelHead}
+
+
 class Int8Cache(DynamicCache):
     """Keys and values as an INT8 cache returns them."""
 
@@ -75,11 +94,22 @@ def encode_prompts(tokenizer: PreTrainedTokenizerBase, vocab_size: int, max_seq_
 
 
 @contextmanager
-def rounded_as(model: PreTrainedModel, sources: set[str], expert_bits: int) -> Iterator[PreTrainedModel]:
-    """A packed model with these of the `SOURCES` in place."""
+def rounded_as(
+    model: PreTrainedModel, sources: set[str], expert_bits: int, on_kernels: bool = False
+) -> Iterator[PreTrainedModel]:
+    """A packed model with these of the `SOURCES` in place; INT8 activations are those of our operators or XNNPACK's."""
     undo: list[Callable[[], object]] = []
+
+    def run_on_kernels(*kinds: type[nn.Module]) -> None:
+        for module in model.modules():
+            if isinstance(module, kinds):
+                undo.append(lambda module=module, original=type(module): setattr(module, "__class__", original))
+                module.__class__ = KERNEL_CLASSES[type(module)]
+
     linears = [module for module in model.modules() if isinstance(module, Int4Linear | Int4Head)]
-    if "INT8 activations" in sources:
+    if "INT8 activations" in sources and on_kernels:
+        run_on_kernels(Int4Linear, Int4Head)
+    elif "INT8 activations" in sources:
         rounding = Int8FakeQuantizer()
         for linear in linears:
             hook = linear.register_forward_pre_hook(lambda _, inputs: (rounding.values(inputs[0]),))
@@ -97,10 +127,7 @@ def rounded_as(model: PreTrainedModel, sources: set[str], expert_bits: int) -> I
         undo.append(lambda original=head._embedding: setattr(head, "_embedding", original))
         head._embedding = (table,)
     if "INT8 expert activations" in sources:
-        for module in model.modules():
-            if isinstance(module, Int4Experts):
-                module.__class__ = KernelExperts
-                undo.append(lambda module=module: setattr(module, "__class__", Int4Experts))
+        run_on_kernels(Int4Experts)
     if "expert grid" in sources:
         for module in model.modules():
             if isinstance(module, Int4Experts):
@@ -186,15 +213,18 @@ class Reference:
         packed = self.checkpoint
         if self.sources:
             packed = reference_logits(model, self.prompts)
+        imitates = on_kernels and available()
         absent = {
             "expert grid": not crosses,
-            "INT8 expert activations": not (on_kernels and available()),
+            "BF16 scales": on_kernels,
+            "INT8 activations": on_kernels and not imitates,
+            "INT8 expert activations": not imitates,
             "INT8 KV cache": options.kv_cache != "int8",
         }
         present = [source for source in SOURCES if not absent.get(source)]
         for sources in [{source} for source in present] + [set(present)]:
             cache = Int8Cache if "INT8 KV cache" in sources else None
-            with rounded_as(model, sources, options.expert_bits):
+            with rounded_as(model, sources, options.expert_bits, on_kernels):
                 logits = reference_logits(model, self.prompts, cache)
             if len(sources) == 1:
                 self.sources[next(iter(sources))] = compare(packed, logits)
