@@ -29,6 +29,7 @@ class ProgramOptions:
 
     Args:
         max_seq_len (`int`): context in tokens, the size of the KV cache.
+        weights (`str`): `"int4"`, or `"fp32"` and `"bf16"` of a full-precision model.
         expert_bits (`int`): width of the experts, 4, or 8 in `llama::quantized_moe_ffn`.
         embedding_bits (`int`): width of the embedding table, 4 or 8; the integers are the same.
         kv_cache (`str`): `"fp32"`, or `"int8"`, a quarter of the memory at some loss.
@@ -36,6 +37,7 @@ class ProgramOptions:
     """
 
     max_seq_len: int
+    weights: str = "int4"
     expert_bits: int = 8
     embedding_bits: int = 4
     kv_cache: str = "fp32"
@@ -86,7 +88,7 @@ class DenseMoE(nn.Module):
     """
     Full-precision experts, for evaluation: every token passes through every expert, most of them weighted by zero.
 
-    All experts together are two linears, which XNNPACK takes; gathering the experts of each token instead would copy
+    All experts together are three linears; gathering the experts of each token instead would copy
     `tokens * top_k` matrices in a prefill. It computes E / top_k times what is needed.
     """
 
@@ -102,9 +104,9 @@ class DenseMoE(nn.Module):
         self.register_buffer("expert_bias", feed_forward.expert_bias.float())
         gate_up, down = feed_forward.experts.gate_up_proj.detach(), feed_forward.experts.down_proj.detach()
         gate, up = gate_up.chunk(2, dim=-1)  # (E, H, I)
-        self.gate_proj = float_linear(gate.permute(0, 2, 1).flatten(0, 1))  # (E * I, H)
-        self.up_proj = float_linear(up.permute(0, 2, 1).flatten(0, 1))
-        self.down_proj = float_linear(down.flatten(0, 1).T)  # (H, E * I)
+        self.gate_proj = float_linear(gate.permute(0, 2, 1).flatten(0, 1), options.weights)  # (E * I, H)
+        self.up_proj = float_linear(up.permute(0, 2, 1).flatten(0, 1), options.weights)
+        self.down_proj = float_linear(down.flatten(0, 1).T, options.weights)  # (H, E * I)
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
         scores = nn.functional.linear(hidden_states, self.gate_weight).sigmoid()  # (tokens, E)
@@ -146,10 +148,10 @@ class ExportEmbedding(nn.Module):
         )
 
 
-def export_linear(linear: Int4Linear | Int4Embedding | nn.Linear) -> nn.Linear:
-    """A linear that XNNPACK takes: the INT4 integers as they are and INT8 activations per token, or FP32."""
+def export_linear(linear: Int4Linear | Int4Embedding | nn.Linear, weights: str = "int4") -> nn.Module:
+    """A linear that XNNPACK takes: the INT4 integers as they are and INT8 activations per token; or a float one."""
     if isinstance(linear, nn.Linear):
-        return float_linear(linear.weight.detach())
+        return float_linear(linear.weight.detach(), weights)
     from torchao.quantization import IntxUnpackedToInt8Tensor
     from torchao.quantization.quantize_.workflows.intx.intx_unpacked_to_int8_tensor import (
         IntxUnpackedToInt8TensorActivationQuantization,
@@ -168,8 +170,22 @@ def export_linear(linear: Int4Linear | Int4Embedding | nn.Linear) -> nn.Linear:
     return _linear(weight, *quantized.shape)
 
 
-def float_linear(weight: torch.Tensor) -> nn.Linear:
+def float_linear(weight: torch.Tensor, weights: str) -> nn.Module:
+    """In `weights`, which is `"fp32"` or `"bf16"`."""
+    if weights == "bf16":
+        return BFloat16Linear(weight.bfloat16().contiguous())
     return _linear(weight.float().contiguous(), *weight.shape)
+
+
+class BFloat16Linear(nn.Module):
+    """As PyTorch computes a BF16 checkpoint: inputs and results in BF16, sums in FP32."""
+
+    def __init__(self, weight: torch.Tensor):
+        super().__init__()
+        self.register_buffer("weight", weight)
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        return nn.functional.linear(hidden_states.bfloat16(), self.weight).float()
 
 
 def _linear(weight: torch.Tensor, out_features: int, in_features: int) -> nn.Linear:
@@ -186,7 +202,7 @@ class ExportAttention(nn.Module):
         self.eps = attention.config.rms_norm_eps
         self.int8_cache = options.kv_cache == "int8"
         for name in ("q_proj", "k_proj", "v_proj", "o_proj"):
-            self.add_module(name, export_linear(attention.get_submodule(name)))
+            self.add_module(name, export_linear(attention.get_submodule(name), options.weights))
         per_token = (1, options.max_seq_len, attention.config.num_key_value_heads)
         for name in ("k_cache", "v_cache"):
             dtype = torch.int8 if self.int8_cache else torch.float32
@@ -251,7 +267,8 @@ class ExportLayer(nn.Module):
         self.moe = moe_module(layer, options)
         self.shared_expert = layer.feed_forward.shared_expert
         for name in ("gate_proj", "up_proj", "down_proj"):
-            self.shared_expert.set_submodule(name, export_linear(self.shared_expert.get_submodule(name)))
+            linear = export_linear(self.shared_expert.get_submodule(name), options.weights)
+            self.shared_expert.set_submodule(name, linear)
 
     def forward(self, hidden_states: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, start: int) -> torch.Tensor:
         hidden_states = hidden_states + self.attention(self.input_layernorm(hidden_states), cos, sin, start)
@@ -276,11 +293,15 @@ class ExportModel(nn.Module):
         embedding = model.get_input_embeddings()
         self.options = options
         packed = isinstance(embedding, Int4Embedding)
-        self.embed_tokens = ExportEmbedding(embedding, options.embedding_bits) if packed else embedding
+        if packed:
+            self.embed_tokens = ExportEmbedding(embedding, options.embedding_bits)
+        else:
+            # In place, so that table and head stay one tensor.
+            self.embed_tokens = embedding.bfloat16() if options.weights == "bf16" else embedding
         layers = tqdm(model.model.layers, desc="pack", unit="layer")
         self.layers = nn.ModuleList([ExportLayer(layer, options, moe_module) for layer in layers])
         self.norm = model.model.norm
-        self.lm_head = export_linear(embedding if packed else model.lm_head)
+        self.lm_head = export_linear(embedding if packed else model.lm_head, options.weights)
         inv_freq = MobileMoERotaryEmbedding.compute_inv_freq(model.config)
         angles = torch.arange(options.max_seq_len)[:, None] * inv_freq
         self.register_buffer("cos", angles.cos())
@@ -293,7 +314,7 @@ class ExportModel(nn.Module):
         torch._check(start + length <= self.options.max_seq_len)
         cos = self.cos.narrow(0, start, length).unsqueeze(0)  # (1, T, D / 2)
         sin = self.sin.narrow(0, start, length).unsqueeze(0)
-        hidden_states = self.embed_tokens(tokens)
+        hidden_states = self.embed_tokens(tokens).float()
         for layer in self.layers:
             hidden_states = layer(hidden_states, cos, sin, start)
         if not self.options.all_logits:
