@@ -41,17 +41,17 @@ def program_config(config: PretrainedConfig) -> MobileMoEConfig:
     """The shape as a MobileMoE; a dense one has its feed-forward as shared expert, and experts that are left out."""
     if isinstance(config, MobileMoEConfig):
         return config
-    names = (
-        "vocab_size",
-        "hidden_size",
-        "num_hidden_layers",
-        "num_attention_heads",
-        "num_key_value_heads",
-        "head_dim",
-    )
-    left_out = {"num_local_experts": 1, "num_experts_per_tok": 1, "intermediate_size": 32}
     return MobileMoEConfig(
-        **{name: config.to_dict()[name] for name in names}, intermediate_size_mlp=config.intermediate_size, **left_out
+        vocab_size=config.vocab_size,
+        hidden_size=config.hidden_size,
+        intermediate_size_mlp=config.intermediate_size,
+        num_hidden_layers=config.num_hidden_layers,
+        num_attention_heads=config.num_attention_heads,
+        num_key_value_heads=config.num_key_value_heads,
+        head_dim=config.head_dim,
+        num_local_experts=1,
+        num_experts_per_tok=1,
+        intermediate_size=32,
     )
 
 

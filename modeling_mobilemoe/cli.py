@@ -100,7 +100,9 @@ def add_export(commands) -> None:
         choices=("mobilemoe", "llama"),
         help="operator of the experts: ours, compiled on first use, or the stock one (default: ours where it can)",
     )
-    export.add_argument("--weights", default="int4", choices=("int4", "fp32"), help="fp32: quantise nothing, slow")
+    export.add_argument(
+        "--weights", default="int4", choices=("int4", "fp32", "bf16"), help="fp32, bf16: quantise nothing, slow"
+    )
     export.add_argument("--embedding-bits", type=int, default=4, choices=(4, 8), help="8: the same integers, wider")
     export.add_argument("--kv-cache", default="fp32", choices=("fp32", "int8"))
     export.add_argument("--all-logits", action="store_true", help="logits of every position, for evaluation")

@@ -31,6 +31,7 @@ class ProgramOptions:
 
     Args:
         max_seq_len (`int`): context in tokens, the size of the KV cache.
+        weights (`str`): `"int4"`, or `"fp32"` and `"bf16"` of a full-precision model.
         expert_bits (`int`): width of the experts, 4, or 8 in `llama::quantized_moe_ffn`.
         embedding_bits (`int`): width of the embedding table, 4 or 8; the integers are the same.
         kv_cache (`str`): `"fp32"`, or `"int8"`, a quarter of the memory at some loss.
@@ -38,6 +39,7 @@ class ProgramOptions:
     """
 
     max_seq_len: int
+    weights: str = "int4"
     expert_bits: int = 8
     embedding_bits: int = 4
     kv_cache: str = "fp32"
@@ -88,7 +90,7 @@ class DenseMoE(nn.Module):
     """
     Full-precision experts, for evaluation: every token passes through every expert, most of them weighted by zero.
 
-    All experts together are two linears, which XNNPACK takes; gathering the experts of each token instead would copy
+    All experts together are three linears; gathering the experts of each token instead would copy
     `tokens * top_k` matrices in a prefill. It computes E / top_k times what is needed.
     """
 
@@ -104,9 +106,9 @@ class DenseMoE(nn.Module):
         self.register_buffer("expert_bias", feed_forward.expert_bias.float())
         gate_up, down = feed_forward.experts.gate_up_proj.detach(), feed_forward.experts.down_proj.detach()
         gate, up = gate_up.chunk(2, dim=-1)  # (E, H, I)
-        self.gate_proj = float_linear(gate.permute(0, 2, 1).flatten(0, 1))  # (E * I, H)
-        self.up_proj = float_linear(up.permute(0, 2, 1).flatten(0, 1))
-        self.down_proj = float_linear(down.flatten(0, 1).T)  # (H, E * I)
+        self.gate_proj = float_linear(gate.permute(0, 2, 1).flatten(0, 1), options.weights)  # (E * I, H)
+        self.up_proj = float_linear(up.permute(0, 2, 1).flatten(0, 1), options.weights)
+        self.down_proj = float_linear(down.flatten(0, 1).T, options.weights)  # (H, E * I)
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
         scores = nn.functional.linear(hidden_states, self.gate_weight).sigmoid()  # (tokens, E)
@@ -148,10 +150,10 @@ class ExportEmbedding(nn.Module):
         )
 
 
-def export_linear(linear: Int4Linear | Int4Embedding | nn.Linear) -> nn.Linear:
-    """A linear that XNNPACK takes: the INT4 integers as they are and INT8 activations per token, or FP32."""
+def export_linear(linear: Int4Linear | Int4Embedding | nn.Linear, weights: str = "int4") -> nn.Module:
+    """A linear that XNNPACK takes: the INT4 integers as they are and INT8 activations per token; or a float one."""
     if isinstance(linear, nn.Linear):
-        return float_linear(linear.weight.detach())
+        return float_linear(linear.weight.detach(), weights)
     from torchao.quantization import IntxUnpackedToInt8Tensor
     from torchao.quantization.quantize_.workflows.intx.intx_unpacked_to_int8_tensor import (
         IntxUnpackedToInt8TensorActivationQuantization,
@@ -170,8 +172,22 @@ def export_linear(linear: Int4Linear | Int4Embedding | nn.Linear) -> nn.Linear:
     return _linear(weight, *quantized.shape)
 
 
-def float_linear(weight: torch.Tensor) -> nn.Linear:
+def float_linear(weight: torch.Tensor, weights: str) -> nn.Module:
+    """In `weights`, which is `"fp32"` or `"bf16"`."""
+    if weights == "bf16":
+        return BFloat16Linear(weight.bfloat16().contiguous())
     return _linear(weight.float().contiguous(), *weight.shape)
+
+
+class BFloat16Linear(nn.Module):
+    """As PyTorch computes a BF16 checkpoint: inputs and results in BF16, sums in FP32."""
+
+    def __init__(self, weight: torch.Tensor):
+        super().__init__()
+        self.register_buffer("weight", weight)
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        return nn.functional.linear(hidden_states.bfloat16(), self.weight).float()
 
 
 def _linear(weight: torch.Tensor, out_features: int, in_features: int) -> nn.Linear:
@@ -183,12 +199,12 @@ def _linear(weight: torch.Tensor, out_features: int, in_features: int) -> nn.Lin
 class DelegatedAttentionInputs(nn.Module):
     """As [`AttentionInputs`], of linears and elementwise work for XNNPACK."""
 
-    def __init__(self, attention: nn.Module):
+    def __init__(self, attention: nn.Module, options: ProgramOptions):
         super().__init__()
         self.head_dim = attention.head_dim
         self.eps = attention.config.rms_norm_eps
         for name in ("q_proj", "k_proj", "v_proj"):
-            self.add_module(name, export_linear(attention.get_submodule(name)))
+            self.add_module(name, export_linear(attention.get_submodule(name), options.weights))
 
     def forward(self, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> tuple[torch.Tensor, ...]:
         heads = (*x.shape[:2], -1, self.head_dim)
@@ -204,8 +220,11 @@ class ExportAttention(nn.Module):
         self.head_dim = attention.head_dim
         self.on_kernels = on_kernels
         self.int8_cache = options.kv_cache == "int8"
-        self.inputs = AttentionInputs(attention) if on_kernels else DelegatedAttentionInputs(attention)
-        self.o_proj = PackedLinear(attention.o_proj) if on_kernels else export_linear(attention.o_proj)
+        if on_kernels:
+            self.inputs, self.o_proj = AttentionInputs(attention), PackedLinear(attention.o_proj)
+        else:
+            self.inputs = DelegatedAttentionInputs(attention, options)
+            self.o_proj = export_linear(attention.o_proj, options.weights)
         per_token = (1, options.max_seq_len, attention.config.num_key_value_heads)
         for name in ("k_cache", "v_cache"):
             dtype = torch.int8 if self.int8_cache else torch.float32
@@ -274,7 +293,8 @@ class ExportLayer(nn.Module):
             return
         self.shared_expert = layer.feed_forward.shared_expert
         for name in ("gate_proj", "up_proj", "down_proj"):
-            self.shared_expert.set_submodule(name, export_linear(self.shared_expert.get_submodule(name)))
+            linear = export_linear(self.shared_expert.get_submodule(name), options.weights)
+            self.shared_expert.set_submodule(name, linear)
 
     def forward(self, hidden_states: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, start: int) -> torch.Tensor:
         hidden_states = hidden_states + self.attention(self.input_layernorm(hidden_states), cos, sin, start)
@@ -304,15 +324,18 @@ class ExportModel(nn.Module):
         self.on_kernels = moe_module in (None, MoEFFN)
         if self.on_kernels and options.embedding_bits == 4:
             self.embed_tokens = PackedEmbedding(embedding)
+        elif packed:
+            self.embed_tokens = ExportEmbedding(embedding, options.embedding_bits)
         else:
-            self.embed_tokens = ExportEmbedding(embedding, options.embedding_bits) if packed else embedding
+            # In place, so that table and head stay one tensor.
+            self.embed_tokens = embedding.bfloat16() if options.weights == "bf16" else embedding
         layers = tqdm(model.model.layers, desc="pack", unit="layer")
         self.layers = nn.ModuleList([ExportLayer(layer, options, moe_module) for layer in layers])
-        self.norm = RMSNorm(model.model.norm) if self.on_kernels else model.model.norm
         if self.on_kernels:
-            self.lm_head = PackedLinear(embedding)
+            self.norm, self.lm_head = RMSNorm(model.model.norm), PackedLinear(embedding)
         else:
-            self.lm_head = export_linear(embedding if packed else model.lm_head)
+            self.norm = model.model.norm
+            self.lm_head = export_linear(embedding if packed else model.lm_head, options.weights)
         inv_freq = MobileMoERotaryEmbedding.compute_inv_freq(model.config)
         angles = torch.arange(options.max_seq_len)[:, None] * inv_freq
         self.register_buffer("cos", angles.cos())
@@ -325,7 +348,7 @@ class ExportModel(nn.Module):
         torch._check(start + length <= self.options.max_seq_len)
         cos = self.cos.narrow(0, start, length).unsqueeze(0)  # (1, T, D / 2)
         sin = self.sin.narrow(0, start, length).unsqueeze(0)
-        hidden_states = self.embed_tokens(tokens)
+        hidden_states = self.embed_tokens(tokens).float()
         for layer in self.layers:
             hidden_states = layer(hidden_states, cos, sin, start)
         if not self.options.all_logits:

@@ -249,13 +249,13 @@ def test_mlp_is_its_linears(library, isas, dim: int, hidden: int, num_tokens: in
     x, linear = tokens(num_tokens, dim), torch.ops.mobilemoe.int4_linear
     mid = nn.functional.silu(linear(x, *gate).double()) * linear(x, *up).double()
     expected = linear(mid.float(), *down)
+    results = []
     for name in isas:
         library.mobilemoe_set_isa(name.encode())
-        actual = torch.ops.mobilemoe.mlp(x, [*gate, *up, *down])
+        results.append(torch.ops.mobilemoe.mlp(x, [*gate, *up, *down]))
         # An integer may round the other way where SwiGLU differs in its last bit.
-        torch.testing.assert_close(actual, expected, rtol=1e-3, atol=1e-3 * expected.abs().max().item())
-        first = actual if name == isas[0] else first
-        assert torch.equal(actual, first), name
+        torch.testing.assert_close(results[-1], expected, rtol=1e-3, atol=1e-3 * expected.abs().max().item())
+        assert torch.equal(results[-1], results[0]), name
 
 
 @pytest.mark.parametrize("head_dim", [16, 24, 64, 80])
