@@ -1,8 +1,8 @@
 """What a MobileMoE model costs: parameters, FLOPs, bytes in memory, bytes per token, and seconds on a measured device.
 
 Bytes of weights are those of the INT4 format as this package writes it: 4.5 bits per weight with their FP16 scales, an
-FP32 router. A checkpoint (`quantization_mobilemoe.py`) has the tied embedding once and norms in BF16, a program
-(`export.py` with `mobilemoe::moe_ffn`) the embedding twice, norms in FP32, and the angles of its positions.
+FP32 router, the tied embedding once. A checkpoint (`quantization_mobilemoe.py`) has norms in BF16, a program
+(`export.py` with the operators of this package) in FP32, and the angles of its positions.
 """
 
 import json
@@ -18,8 +18,6 @@ from .quantization_mobilemoe import Int4Format
 
 # What the key-value cache of an exported program holds (export.py); the paper counts 8.
 PROGRAM_KV_BITS = 32
-# In a program: the table of the embedding operator, and XNNPACK's head.
-PROGRAM_EMBEDDINGS = 2
 # Of every head's INT8 keys, and values, of a token in a program: an FP32 scale and an INT8 zero point.
 INT8_CACHE_OVERHEAD = 5
 
@@ -64,12 +62,11 @@ def int4_bytes(config: MobileMoEConfig) -> dict[str, int]:
 
 def program_bytes(config: MobileMoEConfig, context: int) -> dict[str, int]:
     """
-    Bytes of the weights in an exported `model.pte` by part: those of [`int4_bytes`], and `head`, the embedding once
-    more, and `rotary`, cosine and sine of every position. The graph comes on top, some 30 KB per layer.
+    Bytes of the weights in an exported `model.pte` by part: those of [`int4_bytes`], and `rotary`, cosine and sine of
+    every position. The graph comes on top, some 30 KB per layer.
     """
     parts = int4_bytes(config)
     parts["norms_and_biases"] *= 2  # FP32
-    parts["head"] = (PROGRAM_EMBEDDINGS - 1) * parts["embedding"]
     parts["rotary"] = 4 * context * config.head_dim
     return parts
 

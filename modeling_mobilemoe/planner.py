@@ -458,8 +458,8 @@ def print_plan(result: Plan) -> None:
     )
     table.add_row(
         "memory",
-        f"{best.memory / 1e9:.3g} GB: weights {weights / 1e9:.3g} (experts {parts['experts'] / 1e9:.3g}, embedding "
-        f"and head {(parts['embedding'] + parts['head']) / 1e9:.3g}), cache {(best.memory - weights) / 1e9:.3g} for "
+        f"{best.memory / 1e9:.3g} GB: weights {weights / 1e9:.3g} (experts {parts['experts'] / 1e9:.3g}, "
+        f"embedding {parts['embedding'] / 1e9:.3g}), cache {(best.memory - weights) / 1e9:.3g} for "
         f"{result.request.context} tokens at {result.request.kv_bits} bits",
     )
     table.add_row("training", f"{best.tokens:.3g} tokens, {training_flops(config, best.tokens):.3g} FLOPs")

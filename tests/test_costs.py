@@ -129,7 +129,7 @@ def test_program_bytes_are_what_the_export_says_before_it_starts(size):
     config = SIZES[size]
     parts = program_bytes(config, 4096)
     options = ProgramOptions(max_seq_len=4096, expert_bits=4)
-    said = export.program_bytes(config, options, "int4", MOE_MODULES["mobilemoe"])
+    said = export.program_bytes(config, options, MOE_MODULES["mobilemoe"])
     # It leaves norms and expert biases out.
     assert sum(parts.values()) - parts["norms_and_biases"] == said
     norms = (2 * config.num_hidden_layers + 1) * config.hidden_size

@@ -187,7 +187,7 @@ def test_command_line_prints_tables_or_json(capsys, tmp_path):
     printed = capsys.readouterr().out
     for text in (
         "width 768, 20 layers, E = 8",
-        "0.771",
+        "0.716",
         "tokens/s decode",
         "the paper's choice",
         "within the law's error",
