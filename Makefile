@@ -12,12 +12,14 @@ export MALLOC_TOP_PAD_ = 268435456
 setup: $(VENV)/.ready
 
 # optimum-executorch pins a release candidate of transformers that nothing else here can use, so it goes in without its
-# dependencies; what it needs from them is in the `export` extra.
+# dependencies; what it needs from them is in the `export` extra. The test of MATH-500 takes antlr4 4.11 from beside the
+# environment, in which executorch's dependencies want 4.9.
 $(VENV)/.ready: pyproject.toml
 	@test -x $(VENV)/bin/pip || $(PYTHON) -m venv $(VENV) || { \
 		rm -rf $(VENV); echo "python3 cannot make a virtual environment. On Debian: apt install python3-venv"; exit 1; }
 	$(VENV)/bin/pip install --quiet --editable ".[all]"
 	$(VENV)/bin/pip install --quiet --no-deps optimum==2.0.0 optimum-executorch==1.1.0
+	$(VENV)/bin/pip install --quiet --no-deps --target $(VENV)/antlr4-4.11 antlr4-python3-runtime==4.11.0
 	touch $@
 
 # The whole road at toy scale, about 7 minutes on 2 cores: out/demo/

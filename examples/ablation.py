@@ -1,9 +1,9 @@
 r"""
 Our own small test of the paper's three findings: real training runs on real text, and the law fitted to them.
 
-    python examples/ablation.py [--sizes 24x2 32x2 48x2 --tokens 262144 524288 1048576 --seeds 0 1 2]
+    python examples/ablation.py [--sizes 24x2 32x2 48x2 --tokens 524288 1048576 2097152 --seeds 0 1 2]
     python examples/ablation.py --device cuda --sizes 128x4 192x6 256x8 --tokens 2e7 4e7 8e7 --batch 64 \
-        --learning-rate 4e-3 --output out/ablation/cuda.jsonl
+        --output out/ablation/cuda.jsonl
     python examples/ablation.py --report
 
 One run per line of `docs/ablation.jsonl`; runs that are in the file are not repeated, so the command goes on where it
@@ -16,11 +16,12 @@ none of which changes the active parameters (the router's few rows apart):
 - E, expert expansion, in 1, 2, 4, 8, 16, 32 at granularity 2: 2E experts of half the dense width, top-2, no shared
   expert; at every size and token count. Granularity 1 is left out: with one expert per token the normalised routing
   weight is a constant, and no gradient of the loss reaches the router.
-- granularity 2, 4, 8, 16 at E = 8 without a shared expert: 8g experts, top-g; at the middle size and all token counts.
-- a shared expert at E = 8 and granularity 8: 60 experts, top-4, and one of four times their width.
+- granularity 2, 4, 8, 16 at E = 8 without a shared expert: 8g experts, top-g; at the middle size and token count.
+- a shared expert at E = 8 and granularity 8: 60 experts, top-4, and one of four times their width; there too.
 
-All runs of a seed see the same sequences in the same order. The first seed trains the whole grid; the others train the
-middle size with the most tokens, from which the error bars come.
+The learning rate falls with the width, as Adam's best one does: 1.6e-2 at width 32, the best of three at E = 1 and at
+E = 8, and in inverse proportion elsewhere. All runs of a seed see the same sequences in the same order. The first seed
+trains the whole grid; the others train the middle size and token count, from which the error bars come.
 """
 
 import argparse
@@ -40,7 +41,8 @@ from torch import nn
 from tqdm import tqdm
 
 from modeling_mobilemoe import MobileMoEConfig, MobileMoEForCausalLM
-from modeling_mobilemoe.scaling import COEFFICIENTS, COLUMNS, fit_law, heldout_error, plot_fit
+from modeling_mobilemoe.scaling import COEFFICIENTS, COLUMNS
+from modeling_mobilemoe.scaling_fit import describe_fit, fit_law, heldout_error, plot_fit
 from modeling_mobilemoe.toy_tokenizer import train_tokenizer
 from modeling_mobilemoe.training import RecipeArguments, set_up_routing
 
@@ -48,6 +50,8 @@ from modeling_mobilemoe.training import RecipeArguments, set_up_routing
 VOCAB_SIZE, LENGTH = 512, 128
 EXPANSIONS, GRANULARITIES = (1, 2, 4, 8, 16, 32), (2, 4, 8, 16)
 NUM_HELDOUT_TOKENS = 2**16
+# Where the learning rate is that of the command line.
+RATE_WIDTH = 32
 # Of Student's t at 97.5 %, by degrees of freedom.
 T_QUANTILES = (math.inf, 12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228)
 # A claim, and the sum of losses that it says is below zero: weights of the arms (E, granularity, shared expert). A
@@ -80,10 +84,9 @@ def plan_runs(sizes: list[tuple[int, int]], tokens: list[int], seeds: list[int])
     """The runs in order: those with error bars first, then the grid of the first seed. `sizes` and `tokens` ascend."""
     arms = [(expansion, 2, False) for expansion in EXPANSIONS]
     arms += [(8, granularity, False) for granularity in GRANULARITIES[1:]] + [(8, 8, True)]
-    middle = sizes[len(sizes) // 2]
-    cells = [(middle, tokens[-1], arm, seed) for seed in seeds for arm in arms]
+    middle = (sizes[len(sizes) // 2], tokens[len(tokens) // 2])
+    cells = [(*middle, arm, seed) for seed in seeds for arm in arms]
     cells += [(size, count, arm, seeds[0]) for size in sizes for count in tokens for arm in arms[: len(EXPANSIONS)]]
-    cells += [(middle, count, arm, seeds[0]) for count in tokens for arm in arms[len(EXPANSIONS) :]]
     runs = []
     for (width, layers), count, (expansion, granularity, shared), seed in dict.fromkeys(cells):
         values = (width, layers, expansion, granularity, shared, count, seed)
@@ -167,7 +170,7 @@ def train(run: dict, text: dict[str, torch.Tensor], arguments: argparse.Namespac
     # The same for every model of a seed.
     order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(run["seed"]))
     optimizer = torch.optim.AdamW(
-        model.parameters(), arguments.learning_rate, betas=(0.9, 0.95), weight_decay=0.1, fused=True
+        model.parameters(), run["learning_rate"], betas=(0.9, 0.95), weight_decay=0.1, fused=True
     )
     warmup = max(1, num_steps // 20)
     schedule = torch.optim.lr_scheduler.LambdaLR(
@@ -298,18 +301,9 @@ def report(rows: list[dict], num_planned: int, output: Path) -> tuple[str, dict]
         lines.append(f"\n## The law\n\nNone yet. {error}")
         return "\n".join(lines), result
     intervals = fit.intervals()
-    lines.append(
-        f"\nThe joint law fitted to the {len(sweep)} runs of the sweep over E (N and D in millions), 95 % intervals\n"
-    )
-    lines.append("| coefficient | estimate | interval |\n|---|---|---|")
-    for name in COEFFICIENTS:
-        low, high = intervals[name]
-        lines.append(f"| {name} | {fit.law.__dict__[name]:.4g} | {low:.4g} to {high:.4g} |")
+    lines.append(f"\n## The law\n\nOf the sweep over E. {describe_fit(fit, table)}")
     result["law"] = {name: [fit.law.__dict__[name], *intervals[name]] for name in COEFFICIENTS}
     result |= {"rmse": fit.law.rmse, "heldout_rmse": heldout_error(table, unit=1e6)}
-    lines.append(
-        f"\nRMSE {fit.law.rmse:.4f}; of the runs with most tokens, fitted to the others, {result['heldout_rmse']:.4f}"
-    )
     plot_fit(fit, table, output.with_suffix(".png"))
     lines.append(f"\n![Losses over E and the fitted law]({output.with_suffix('.png').name})")
     return "\n".join(lines), result
@@ -320,10 +314,10 @@ def main() -> None:
     parser.add_argument("--output", type=Path, default=Path("docs/ablation.jsonl"), help="beside it: .md and .png")
     parser.add_argument("--cache", type=Path, default=Path("out/ablation"), help="tokenized text")
     parser.add_argument("--sizes", nargs="+", default=["24x2", "32x2", "48x2"], help="width x layers, ascending")
-    parser.add_argument("--tokens", type=lambda text: int(float(text)), nargs="+", default=[2**18, 2**19, 2**20])
+    parser.add_argument("--tokens", type=lambda text: int(float(text)), nargs="+", default=[2**19, 2**20, 2**21])
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--batch", type=int, default=8, help=f"sequences of {LENGTH} tokens in a step")
-    parser.add_argument("--learning-rate", type=float, default=1.6e-2)
+    parser.add_argument("--learning-rate", type=float, default=1.6e-2, help=f"at width {RATE_WIDTH}")
     parser.add_argument("--bias-rate", type=float, default=5e-3, help="of load balancing; five times the paper's")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--report", action="store_true", help="train nothing")
@@ -335,10 +329,11 @@ def main() -> None:
     if not arguments.report:
         text = load_tokens(arguments.cache)
         digest = hashlib.sha256(b"".join(text[part].numpy().tobytes() for part in sorted(text))).hexdigest()[:12]
-        settings = {"learning_rate": arguments.learning_rate, "bias_rate": arguments.bias_rate}
-        settings |= {"batch": arguments.batch, "text": digest}
-        done = {tuple(row[key] for key in (*KEY, *settings)) for row in rows}
-        runs = [run | settings for run in plan if (*run.values(), *settings.values()) not in done]
+        settings = {"bias_rate": arguments.bias_rate, "batch": arguments.batch, "text": digest}
+        for run in plan:
+            run |= {"learning_rate": arguments.learning_rate * RATE_WIDTH / run["width"]} | settings
+        done = {tuple(row[key] for key in plan[0]) for row in rows}
+        runs = [run for run in plan if tuple(run.values()) not in done]
         arguments.output.parent.mkdir(parents=True, exist_ok=True)
         partial = arguments.output.with_suffix(".partial")
         partial.write_text("".join(json.dumps(row) + "\n" for row in rows))

@@ -18,7 +18,8 @@ import time
 import numpy as np
 from tqdm import tqdm
 
-from modeling_mobilemoe.scaling import COEFFICIENTS, COLUMNS, PAPER_GRID, PAPER_LAW, fit_law
+from modeling_mobilemoe.scaling import COEFFICIENTS, COLUMNS, PAPER_GRID, PAPER_LAW
+from modeling_mobilemoe.scaling_fit import fit_law
 
 
 def synthetic_table(noise: float, seed: int) -> dict[str, np.ndarray]:

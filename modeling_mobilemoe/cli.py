@@ -30,7 +30,7 @@ def main(argv: list[str] | None = None) -> None:
 def add_plan(commands) -> None:
     plan = commands.add_parser("plan", help="the best shape for a memory, a training budget and a speed")
     plan.add_argument(
-        "--memory-gb", type=float, required=True, help="for packed weights and key-value cache, 1e9 bytes"
+        "--memory-gb", type=float, required=True, help="for the program's weights and key-value cache, 1e9 bytes"
     )
     plan.add_argument("--context", type=int, default=8192, help="tokens that the cache holds")
     plan.add_argument("--tokens", type=float, help="training budget in tokens, or:")
@@ -53,7 +53,8 @@ def add_plan(commands) -> None:
 def run_plan(arguments: argparse.Namespace) -> None:
     from . import planner
     from .costs import PROGRAM_KV_BITS, Device, read_device
-    from .scaling import PAPER_LAW, fit_law, read_table
+    from .scaling import PAPER_LAW
+    from .scaling_fit import describe_fit, fit_law, read_table
 
     if arguments.device and (arguments.bandwidth or arguments.rate):
         raise ValueError("--device and --bandwidth or --rate both say how fast the device is. Give one of them.")
@@ -66,7 +67,10 @@ def run_plan(arguments: argparse.Namespace) -> None:
     law = PAPER_LAW
     if arguments.law:
         conditions = dict(condition.partition("=")[::2] for condition in arguments.where)
-        law = fit_law(read_table(arguments.law, **conditions))
+        table = read_table(arguments.law, **conditions)
+        law = fit_law(table)
+        if not arguments.json:
+            print(describe_fit(law, table), end="\n\n")
     request = planner.Request(
         memory=arguments.memory_gb * 1e9,
         context=arguments.context,
@@ -100,7 +104,9 @@ def add_export(commands) -> None:
         choices=("mobilemoe", "llama"),
         help="operator of the experts: ours, compiled on first use, or the stock one (default: ours where it can)",
     )
-    export.add_argument("--weights", default="int4", choices=("int4", "fp32"), help="fp32: quantise nothing, slow")
+    export.add_argument(
+        "--weights", default="int4", choices=("int4", "fp32", "bf16"), help="fp32, bf16: quantise nothing, slow"
+    )
     export.add_argument("--embedding-bits", type=int, default=4, choices=(4, 8), help="8: the same integers, wider")
     export.add_argument("--kv-cache", default="fp32", choices=("fp32", "int8"))
     export.add_argument("--all-logits", action="store_true", help="logits of every position, for evaluation")
@@ -175,6 +181,13 @@ def add_bench(commands) -> None:
     bench.add_argument("--repeats", type=int, default=5)
     bench.add_argument("--threads", type=int, default=os.cpu_count())
     bench.add_argument("--prompt-file", help="text to take prompts from (default: random tokens)")
+    bench.add_argument(
+        "--runtime",
+        default="pte",
+        choices=("pte", "pytorch"),
+        help="of the shapes: a program in ExecuTorch, exported first, or PyTorch",
+    )
+    bench.add_argument("--profile", action="store_true", help="milliseconds by operator, of programs")
     bench.add_argument("--json", help="file to write the result to")
     bench.add_argument("--picture", help="file to draw the result in, such as bench.png")
     bench.set_defaults(function=run_bench, extra="bench")
@@ -190,6 +203,8 @@ def run_bench(arguments: argparse.Namespace) -> None:
         arguments.repeats,
         arguments.threads,
         arguments.prompt_file,
+        arguments.runtime,
+        arguments.profile,
     )
     # First what was measured: a table or a picture that fails must not cost it.
     if arguments.json:
@@ -237,7 +252,7 @@ def add_suite_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run_evaluation(arguments: argparse.Namespace) -> None:
     if arguments.action == "prepare":
-        from .evaluation import prepare_data
+        from .evaluation_data import prepare_data
 
         prepare_data(arguments.suite, arguments.data_dir, arguments.tasks)
     elif arguments.action == "compare":

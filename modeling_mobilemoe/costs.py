@@ -1,7 +1,8 @@
 """What a MobileMoE model costs: parameters, FLOPs, bytes in memory, bytes per token, and seconds on a measured device.
 
-Bytes of weights are those of the INT4 format as this package writes it (`quantization_mobilemoe.py`): half a byte and
-a sixteenth of a scale per weight, an FP32 router, BF16 norms and expert biases, the tied embedding once.
+Bytes of weights are those of the INT4 format as this package writes it: 4.5 bits per weight with their FP16 scales, an
+FP32 router, the tied embedding once. A checkpoint (`quantization_mobilemoe.py`) has norms in BF16, a program
+(`export.py` with the operators of this package) in FP32, and the angles of its positions.
 """
 
 import json
@@ -17,11 +18,13 @@ from .quantization_mobilemoe import Int4Format
 
 # What the key-value cache of an exported program holds (export.py); the paper counts 8.
 PROGRAM_KV_BITS = 32
+# Of every head's INT8 keys, and values, of a token in a program: an FP32 scale and an INT8 zero point.
+INT8_CACHE_OVERHEAD = 5
 
 
 def int4_bytes(config: MobileMoEConfig) -> dict[str, int]:
     """
-    Bytes of the packed model by part: `embedding`, `attention`, `experts`, `shared_expert`, `router`,
+    Bytes of a packed checkpoint by part: `embedding`, `attention`, `experts`, `shared_expert`, `router`,
     `norms_and_biases`. Their sum is a saved file without its header: 713,863,008 for S, whose released file has
     713,916,240. The paper's first term, b_w / 8 * N_total (equation 5), leaves out scales and the FP32 router.
 
@@ -57,6 +60,17 @@ def int4_bytes(config: MobileMoEConfig) -> dict[str, int]:
     }
 
 
+def program_bytes(config: MobileMoEConfig, context: int) -> dict[str, int]:
+    """
+    Bytes of the weights in an exported `model.pte` by part: those of [`int4_bytes`], and `rotary`, cosine and sine of
+    every position. The graph comes on top, some 30 KB per layer.
+    """
+    parts = int4_bytes(config)
+    parts["norms_and_biases"] *= 2  # FP32
+    parts["rotary"] = 4 * context * config.head_dim
+    return parts
+
+
 def kv_cache_bytes(config: MobileMoEConfig, context: int, bits: int = PROGRAM_KV_BITS) -> int:
     """
     Bytes of keys and values of `context` tokens (paper, equation 5, where `bits` is 8).
@@ -70,8 +84,14 @@ def kv_cache_bytes(config: MobileMoEConfig, context: int, bits: int = PROGRAM_KV
 
 
 def memory_bytes(config: MobileMoEConfig, context: int, kv_bits: int = PROGRAM_KV_BITS) -> int:
-    """Packed weights and key-value cache: M(N_total, T) of the paper, with weights as they are really stored."""
-    return sum(int4_bytes(config).values()) + kv_cache_bytes(config, context, kv_bits)
+    """
+    Weights and key-value cache of an exported program: M(N_total, T) of the paper (equation 5), with both as they are
+    really stored.
+    """
+    cache = kv_cache_bytes(config, context, kv_bits)
+    if kv_bits == 8:
+        cache += 2 * config.num_hidden_layers * config.num_key_value_heads * context * INT8_CACHE_OVERHEAD
+    return sum(program_bytes(config, context).values()) + cache
 
 
 def expected_experts(num_experts: int, top_k: int, tokens: int) -> float:
@@ -239,9 +259,16 @@ def two_rates(first: np.ndarray, second: np.ndarray, seconds: np.ndarray) -> tup
 
 
 def _measurements(benchmark: dict) -> dict:
-    models = [model for model in benchmark["models"].values() if model["config"]["model_type"] == "mobilemoe"]
+    models = [
+        model
+        for model in benchmark["models"].values()
+        if model["config"]["model_type"] == "mobilemoe" and model["config"].get("quantization")
+    ]
     if not models:
-        raise ValueError("The benchmark has no MobileMoE model. Run `mobilemoe bench` with one, S for example.")
+        raise ValueError(
+            "The benchmark has no MobileMoE model with packed weights, whose bytes are what speed is predicted from. "
+            "Run `mobilemoe bench` with one, S for example."
+        )
     config, rows = models[0]["config"], models[0]["lengths"]
     # Tokens are decoded after the prompt: on average half of them are in the cache too.
     decode = [(int(length) + benchmark["new_tokens"] // 2, row["decode_tokens_per_s"]) for length, row in rows.items()]
@@ -257,7 +284,7 @@ def _measurements(benchmark: dict) -> dict:
 
 def read_device(path: str | Path) -> Device:
     """
-    A device from what `mobilemoe bench --json` wrote, of the first MobileMoE model in it, or from a JSON of
+    A device from what `mobilemoe bench --json` wrote, of the first packed MobileMoE model in it, or from a JSON of
     measurements: `config` (the measured model's `config.json`), `decode` (a list of `{"context",
     "tokens_per_second"}`), optionally `prefill` (of `{"tokens", "tokens_per_second"}`), `kv_bits` and `device`, a
     name. Other keys are ignored.

@@ -9,186 +9,37 @@ What a suite runs stands in `suites.yaml`. Tasks, prompts, answers and metrics a
 
 import contextlib
 import hashlib
-import importlib.util
 import json
 import logging
 import os
 import platform
-import shutil
 import sys
 import tempfile
 import time
+from collections import Counter
 from collections.abc import Iterator
 from datetime import UTC, datetime
-from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 import torch
 import yaml
 
+from .evaluation_data import (
+    CODE_EVAL,
+    SITE,
+    check_data,
+    check_requirements,
+    select_tasks,
+    suite_file,
+    write_json,
+)
 from .export import file_sha256, local_checkpoint
 from .runtime import CheckpointModel, PteModel
 
 
-PUNKT = "tokenizers/punkt_tab"
-# The script behind the harness's two code tasks, a Space on the Hub; it is run, not only read.
-CODE_EVAL = "evaluate-metric/code_eval"
 PACKAGES = ("lm_eval", "torch", "transformers", "datasets", "executorch", "mobilemoe")
 DTYPES = {"auto": "auto", "float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-
-
-@cache
-def suite_file() -> dict:
-    """The parsed `suites.yaml`; do not modify it."""
-    return yaml.safe_load((Path(__file__).parent / "suites.yaml").read_text())
-
-
-def select_tasks(suite: str, names: list[str] | None = None) -> dict[str, dict]:
-    """
-    Settings by task name, in the suite's order.
-
-    Raises:
-        ValueError: for an unknown suite or task.
-    """
-    suites = suite_file()["suites"]
-    if suite not in suites:
-        raise ValueError(f"There is no suite {suite!r}. Choose one of: {', '.join(suites)}.")
-    tasks = suites[suite]["tasks"]
-    unknown = [name for name in names or [] if name not in tasks]
-    if unknown:
-        raise ValueError(f"The suite {suite} has no task {', '.join(unknown)}. Choose from: {', '.join(tasks)}.")
-    return {name: task for name, task in tasks.items() if not names or name in names}
-
-
-def check_requirements(tasks: dict[str, dict]) -> None:
-    """
-    Raises:
-        ValueError: naming the tasks whose modules are missing or of another release, and how to install them.
-    """
-    problems = []
-    for requirement, details in suite_file()["requirements"].items():
-        missing = [module for module in details["modules"] if importlib.util.find_spec(module) is None]
-        for package, wanted in details.get("versions", {}).items():
-            with contextlib.suppress(PackageNotFoundError):
-                if not version(package).startswith(wanted):
-                    missing.append(f"{package} {wanted} (here: {version(package)})")
-        users = [name for name, task in tasks.items() if task.get("requires") == requirement]
-        if missing and users:
-            problems.append(f"{', '.join(users)} needs {', '.join(missing)}: {details['install']}")
-    if problems:
-        raise ValueError("; ".join(problems) + ". Or choose other tasks with --tasks.")
-
-
-def prepare_data(suite: str, data_dir: str | Path, names: list[str] | None = None) -> None:
-    """
-    Downloads the data sets of a suite into `data_dir`, at the pinned commits; what is there already stays.
-
-    Raises:
-        ValueError: for an unknown suite or task.
-        OSError: where the Hub cannot be reached or a data set's terms have not been accepted.
-    """
-    data_dir = Path(data_dir)
-    tasks = select_tasks(suite, names)
-    for repo in {task["dataset"]: None for task in tasks.values()}:
-        pin = suite_file()["datasets"][repo]
-        if data_problem(data_dir, repo, pin["revision"]) is None:
-            print(f"{repo}: complete")
-        else:
-            download(data_dir, repo, "dataset", pin)
-    if any(task.get("runs_code") for task in tasks.values()) and data_problem(data_dir, CODE_EVAL, None):
-        download(data_dir, CODE_EVAL, "space", {"revision": None, "allow": ["*.py"]})
-    if any(task.get("requires") == "ifeval" for task in tasks.values()) and not (data_dir / "nltk" / PUNKT).is_dir():
-        check_requirements({name: task for name, task in tasks.items() if task.get("requires") == "ifeval"})
-        import nltk
-
-        if not nltk.download(Path(PUNKT).name, download_dir=str(data_dir / "nltk"), quiet=True):
-            raise OSError(
-                "The sentence splitter punkt_tab could not be downloaded. Check the network, then run again."
-            )
-        print("nltk punkt_tab")
-
-
-def download(data_dir: Path, repo: str, kind: str, pin: dict) -> None:
-    """Downloads beside the final place, then renames: a directory with its record beside it is a whole one."""
-    from huggingface_hub import HfApi, snapshot_download
-
-    api = HfApi()
-    info = api.dataset_info if kind == "dataset" else api.space_info
-    revision = info(repo, revision=pin["revision"] or "main").sha
-    print(f"{repo} at {revision}", flush=True)
-    final, partial = data_dir / repo, data_dir / f"{repo}.partial"
-    # An interrupted download goes on where it stopped.
-    snapshot_download(
-        repo,
-        repo_type=kind,
-        revision=revision,
-        local_dir=partial,
-        allow_patterns=[*pin["allow"], "README.md"] if "allow" in pin else None,
-        ignore_patterns=pin.get("ignore"),
-    )
-    shutil.rmtree(partial / ".cache", ignore_errors=True)
-    record_path(data_dir, repo).unlink(missing_ok=True)
-    shutil.rmtree(final, ignore_errors=True)
-    partial.rename(final)
-    write_record(data_dir, repo, revision)
-
-
-def record_path(data_dir: Path, repo: str) -> Path:
-    return data_dir / f"{repo}.json"
-
-
-def write_record(data_dir: Path, repo: str, revision: str) -> None:
-    """Notes the commit and the sizes of a data set that lies complete in `data_dir / repo`."""
-    files = {
-        str(path.relative_to(data_dir / repo)): path.stat().st_size
-        for path in sorted((data_dir / repo).rglob("*"))
-        if path.is_file()
-    }
-    write_json(record_path(data_dir, repo), {"repo": repo, "revision": revision, "files": files})
-
-
-def data_problem(data_dir: Path, repo: str, revision: str | None) -> str | None:
-    """What is wrong with a data set in `data_dir`, or `None`."""
-    record = record_path(data_dir, repo)
-    if not record.is_file():
-        return "is missing"
-    found = json.loads(record.read_text())
-    if revision is not None and found["revision"] != revision:
-        return f"is revision {found['revision']}, the suite is frozen at {revision}"
-    for name, size in found["files"].items():
-        path = data_dir / repo / name
-        if not path.is_file() or path.stat().st_size != size:
-            return f"is damaged: {name} is missing or has another size"
-    return None
-
-
-def check_data(suite: str, tasks: dict[str, dict], data_dir: Path) -> dict[str, str]:
-    """
-    Returns the commit of every data set of the tasks.
-
-    Raises:
-        ValueError: listing the data sets that are missing, damaged or of another revision.
-    """
-    revisions, problems = {}, []
-    needed = {task["dataset"]: suite_file()["datasets"][task["dataset"]]["revision"] for task in tasks.values()}
-    if any(task.get("runs_code") for task in tasks.values()):
-        needed[CODE_EVAL] = None
-    for repo, revision in needed.items():
-        problem = data_problem(data_dir, repo, revision)
-        if problem:
-            problems.append(f"{repo} {problem}")
-        else:
-            revisions[repo] = json.loads(record_path(data_dir, repo).read_text())["revision"]
-    if any(task.get("requires") == "ifeval" for task in tasks.values()) and not (data_dir / "nltk" / PUNKT).is_dir():
-        problems.append(f"nltk's {PUNKT} is missing")
-    if problems:
-        raise ValueError(
-            f"{data_dir} does not hold what these tasks need:\n  "
-            + "\n  ".join(problems)
-            + f"\nFetch it with network: mobilemoe eval prepare --suite {suite} --data-dir {data_dir}"
-        )
-    return revisions
 
 
 def evaluate(
@@ -239,10 +90,10 @@ def evaluate(
     selected = {name: task for name, task in selected.items() if name not in skipped}
     for name in skipped:
         log(f"{name} is left out: it executes code that the model wrote. --confirm-run-unsafe-code runs it.")
-    check_requirements(selected)
     output_dir = Path(output_dir)
+    data_dir = None if data_dir is None else Path(data_dir).resolve()
+    check_requirements(selected, data_dir)
     if data_dir is not None:
-        data_dir = Path(data_dir).resolve()
         revisions = check_data(suite, selected, data_dir)
     else:
         revisions = {
@@ -251,13 +102,19 @@ def evaluate(
 
     chat = suite_file()["suites"][suite]["apply_chat_template"][0]
     description = describe_model(model)
+    versions = package_versions()
+    if versions["lm_eval"] != suite_file()["lm_eval"]:
+        log(
+            f"The suites are frozen at lm-eval {suite_file()['lm_eval']} and this is {versions['lm_eval']}: "
+            "its prompts or metrics may be others."
+        )
     settings = {
         "suite": suite,
         "limit": limit,
         "dtype": dtype,
         "apply_chat_template": chat,
         "seeds": suite_file()["seeds"],
-        "versions": package_versions(),
+        "versions": versions,
     }
     fingerprints = {
         name: fingerprint(
@@ -316,6 +173,8 @@ def load_model(model: str | Path, dtype: str, tokens_per_batch: int | None, chat
         lm = PteLM(PteModel(model))
     else:
         checkpoint = CheckpointModel(model, dtype=DTYPES[dtype])
+        # A `.pte` of it stops at these; some of them only the tokenizer names.
+        checkpoint.model.generation_config.eos_token_id = checkpoint.eos_ids
         if torch.cuda.is_available():
             checkpoint.model.cuda()
         lm = CheckpointLM(checkpoint, tokens_per_batch)
@@ -362,6 +221,8 @@ def run_task(lm, task: dict, settings: dict, data_dir: Path | None) -> dict:
             task_manager=manager,
             limit=settings["limit"],
             apply_chat_template=settings["apply_chat_template"],
+            # Of a chat template only: examples are turns of their own. The harness's default, written out.
+            fewshot_as_multiturn=True,
             log_samples=False,
             # Bootstrapped errors of the few metrics without a formula; the harness's default of 100,000 takes minutes.
             bootstrap_iters=1000,
@@ -375,10 +236,12 @@ def run_task(lm, task: dict, settings: dict, data_dir: Path | None) -> dict:
     chosen = chosen or "none"
     scores = results["results"][task["task"]]
     stderr = scores.get(f"{metric}_stderr,{chosen}")
-    subtasks = {name for name in results["n-samples"] if name != task["task"]}
+    # Members of a group, and groups of them.
+    subtasks = set(results["results"]) - {task["task"], group["group"]}
     return {
         "title": task["title"],
         "task": task["task"],
+        "category": task.get("category", task["title"]),
         "task_versions": {name: value for name, value in results["versions"].items() if value is not None},
         "num_fewshot": task["num_fewshot"][0],
         "metric": task["metric"][0],
@@ -399,8 +262,12 @@ def run_task(lm, task: dict, settings: dict, data_dir: Path | None) -> dict:
 
 @contextlib.contextmanager
 def task_environment(task: dict, data_dir: Path | None) -> Iterator[None]:
-    """Leads two side doors to the network, a sentence splitter and a metric's script, into the data directory."""
+    """Leads what tasks fetch or import by themselves into the data directory: a splitter, a metric, a package."""
     with contextlib.ExitStack() as stack:
+        if data_dir is not None and (data_dir / SITE).is_dir():
+            # In front: the environment may have another release of a package.
+            sys.path.insert(0, str(data_dir / SITE))
+            stack.callback(sys.path.remove, str(data_dir / SITE))
         if task.get("requires") == "ifeval" and data_dir is not None:
             import nltk
 
@@ -478,25 +345,27 @@ def fingerprint(settings: dict) -> str:
 
 
 def mean_score(results: list[dict]) -> dict:
-    """Unweighted mean over tasks, as in the paper, and its standard error from those of the tasks."""
-    errors = [result["stderr"] for result in results]
+    """
+    Mean over categories of the means over their tasks, as in the paper, and its standard error from theirs.
+    A task without a category is one of its own, so this is the plain mean of the foundation suite.
+    """
     if not results:
         return {"mean": None, "mean_stderr": None}
-    stderr = sum(error**2 for error in errors) ** 0.5 / len(errors) if None not in errors else None
-    return {"mean": sum(result["score"] for result in results) / len(results), "mean_stderr": stderr}
+    sizes = Counter(result["category"] for result in results)
+    weights = [1 / (len(sizes) * sizes[result["category"]]) for result in results]
+    errors = [result["stderr"] for result in results]
+    stderr = None
+    if None not in errors:
+        stderr = sum((weight * error) ** 2 for weight, error in zip(weights, errors, strict=True)) ** 0.5
+    return {
+        "mean": sum(weight * result["score"] for weight, result in zip(weights, results, strict=True)),
+        "mean_stderr": stderr,
+    }
 
 
 def format_score(result: dict) -> str:
     stderr = "" if result["stderr"] is None else f" ± {100 * result['stderr']:.1f}"
     return f"{100 * result['score']:.1f}{stderr}"
-
-
-def write_json(path: Path, content: dict) -> None:
-    """A reader sees the old file or the whole new one."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(path.name + ".partial")
-    partial.write_text(json.dumps(content, indent=2) + "\n")
-    partial.replace(path)
 
 
 def log(message: str) -> None:

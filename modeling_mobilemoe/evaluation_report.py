@@ -3,7 +3,8 @@
 import json
 from pathlib import Path
 
-from .evaluation import format_score, suite_file, write_json
+from .evaluation import format_score
+from .evaluation_data import suite_file, write_json
 
 
 def read_reports(paths: list[str | Path]) -> dict[str, dict]:

@@ -19,12 +19,13 @@ from .costs import (
     Device,
     expected_experts,
     inference_flops,
-    int4_bytes,
     kv_cache_bytes,
     memory_bytes,
+    program_bytes,
     training_flops,
 )
-from .scaling import PAPER_GRID, PAPER_LAW, LawFit, ScalingLaw
+from .scaling import PAPER_GRID, PAPER_LAW, ScalingLaw
+from .scaling_fit import LawFit
 
 
 # The paper's choice among expansions that its law cannot tell apart, and the rest of its design.
@@ -44,7 +45,7 @@ class Request:
     What is asked for. Exactly one of `tokens` and `flops`.
 
     Args:
-        memory (`float`): bytes for packed weights and key-value cache.
+        memory (`float`): bytes for the weights and the key-value cache of the exported program.
         context (`int`, defaults to 8192): tokens that the cache holds.
         tokens (`float`, *optional*): training tokens.
         flops (`float`, *optional*): training FLOPs, `6 N_act D`.
@@ -128,6 +129,7 @@ class Plan:
     Args:
         request (`Request`): the question.
         law (`ScalingLaw`): what predicted.
+        fit (`LawFit`, *optional*): where that law is one of the user's own runs.
         best (`Candidate`): the chosen shape.
         loss_interval (`tuple[float, float]`): 95 %: of the prediction by the resampled fits of a table; with the
             published law, whose coefficients have no published errors, of a run around it by the law's own residuals.
@@ -139,6 +141,7 @@ class Plan:
 
     request: Request
     law: ScalingLaw
+    fit: LawFit | None
     best: Candidate
     loss_interval: tuple[float, float]
     per_expansion: list[Candidate]
@@ -170,13 +173,13 @@ class Plan:
 
     @property
     def as_json(self) -> dict:
-        parts = int4_bytes(self.best.config)
+        parts = program_bytes(self.best.config, self.request.context)
         request = {name: value for name, value in self.request.__dict__.items() if value is not None}
         if self.request.device is not None:
             request["device"] = dataclasses.asdict(self.request.device)
         return {
             "request": request,
-            "law": dataclasses.asdict(self.law),
+            "law": dataclasses.asdict(self.law) | self.intervals,
             "best": self.best.row
             | {
                 "loss_interval": list(self.loss_interval),
@@ -191,6 +194,14 @@ class Plan:
             "warnings": self.warnings,
             "candidates": [candidate.row for candidate in self.candidates],
         }
+
+    @property
+    def intervals(self) -> dict:
+        """Of a fitted law's coefficients, 95 %; `None` for an end that the runs do not determine."""
+        if self.fit is None:
+            return {}
+        finite = {name: [e if math.isfinite(e) else None for e in ends] for name, ends in self.fit.intervals().items()}
+        return {"intervals": finite}
 
     @property
     def prefill_seconds(self) -> float | None:
@@ -296,6 +307,7 @@ def plan(request: Request, law: ScalingLaw | LawFit = PAPER_LAW) -> Plan:
     return Plan(
         request,
         law,
+        fit,
         judged(best),
         interval,
         [judged(best if expansion == chosen else by_expansion[expansion][0]) for expansion in sorted(by_expansion)],
@@ -431,7 +443,8 @@ def print_plan(result: Plan) -> None:
     # A pipe has no width of its own.
     console = Console(width=None if sys.stdout.isatty() else 119)
     best, config = result.best, result.best.config
-    parts, (low, high) = int4_bytes(config), result.loss_interval
+    parts, (low, high) = program_bytes(config, result.request.context), result.loss_interval
+    weights = sum(parts.values())
     console.print(f"[bold]{describe(best)}[/bold]: {best.verdict}")
     table = Table(box=box.SIMPLE, show_header=False)
     table.add_row(
@@ -445,9 +458,9 @@ def print_plan(result: Plan) -> None:
     )
     table.add_row(
         "memory",
-        f"{best.memory / 1e9:.3g} GB: weights {sum(parts.values()) / 1e9:.3g} (experts {parts['experts'] / 1e9:.3g}, "
-        f"embedding {parts['embedding'] / 1e9:.3g}), cache {(best.memory - sum(parts.values())) / 1e9:.3g} "
-        f"for {result.request.context} tokens at {result.request.kv_bits} bits",
+        f"{best.memory / 1e9:.3g} GB: weights {weights / 1e9:.3g} (experts {parts['experts'] / 1e9:.3g}, "
+        f"embedding {parts['embedding'] / 1e9:.3g}), cache {(best.memory - weights) / 1e9:.3g} for "
+        f"{result.request.context} tokens at {result.request.kv_bits} bits",
     )
     table.add_row("training", f"{best.tokens:.3g} tokens, {training_flops(config, best.tokens):.3g} FLOPs")
     table.add_row("loss", f"{best.loss:.4f}, 95 % interval {low:.4f} to {high:.4f}")

@@ -6,15 +6,19 @@ repository would lie in a data directory, with the record that `mobilemoe eval p
 """
 
 import json
+import shutil
+import sys
 from pathlib import Path
 
 import lm_eval
 import yaml
 from datasets import ClassLabel, Dataset, Features, List, Value
 
-from modeling_mobilemoe.evaluation import CODE_EVAL, PUNKT, select_tasks, suite_file, write_record
+from modeling_mobilemoe.evaluation_data import CODE_EVAL, PUNKT, SITE, select_tasks, suite_file, write_record
 
 
+# What `prepare` installs beside the data of the advanced suite; `make setup` puts it here.
+ANTLR = Path(sys.prefix) / "antlr4-4.11"
 HARNESS_TASKS = Path(lm_eval.__file__).parent / "tasks"
 TEXT, INT, TEXTS = Value("string"), Value("int32"), List(Value("string"))
 ANIMALS = ["heron", "otter", "lynx", "newt", "wren", "shrew", "adder", "perch"]
@@ -146,11 +150,12 @@ def arc(root: Path) -> None:
     write_parquet(root, {"ARC-Challenge": splits, "ARC-Easy": splits}, {"question": TEXT} | CHOICES)
 
 
-def openbookqa(root: Path) -> None:
+def openbookqa(root: Path, *configs: str) -> None:
     def row(i):
         return {"question_stem": f"An animal that walks {i} steps walks"} | choice_row(i, "7")
 
-    write_parquet(root, {"main": several(row, "train", "validation", "test")}, {"question_stem": TEXT} | CHOICES)
+    splits = several(row, "train", "validation", "test")
+    write_parquet(root, dict.fromkeys(configs or ["main"], splits), {"question_stem": TEXT} | CHOICES)
 
 
 def hellaswag(root: Path) -> None:
@@ -396,6 +401,8 @@ def write_stand_ins(data_dir: Path, suite: str) -> Path:
         (data_dir / CODE_EVAL).mkdir(parents=True)
         (data_dir / CODE_EVAL / "code_eval.py").write_text(CODE_EVAL_SCRIPT)
         write_record(data_dir, CODE_EVAL, "0" * 40)
+        if ANTLR.is_dir():
+            shutil.copytree(ANTLR, data_dir / SITE)
         # The files of nltk's sentence splitter: what it has learnt about English is nothing here.
         folder = data_dir / "nltk" / PUNKT / "english"
         folder.mkdir(parents=True)

@@ -103,7 +103,7 @@ def test_planner_reads_the_result(result):
     assert device.bandwidth > 0 and device.rate > 0
     dense = {"config": {"model_type": "llama"}}
     (directory / "dense.json").write_text(json.dumps(measured | {"models": {"dense": dense}}))
-    with pytest.raises(ValueError, match="has no MobileMoE model. Run `mobilemoe bench` with one"):
+    with pytest.raises(ValueError, match="has no MobileMoE model with packed weights"):
         read_device(directory / "dense.json")
 
 

@@ -1,5 +1,6 @@
 """Counts, bytes, FLOPs and device speed, against models, files, torch's FLOP counter and published measurements."""
 
+import copy
 import json
 import struct
 from pathlib import Path
@@ -10,7 +11,7 @@ from safetensors import safe_open
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import DynamicCache
 
-from modeling_mobilemoe import MobileMoEConfig, MobileMoEForCausalLM
+from modeling_mobilemoe import MobileMoEConfig, MobileMoEForCausalLM, quantize
 from modeling_mobilemoe.costs import (
     Device,
     attention_flops,
@@ -22,6 +23,7 @@ from modeling_mobilemoe.costs import (
     kv_cache_bytes,
     memory_bytes,
     prefill_matmul_flops,
+    program_bytes,
     read_device,
     training_flops,
     weight_bytes_read,
@@ -85,18 +87,20 @@ def test_widths_that_cannot_be_packed_are_refused():
 def test_kv_cache_of_the_paper(size, megabytes):
     for context, expected in zip((1024, 4096, 8192), megabytes, strict=True):
         assert kv_cache_bytes(SIZES[size], context, bits=8) / 1e6 == pytest.approx(expected, abs=0.06)
-    assert memory_bytes(SIZES["s"], 8192, 8) == 713_863_008 + 83_886_080
     with pytest.raises(ValueError, match="context=0 holds no token"):
         kv_cache_bytes(SIZES["s"], 0)
 
 
-def test_kv_cache_equals_that_of_an_exported_program(tiny_config, tiny_model):
+def test_memory_equals_that_of_an_exported_program(tiny_config, tiny_model):
     from modeling_mobilemoe.exported_model import MOE_MODULES, ExportModel, ProgramOptions
-    from modeling_mobilemoe.quantization_mobilemoe import quantize
 
-    program = ExportModel(quantize(tiny_model), ProgramOptions(32, 8), MOE_MODULES["llama"])
-    caches = [buffer for name, buffer in program.named_buffers() if name.endswith(("k_cache", "v_cache"))]
-    assert kv_cache_bytes(tiny_config, 32) == sum(buffer.nbytes for buffer in caches)
+    weights = sum(program_bytes(tiny_config, 32).values())
+    for kv_cache, bits in (("fp32", 32), ("int8", 8)):
+        options = ProgramOptions(32, expert_bits=4, kv_cache=kv_cache)
+        program = ExportModel(quantize(copy.deepcopy(tiny_model)), options, MOE_MODULES["mobilemoe"])
+        caches = [buffer.nbytes for name, buffer in program.named_buffers() if "_cache" in name]
+        assert memory_bytes(tiny_config, 32, bits) == weights + sum(caches)
+        assert len(caches) == 2 * (2 if bits == 32 else 6)
 
 
 def test_flops_equal_those_that_torch_counts(tiny_config, tiny_model, input_ids):
@@ -114,6 +118,22 @@ def test_flops_equal_those_that_torch_counts(tiny_config, tiny_model, input_ids)
     # A prompt is its tokens one after the other.
     one_by_one = sum(attention_flops(tiny_config, 1, position) for position in range(1, context + 1))
     assert attention_flops(tiny_config, context) == one_by_one
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_program_bytes_are_what_the_export_says_before_it_starts(size):
+    """tests/test_export.py holds the export's own count, made from its modules, against real files."""
+    from modeling_mobilemoe import export
+    from modeling_mobilemoe.exported_model import MOE_MODULES, ProgramOptions
+
+    config = SIZES[size]
+    parts = program_bytes(config, 4096)
+    options = ProgramOptions(max_seq_len=4096, expert_bits=4)
+    said = export.program_bytes(config, options, MOE_MODULES["mobilemoe"])
+    # It leaves norms and expert biases out.
+    assert sum(parts.values()) - parts["norms_and_biases"] == said
+    norms = (2 * config.num_hidden_layers + 1) * config.hidden_size
+    assert parts["norms_and_biases"] == 4 * (norms + config.num_hidden_layers * config.num_local_experts)
 
 
 def test_bytes_of_a_decoded_token_are_those_of_the_tensors_it_reads(int4_checkpoint, tiny_config):
@@ -185,6 +205,21 @@ def test_device_files(tmp_path):
         file.write_text(broken)
         with pytest.raises(ValueError, match="does not hold the measurements of a device .* give --bandwidth"):
             read_device(file)
+    # What `mobilemoe bench` wrote of a model in BF16, whose bytes are others.
+    rows = {"512": {"decode_tokens_per_s": {"median": 9.0}, "prefill_tokens_per_s": {"median": 90.0}}}
+    model = {"config": SIZES["s"].to_dict(), "kv_bits": 16, "lengths": rows}
+    machine = {"cpu": "c", "threads": 2}
+    bench = {"benchmark": "host", "new_tokens": 8, "machine": machine, "models": {"bf16": model}}
+    file.write_text(json.dumps(bench))
+    with pytest.raises(ValueError, match="no MobileMoE model with packed weights"):
+        read_device(file)
+    bench["models"]["int4"] = model | {"config": model["config"] | {"quantization": {"bits": 4}}}
+    file.write_text(json.dumps(bench))
+    device = read_device(file)
+    assert device.name == "c, 2 threads" and device.kv_bits == 16
+    # Half of the new tokens are in the cache on average.
+    assert device.decode_tokens_per_second(SIZES["s"], 516) == pytest.approx(9)
+    assert device.prefill_seconds(SIZES["s"], 512) == pytest.approx(512 / 90)
     file.write_text(json.dumps(content | {"decode": []}))
     with pytest.raises(ValueError, match="at least one decode measurement"):
         read_device(file)

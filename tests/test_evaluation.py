@@ -1,9 +1,11 @@
 """The suites on stand-in data, through the command line and without network, against the harness's own back-end."""
 
 import copy
+import importlib.util
 import json
 import logging
 import os
+import shutil
 import socket
 import subprocess
 import sys
@@ -15,7 +17,7 @@ import pytest
 import torch
 import yaml
 from conftest import CHAT_TEMPLATE, build_tiny_model
-from eval_stand_ins import bbh, write_stand_ins
+from eval_stand_ins import ANTLR, bbh, openbookqa, write_stand_ins
 from hub_server import HubServer
 from lm_eval.api.instance import Instance
 from lm_eval.models.huggingface import HFLM
@@ -23,7 +25,16 @@ from lm_eval.tasks import TaskManager
 
 from modeling_mobilemoe import evaluation, quantize
 from modeling_mobilemoe.cli import main
-from modeling_mobilemoe.evaluation import group_file, select_tasks, suite_file
+from modeling_mobilemoe.evaluation import group_file
+from modeling_mobilemoe.evaluation_data import (
+    SITE,
+    data_problem,
+    select_tasks,
+    suite_file,
+    trim_card,
+    write_json,
+    write_record,
+)
 from modeling_mobilemoe.evaluation_models import CheckpointLM, PteLM
 from modeling_mobilemoe.runtime import CheckpointModel
 
@@ -33,6 +44,7 @@ ROOT = Path(__file__).parents[1]
 FEW = ["boolq", "piqa", "winogrande", "nq"]
 # 24 and 57 data sets: they take as long as all the others together.
 GROUPS = ["bbh", "mmlu"]
+OTHER_GROUPS = ("mmlu_stem", "mmlu_other", "mmlu_social_sciences", "mmlu_humanities")
 SINGLE = [name for name in select_tasks("foundation") if name not in GROUPS]
 
 
@@ -73,6 +85,16 @@ def foundation_data(tmp_path_factory) -> Path:
 @pytest.fixture(scope="module")
 def advanced_data(tmp_path_factory) -> Path:
     return write_stand_ins(tmp_path_factory.mktemp("advanced"), "advanced")
+
+
+@pytest.fixture(scope="module")
+def packed_pte(checkpoints, tmp_path_factory) -> Path:
+    """As it would go to a phone, but for the logits of all positions."""
+    pytest.importorskip("executorch.exir", reason="needs mobilemoe[export]")
+    output = tmp_path_factory.mktemp("export") / "pte"
+    options = ["--output", str(output), "--max-seq-len", "4096", "--all-logits"]
+    main(["export", "--model", str(checkpoints["int4"]), *options])
+    return output
 
 
 @pytest.fixture(autouse=True)
@@ -117,6 +139,7 @@ def equals_the_harness(report: dict, model: Path, data: Path, work: Path) -> Non
         expected = results["results"][task["task"]]
         for metric, value in report["tasks"][name]["all_metrics"].items():
             assert value == expected[metric], (name, metric)
+        assert set(results["n-shot"].values()) == {report["tasks"][name]["num_fewshot"]}
         counts = [count["effective"] for count in results["n-samples"].values()]
         assert report["tasks"][name]["num_documents"] == sum(counts)
     scores = [row["score"] for row in report["tasks"].values()]
@@ -132,13 +155,22 @@ def test_scores_equal_the_harness_to_the_last_digit(bf16_report, checkpoints, fo
 @pytest.mark.slow
 def test_groups_equal_the_harness_to_the_last_digit(checkpoints, foundation_data, tmp_path):
     report = run_eval(checkpoints["bf16"], tmp_path / "out", foundation_data, "--tasks", *GROUPS)
-    assert len(report["tasks"]["mmlu"]["subtasks"]) >= 57
+    subtasks = {name: task["subtasks"] for name, task in report["tasks"].items()}
+    # 57 subjects in four groups.
+    assert len(subtasks["bbh"]) == 24 and len(subtasks["mmlu"]) == 61 and "mmlu_stem" in subtasks["mmlu"]
+    for name, metric in (("bbh", "acc_norm,none"), ("mmlu", "acc,none")):
+        rows = [row for key, row in subtasks[name].items() if not key.startswith(OTHER_GROUPS)]
+        weights = [row["sample_len"] for row in rows]
+        mean = sum(row[metric] * weight for row, weight in zip(rows, weights, strict=True)) / sum(weights)
+        assert report["tasks"][name]["score"] == pytest.approx(mean)
     (tmp_path / "work").mkdir()
     equals_the_harness(report, checkpoints["bf16"], foundation_data, tmp_path / "work")
 
 
 @pytest.mark.slow
-def test_the_whole_suite_runs_for_int4_and_for_both_kinds_of_pte(checkpoints, foundation_data, tmp_path, capsys):
+def test_the_whole_suite_runs_for_int4_and_for_both_kinds_of_pte(
+    checkpoints, packed_pte, foundation_data, tmp_path, capsys
+):
     """FP32 scores agree between PyTorch and a `.pte`, whether it returns all logits or the last position's."""
     int4 = run_eval(checkpoints["int4"], tmp_path / "int4", foundation_data)
     assert list(int4["tasks"]) == list(select_tasks("foundation"))
@@ -150,9 +182,13 @@ def test_the_whole_suite_runs_for_int4_and_for_both_kinds_of_pte(checkpoints, fo
     for name, task in fp32["tasks"].items():
         assert all_logits["tasks"][name]["all_metrics"] == task["all_metrics"], name
 
+    packed = run_eval(packed_pte, tmp_path / "packed", foundation_data)
+    assert list(packed["tasks"]) == list(select_tasks("foundation"))
     main(["export", "--model", str(checkpoints["int4"]), "--output", str(tmp_path / "pte"), "--max-seq-len", "1024"])
     pte = run_eval(tmp_path / "pte", tmp_path / "last", foundation_data, "--tasks", *FEW)
-    assert all(0 <= task["score"] <= 1 for task in pte["tasks"].values())
+    # Logits of one position at a time are those of all at once.
+    for name in FEW:
+        assert pte["tasks"][name]["all_metrics"] == packed["tasks"][name]["all_metrics"], name
     message = failure(
         "--model", tmp_path / "pte", "--output", tmp_path / "last", "--data-dir", foundation_data, "--tasks",
         "arc_challenge",
@@ -182,9 +218,7 @@ def test_packed_int4_runs_and_is_compared(bf16_report, checkpoints, foundation_d
     # PIQA of S-Base, Table 2 of the paper.
     assert "paper, S-Base" in table and "75.4" in table
     few = {name: bf16_report["tasks"][name] for name in bf16_report["tasks"] if name in FEW}
-    evaluation.write_json(
-        tmp_path / "bf16/report.json", bf16_report | {"tasks": few} | evaluation.mean_score(list(few.values()))
-    )
+    write_json(tmp_path / "bf16/report.json", bf16_report | {"tasks": few} | evaluation.mean_score(list(few.values())))
     output = str(tmp_path / "both")
     results = [str(tmp_path / "bf16"), str(tmp_path / "int4")]
     main(["eval", "compare", "--results", *results, "--output", output, "--paper", "S-Base"])
@@ -381,10 +415,8 @@ def test_errors_name_what_to_do_before_anything_is_written(
         assert f"{repo} is missing" in missing
     assert f"mobilemoe eval prepare --suite foundation --data-dir {tmp_path / 'empty'}" in missing
 
-    find_spec = evaluation.importlib.util.find_spec
-    monkeypatch.setattr(
-        evaluation.importlib.util, "find_spec", lambda name: None if name == "langdetect" else find_spec(name)
-    )
+    find_spec = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "langdetect" else find_spec(name))
     extra = message("--suite", "advanced", "--tasks", "ifeval", data=advanced_data)
     assert "ifeval needs langdetect: pip install 'mobilemoe[eval]'" in extra
     assert not (tmp_path / "out").exists()
@@ -455,6 +487,41 @@ def test_prepare_downloads_once_and_what_it_wrote_runs(checkpoints, tmp_path, mo
     assert report["tasks"]["bbh"]["num_documents"] == 24
 
 
+def test_a_card_names_only_what_was_downloaded(checkpoints, tmp_path):
+    """As on the Hub: another configuration stands first in the card, and `prepare` leaves its files out."""
+    pin = suite_file()["datasets"]["allenai/openbookqa"]
+    folder = tmp_path / "data/allenai/openbookqa"
+    openbookqa(folder, "additional", "main")
+    before = (folder / "README.md").read_text()
+    trim_card(folder)
+    assert (folder / "README.md").read_text() == before
+    assert pin["allow"] == ["main/*"]
+    shutil.rmtree(folder / "additional")
+    trim_card(folder)
+    assert "additional" in before and "additional" not in (folder / "README.md").read_text()
+    write_record(tmp_path / "data", "allenai/openbookqa", pin["revision"])
+    assert data_problem(tmp_path / "data", "allenai/openbookqa", pin["revision"]) is None
+    report = run_eval(checkpoints["fp32"], tmp_path / "out", tmp_path / "data", "--tasks", "openbookqa", "--limit", 2)
+    assert report["tasks"]["openbookqa"]["num_documents"] == 2
+
+
+def test_the_mean_of_the_advanced_suite_is_that_of_its_categories():
+    tasks = select_tasks("advanced")
+    results = [
+        {"category": task["category"], "score": number / 10, "stderr": 0.01 * number}
+        for number, task in enumerate(tasks.values())
+    ]
+    # MATH-500 | HumanEval, MBPP | IFEval | MMLU-Pro, GPQA.
+    assert evaluation.mean_score(results) == {
+        "mean": pytest.approx((0.0 + (0.1 + 0.2) / 2 + 0.3 + (0.4 + 0.5) / 2) / 4),
+        "mean_stderr": pytest.approx((0.005**2 + 0.01**2 + 0.03**2 + 0.02**2 + 0.025**2) ** 0.5 / 4),
+    }
+    assert evaluation.mean_score([{"category": name, "score": 1, "stderr": None} for name in "ab"]) == {
+        "mean": 1,
+        "mean_stderr": None,
+    }
+
+
 def advanced(model, data, output, home, *arguments) -> dict:
     """In a process of its own: the harness loads the metric that runs code when it is imported."""
     command = [sys.executable, "-m", "modeling_mobilemoe.cli", "eval", "--suite", "advanced", "--model", model]
@@ -466,24 +533,36 @@ def advanced(model, data, output, home, *arguments) -> dict:
 
 
 @pytest.mark.slow
-def test_advanced_tasks_run_and_code_only_when_confirmed(checkpoints, advanced_data, tmp_path):
+@pytest.mark.parametrize("kind", ["bf16", "int4", "pte"])
+def test_advanced_tasks_run_and_code_only_when_confirmed(kind, checkpoints, advanced_data, tmp_path, request):
     tasks = ["--tasks", "humaneval", "mbpp", "ifeval", "mmlu_pro", "gpqa", "--confirm-run-unsafe-code"]
-    for name in ("bf16", "int4"):
-        report = advanced(checkpoints[name], advanced_data, tmp_path / name, tmp_path / "home", *tasks)
-        assert set(report["tasks"]) == {"humaneval", "mbpp", "ifeval", "mmlu_pro", "gpqa"}
-        assert report["tasks"]["mmlu_pro"]["num_documents"] == 14
-        assert all(0 <= task["score"] <= 1 for task in report["tasks"].values())
+    model = request.getfixturevalue("packed_pte") if kind == "pte" else checkpoints[kind]
+    report = advanced(model, advanced_data, tmp_path / "out", tmp_path / "home", *tasks)
+    assert report["model"]["kind"] == {"bf16": "checkpoint"}.get(kind, kind)
+    assert set(report["tasks"]) == {"humaneval", "mbpp", "ifeval", "mmlu_pro", "gpqa"}
+    assert report["tasks"]["mmlu_pro"]["num_documents"] == 14
+    assert all(0 <= task["score"] <= 1 for task in report["tasks"].values())
 
 
-def antlr_is_of_release(release: str) -> bool:
-    try:
-        evaluation.check_requirements({"math500": select_tasks("advanced")["math500"]})
-    except ValueError:
-        return False
-    return True
-
-
-@pytest.mark.skipif(not antlr_is_of_release("4.11"), reason="antlr4 4.11 and math_verify are not installed")
-def test_math500_runs(checkpoints, advanced_data, tmp_path):
+def test_math500_needs_a_grammar_that_prepare_puts_beside_the_data(checkpoints, advanced_data, tmp_path):
+    if importlib.util.find_spec("math_verify") is None:
+        pytest.skip("needs math_verify, which mobilemoe[eval] has")
+    arguments = (
+        "--model",
+        checkpoints["int4"],
+        "--output",
+        tmp_path / "out",
+        "--suite",
+        "advanced",
+        "--tasks",
+        "math500",
+    )
+    if not (advanced_data / SITE).is_dir():
+        message = failure(*arguments, "--data-dir", advanced_data)
+        assert "antlr4-python3-runtime==4.11.0 is missing" in message and "mobilemoe eval prepare" in message
+        message = failure(*arguments)
+        assert "math500 needs antlr4-python3-runtime==4.11.0, which `mobilemoe eval prepare` puts into" in message
+        pytest.skip(f"{ANTLR} does not exist: make setup fills it")
     report = advanced(checkpoints["int4"], advanced_data, tmp_path / "out", tmp_path / "home", "--tasks", "math500")
     assert report["tasks"]["math500"]["num_documents"] == 3
+    assert {"math_verify,none", "exact_match,none"} <= set(report["tasks"]["math500"]["all_metrics"])

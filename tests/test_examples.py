@@ -46,6 +46,13 @@ def test_kernel_benchmark_prints_json_last():
 
 
 @pytest.mark.slow
+def test_granularity_benchmark_prints_json_last():
+    times = run_example("bench_granularity.py", "--tokens", "1", "--repeats", "3")["us_per_token"]["1"]
+    assert set(times) == {"2", "4", "8", "16"}
+    assert all(0 < low <= median <= high for median, low, high in times.values())
+
+
+@pytest.mark.slow
 def test_training_benchmark_prints_json_last():
     result = run_example("bench_train.py", "--layers", "1", "--length", "32", "--repeats", "3")
     for model in ("mobilemoe", "mobilemoe, capacity 1.5", "olmoe", "qwen3_moe"):
@@ -135,9 +142,10 @@ def test_heldout_share_of_the_real_library(monkeypatch):
 def test_export_benchmark_takes_both_doors(tmp_path):
     pytest.importorskip("optimum.exporters.executorch", reason="optimum-executorch is not installed: make setup")
     result = run_example("bench_export.py", "--sizes", "tiny", "--directory", str(tmp_path))
-    int4, optimum = result["exports"]
-    assert (int4["expert_bits"], optimum["expert_bits"]) == (4, 8)
-    for row in (int4, optimum):
+    default, optimum = result["exports"]
+    assert (default["moe_op"], default["expert_bits"]) == ("mobilemoe::moe_ffn", 4)
+    assert (optimum["moe_op"], optimum["expert_bits"]) == ("llama::quantized_moe_ffn", 8)
+    for row in (default, optimum):
         assert row["seconds"] > row["stage_seconds"]["lower"] > 0
         assert row["peak_memory_bytes"] > row["pte_bytes"] > 0
         assert row["cosine"] > 0.999

@@ -3,15 +3,18 @@
 import dataclasses
 import json
 import math
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 import torch
 
 from modeling_mobilemoe import MobileMoEConfig, cli, planner, quantize
-from modeling_mobilemoe.costs import Device, inference_flops, memory_bytes, training_flops
+from modeling_mobilemoe.costs import Device, inference_flops, int4_bytes, memory_bytes, training_flops
 from modeling_mobilemoe.planner import Request, plan, plot_plan, print_plan, shape_config
-from modeling_mobilemoe.scaling import PAPER_LAW, fit_law
+from modeling_mobilemoe.scaling import PAPER_LAW
+from modeling_mobilemoe.scaling_fit import fit_law
 from modeling_mobilemoe.training import load_model
 
 
@@ -184,7 +187,7 @@ def test_command_line_prints_tables_or_json(capsys, tmp_path):
     printed = capsys.readouterr().out
     for text in (
         "width 768, 20 layers, E = 8",
-        "0.714",
+        "0.716",
         "tokens/s decode",
         "the paper's choice",
         "within the law's error",
@@ -218,6 +221,11 @@ def test_command_line_reads_a_device_and_a_table(monkeypatch, capsys, tmp_path):
     assert result["request"]["device"]["name"] == "S25"
     assert result["best"]["decode_tokens_per_second"] >= 15
     assert result["law"]["rmse"] != PAPER_LAW.rmse and result["law"]["c"] < 2.2
+    low, high = result["law"]["intervals"]["beta"]
+    assert low < result["law"]["beta"] < high
+    run_cli(*arguments[:-1])
+    printed = capsys.readouterr().out
+    assert "fitted to 90 runs" in printed and f"| beta | {result['law']['beta']:.4g} |" in printed
 
 
 @pytest.mark.parametrize(
@@ -278,19 +286,29 @@ def test_a_planned_configuration_trains_and_packs_to_its_bytes(planned):
     assert losses[-1] < losses[0] - 0.1
     best = json.loads((planned / "planned/plan.json").read_text())["best"]
     assert best["expansion"] > 1 and best["memory_bytes"] <= 2e6
-    weights = sum(best["bytes"].values()) - best["bytes"]["kv_cache"]
+    weights = sum(int4_bytes(MobileMoEConfig.from_pretrained(planned / "planned")).values())
     # The rest of the file is its header.
     assert 0 < (planned / "packed/model.safetensors").stat().st_size - weights < 20_000
 
 
 @pytest.mark.slow
-def test_a_planned_configuration_exports(planned, tmp_path):
+def test_a_planned_configuration_goes_through_a_recipe_and_exports_to_its_bytes(planned, workspace, tmp_path):
     pytest.importorskip("executorch.exir", reason="needs mobilemoe[export]")
     from modeling_mobilemoe.export import export_checkpoint
     from modeling_mobilemoe.runtime import PteModel
 
-    model = PteModel(export_checkpoint(planned / "packed", tmp_path / "pte", max_seq_len=64))
-    assert model.forward([5, 6, 7], 0).shape == (512,)
+    command = [sys.executable, RECIPES / "pretrain.py", "--config", RECIPES / "tiny/pretrain.yaml"]
+    command += ["--model", planned / "planned", "--output_dir", tmp_path / "trained", "--max_steps", "2"]
+    result = subprocess.run(command, cwd=workspace, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr[-3000:]
+    # From full precision, which the export quantises; and packed before, with a config that names no BOS.
+    for checkpoint in (tmp_path / "trained", planned / "packed"):
+        directory = export_checkpoint(checkpoint, tmp_path / checkpoint.name / "pte", max_seq_len=64)
+        assert PteModel(directory).forward([5, 6, 7], 0).shape == (512,)
+        best = json.loads((planned / "planned/plan.json").read_text())["best"]
+        weights = sum(best["bytes"].values()) - best["bytes"]["kv_cache"]
+        # The rest is the graph, some 30 KB per layer.
+        assert 0 < (directory / "model.pte").stat().st_size - weights < 2 * 40_000 + 20_000
 
 
 def test_printed_plan_names_a_device_without_a_prefill_rate(capsys):

@@ -14,11 +14,8 @@ from modeling_mobilemoe.scaling import (
     PAPER_LAW,
     ScalingLaw,
     effective_experts,
-    fit_law,
-    heldout_error,
-    plot_fit,
-    read_table,
 )
+from modeling_mobilemoe.scaling_fit import describe_fit, fit_law, heldout_error, plot_fit, read_table
 
 
 EXPANSIONS = np.array(PAPER_GRID["expansion"])
@@ -207,10 +204,18 @@ def test_tables_with_impossible_values_are_refused(synthetic_table):
         fit_law(table)
 
 
-def test_plot_of_a_fit(tmp_path, synthetic_table):
+def test_plot_and_description_of_a_fit(tmp_path, synthetic_table):
     table = synthetic_table(PAPER_LAW.rmse, 0)
-    plot_fit(fit_law(table, bootstrap=10), table, tmp_path / "fit.png")
+    fit = fit_law(table, bootstrap=10)
+    plot_fit(fit, table, tmp_path / "fit.png")
     assert (tmp_path / "fit.png").stat().st_size > 20_000
+    text = describe_fit(fit, table)
+    low, high = fit.intervals()["beta"]
+    assert f"| beta | {fit.law.beta:.4g} | {low:.4g} to {high:.4g} |" in text and "90 runs" in text
+    assert text.endswith(f"fitted to the others, {heldout_error(table):.4f}")
+    # Two token counts: without the larger one nothing tells a power of D from a constant.
+    few = {name: column[np.isin(table["tokens"], [1e11, 5e11])] for name, column in table.items()}
+    assert describe_fit(fit_law(few, bootstrap=10), few).endswith("not known: the others are too few")
 
 
 def test_a_law_is_a_plain_record():
