@@ -5,7 +5,6 @@ LLM runners: `forward(tokens, pos)` with tokens int64 `[1, S]` and the start pos
 last token `[1, vocab]` out, and the constant methods that they read.
 """
 
-import gc
 import glob
 import hashlib
 import json
@@ -299,8 +298,9 @@ def check_resources(
     logits = 4 * options.max_seq_len * config.vocab_size * options.all_logits
     # A packed checkpoint stays in its file, a full-precision one is FP32 in memory until it is quantised.
     loaded = 4 * sum(parameter_counts(config)) if config.quantization is None or options.weights != "int4" else 0
-    # Measured (README, Export): imports, the packed weights, XNNPACK's copies, the program, two caches to compare.
-    memory = int(0.8e9 + max(3.7 * size, 1.1 * loaded) + 2 * cache + 2 * logits)
+    # Fitted to S and M (README, Export): imports, weights in several copies, and what the program plans to work in,
+    # which grows with the context as its cache does.
+    memory = int(0.7e9 + max(2.8 * size, 1.1 * loaded) + 4 * cache + 2 * logits)
     parent = output_dir.absolute()
     while not parent.exists():
         parent = parent.parent
@@ -381,7 +381,6 @@ def lower(model: ExportModel, constant_methods: dict, experts_file: bool, stages
     import executorch.kernels.quantized  # noqa: F401  registers quantized_decomposed::embedding_4bit
     from executorch.backends.xnnpack.partition.xnnpack_partitioner import XnnpackPartitioner
     from executorch.exir import EdgeCompileConfig, ExecutorchBackendConfig, to_edge_transform_and_lower
-    from executorch.exir.backend.utils import is_same_node
     from executorch.exir.passes import MemoryPlanningPass
     from executorch.exir.passes.sym_shape_eval_pass import ConstraintBasedSymShapeEvalPass
     from torchao.utils import unwrap_tensor_subclass
@@ -413,8 +412,6 @@ def lower(model: ExportModel, constant_methods: dict, experts_file: bool, stages
                 constant_methods=constant_methods,
             )
             del exported
-            # It has kept every node that was compared, and with them every weight.
-            is_same_node.cache_clear()
         with stages("plan"):
             return edge.to_executorch(
                 ExecutorchBackendConfig(
@@ -448,8 +445,6 @@ class Stages:
     @contextmanager
     def __call__(self, name: str, note: str = "") -> Iterator[None]:
         log(f"{name} ...{f' ({note})' if note else ''}")
-        # Graphs are full of cycles: what an earlier stage left would stay beside what this one makes.
-        gc.collect()
         started, finished = time.perf_counter(), threading.Event()
 
         def report() -> None:

@@ -237,13 +237,18 @@ def test_all_logits_in_one_call(evaluation_directory):
         program.all_logits([3] * 49)
 
 
-def test_prefill_in_one_call_in_chunks_and_token_by_token(pte):
-    tokens = list(range(3, 3 + pte.max_seq_len))
-    whole = pte.forward(tokens, 0)
+@pytest.mark.parametrize("fixture", ["pte_directory", "qat_directory", "kernel_directory"])
+def test_prefill_in_one_call_in_chunks_and_token_by_token(fixture, request):
+    program = PteModel(request.getfixturevalue(fixture))
+    # To the last position of the context, and one past it.
+    tokens = list(range(3, 3 + program.max_seq_len))
+    whole = program.forward(tokens, 0)
     for chunk in (1, 7, 32):
         for start in range(0, len(tokens), chunk):
-            logits = pte.forward(tokens[start : start + chunk], start)
+            logits = program.forward(tokens[start : start + chunk], start)
         torch.testing.assert_close(logits, whole, rtol=1e-3, atol=1e-3 * whole.abs().max().item())
+    with pytest.raises(ValueError, match=f"leave the context of {program.max_seq_len} tokens"):
+        program.forward([3], program.max_seq_len)
 
 
 def ascii_prompt(model: PteModel, num_tokens: int) -> tuple[str, list[int]]:
@@ -274,11 +279,12 @@ def test_stock_runner_writes_the_same_tokens(fixture, request):
     assert "".join(pieces) == model.decode(tokens)
 
 
-def test_optimum_executorch_writes_the_same_tokens(pte, pte_directory):
-    """In a process that has only imported optimum: the operators have to be registered by that."""
+def test_optimum_executorch_writes_the_same_tokens(pte, pte_directory, kernel_directory):
+    """In a process that has only imported optimum: the stock operators have to be registered by that, ours by us."""
     pytest.importorskip("optimum.executorch", reason="optimum-executorch is not installed: make setup")
     prompt, tokens = ascii_prompt(pte, 8)
     encoded = pte.encode(prompt)
+    of_kernels = list(PteModel(kernel_directory).generate(encoded, 8))
     script = f"""
 import json
 from optimum.executorch import ExecuTorchModelForCausalLM
@@ -288,13 +294,17 @@ limit = {len(encoded) + len(tokens)}
 generated = model.generate({encoded}, max_seq_len=limit)
 # For the tokenizer only, which wants to know the architecture.
 import modeling_mobilemoe
+from modeling_mobilemoe.kernels import load_executorch
 from transformers import AutoTokenizer
 
+load_executorch()
+kernels = ExecuTorchModelForCausalLM.from_pretrained({str(kernel_directory)!r})
 print(json.dumps({{
     "tokens": generated,
     "text": model.text_generation(AutoTokenizer.from_pretrained({str(pte_directory)!r}), {prompt!r}, False, limit),
     "ids": [model.bos_token_id, *model.eos_token_ids],
     "sizes": [model.max_cache_size, model.vocab_size],
+    "kernels": kernels.generate({encoded}, max_seq_len={len(encoded) + len(of_kernels)}),
 }}))
 """
     result = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
@@ -304,6 +314,7 @@ print(json.dumps({{
         "text": pte.decode(tokens),
         "ids": [496, 497, 504],
         "sizes": [64, 512],
+        "kernels": of_kernels,
     }
 
 
