@@ -318,6 +318,50 @@ print(json.dumps({{
     }
 
 
+@pytest.mark.slow
+def test_options_go_with_the_kernels_too(kernel_directory, float_text_checkpoint, tmp_path):
+    from executorch.extension.llm.runner import GenerationConfig, TextLLMRunner
+
+    options = {"kv_cache": "int8", "all_logits": True, "experts_file": True, "embedding_bits": 8, "max_seq_len": 48}
+    directory = export_checkpoint(float_text_checkpoint, tmp_path / "out", **options)
+    report = report_of(directory)
+    assert report["moe_op"] == "mobilemoe::moe_ffn" and report["expert_axis"] == "output"
+    assert report["parity"]["pte_to_pytorch_with_the_same_roundings"]["cosine_mean"] >= 0.999
+    assert set(report["parity"]["sources"]) == {
+        *("INT4 weights", "BF16 scales", "INT8 activations", "INT8 expert activations", "INT8 KV cache")
+    }
+    # All experts are in the file beside the program.
+    assert report["ptd_bytes"] > 2 * 8 * 3 * 64 * 32 * 0.5 and report["ptd_bytes"] + report["pte_bytes"] < 400_000
+    program = PteModel(directory)
+    tokens = program.encode(TEXT)[:40]
+    similarity = torch.cosine_similarity(
+        program.all_logits(tokens)[-1], PteModel(kernel_directory).forward(tokens, 0), 0
+    )
+    assert similarity > 0.99
+    prompt, produced = ascii_prompt(program, 8)
+    runner = TextLLMRunner(*(str(directory / name) for name in ("model.pte", "tokenizer.json", "experts.ptd")))
+    pieces: list[str] = []
+    runner.generate(
+        prompt,
+        GenerationConfig(echo=False, temperature=0.0, max_new_tokens=8, num_bos=1),
+        token_callback=pieces.append,
+    )
+    assert "".join(pieces) == program.decode(produced)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("max_seq_len", [1, 2])
+def test_shortest_contexts(max_seq_len, text_checkpoint, tmp_path):
+    program = PteModel(export_checkpoint(text_checkpoint, tmp_path / "out", max_seq_len=max_seq_len))
+    logits = program.forward([3] * max_seq_len, 0)
+    for position in range(max_seq_len):
+        stepped = program.forward([3], position)
+    assert torch.cosine_similarity(logits, stepped, 0) > 0.9999
+    assert len(list(program.generate([3], 5))) <= max_seq_len
+    with pytest.raises(ValueError, match="leave the context"):
+        program.forward([3], max_seq_len)
+
+
 def test_size_is_what_was_said_before(
     pte_directory, kernel_directory, float_directory, text_checkpoint, float_text_checkpoint
 ):
