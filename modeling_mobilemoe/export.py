@@ -37,6 +37,9 @@ from .runtime import PteModel, end_of_sequence_ids
 
 
 EXPERTS_FILE = "experts"
+# Length of the example that a program is traced with, and the shortest context. `torch.export` takes a length for 2 or
+# more: in a context of 2 it would conclude that every call starts at position 0.
+TRACED_TOKENS = 8
 
 
 def export_checkpoint(
@@ -217,9 +220,10 @@ def check_config(checkpoint: Path, max_seq_len: int | None) -> MobileMoEConfig:
             f"{checkpoint / 'tokenizer.json'} is not JSON: {error}. It is cut off or damaged: fetch it again."
         ) from error
     context = config.max_position_embeddings
-    if max_seq_len is not None and not 1 <= max_seq_len <= context:
+    if max_seq_len is not None and not TRACED_TOKENS <= max_seq_len <= context:
         raise ValueError(
-            f"max_seq_len={max_seq_len} is outside the model's context of {context} tokens. Set 1 to {context}."
+            f"max_seq_len={max_seq_len} is outside the model's context of {context} tokens, or too short to trace. "
+            f"Set {TRACED_TOKENS} to {context}."
         )
     return config
 
@@ -387,14 +391,12 @@ def lower(model: ExportModel, constant_methods: dict, experts_file: bool, stages
 
     unwrap_tensor_subclass(model)
     max_seq_len = model.options.max_seq_len
-    dynamic_shapes = None
-    if max_seq_len > 1:
-        dynamic_shapes = ({1: torch.export.Dim("length", min=1, max=max_seq_len)}, {})
+    dynamic_shapes = ({1: torch.export.Dim("length", min=1, max=max_seq_len)}, {})
     # XNNPACK has BF16 kernels for few CPUs; ExecuTorch's own linear runs on all and reads the table as its head.
     bf16 = model.options.weights == "bf16"
     partitioner = [] if bf16 else [XnnpackPartitioner()]
     preserved = [torch.ops.aten.linear.default] if bf16 else []
-    example = (torch.zeros((1, min(8, max_seq_len)), dtype=torch.int64), torch.zeros(1, dtype=torch.int64))
+    example = (torch.zeros((1, TRACED_TOKENS), dtype=torch.int64), torch.zeros(1, dtype=torch.int64))
     with torch.no_grad(), warnings.catch_warnings():
         # ExecuTorch's own operators still use a check that torch calls deprecated, once per layer and pass.
         warnings.simplefilter("ignore", FutureWarning)

@@ -350,16 +350,17 @@ def test_options_go_with_the_kernels_too(kernel_directory, float_text_checkpoint
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("max_seq_len", [1, 2])
-def test_shortest_contexts(max_seq_len, text_checkpoint, tmp_path):
-    program = PteModel(export_checkpoint(text_checkpoint, tmp_path / "out", max_seq_len=max_seq_len))
-    logits = program.forward([3] * max_seq_len, 0)
-    for position in range(max_seq_len):
-        stepped = program.forward([3], position)
+def test_shortest_context(text_checkpoint, tmp_path):
+    program = PteModel(export_checkpoint(text_checkpoint, tmp_path / "out", max_seq_len=export_module.TRACED_TOKENS))
+    tokens = list(range(3, 3 + program.max_seq_len))
+    logits = program.forward(tokens, 0)
+    for position, token in enumerate(tokens):
+        stepped = program.forward([token], position)
     assert torch.cosine_similarity(logits, stepped, 0) > 0.9999
-    assert len(list(program.generate([3], 5))) <= max_seq_len
-    with pytest.raises(ValueError, match="leave the context"):
-        program.forward([3], max_seq_len)
+    # The token after the last position can still be read.
+    assert len(list(program.generate(tokens, 5))) <= 1
+    with pytest.raises(ValueError, match="leave the context of 8 tokens"):
+        program.forward([3], 8)
 
 
 def test_size_is_what_was_said_before(
@@ -385,7 +386,7 @@ def test_size_is_what_was_said_before(
         ({"weights": "int3"}, "weights='int3'"),
         ({"moe_op": "other"}, "moe_op='other' has no kernel here. Set mobilemoe or llama"),
         ({"max_seq_len": 257}, "outside the model's context of 256 tokens"),
-        ({"max_seq_len": 0}, "outside the model's context of 256 tokens"),
+        ({"max_seq_len": 7}, "or too short to trace. Set 8 to 256"),
         ({"weights": "fp32", "experts_file": True}, "no packed experts"),
         ({"weights": "fp32", "expert_bits": 4}, "no packed experts"),
         ({"weights": "bf16", "moe_op": "llama"}, "no packed experts"),
