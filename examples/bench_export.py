@@ -1,7 +1,7 @@
 """
 What an export takes: packed INT4 checkpoints of random weights in the released sizes, through both doors.
 
-    python examples/bench_export.py [--sizes tiny S M L] [--exports default int4 int8 optimum] [--keep]
+    python examples/bench_export.py [--sizes tiny S M L] [--exports default int4 int8 optimum] [--max-seq-len N]
 
 `default` is `mobilemoe export`, `int4` and `int8` are the same with `--expert-bits`, hence the stock operator;
 `optimum` is the stock `optimum-cli`, which has INT8 experts here. Each export runs in its own process; seconds and
@@ -37,6 +37,8 @@ EXPORTS = {
         "--output_dir",
     ),
 }
+# Of the door with this output flag.
+CONTEXT_FLAGS = {"--output": "--max-seq-len", "--output_dir": "--max_seq_len"}
 
 
 def checkpoint(size: str, directory: Path) -> Path:
@@ -60,6 +62,7 @@ def main() -> None:
     parser.add_argument("--sizes", nargs="+", default=["S"], choices=SIZES)
     parser.add_argument("--exports", nargs="+", default=["default", "optimum"], choices=EXPORTS)
     parser.add_argument("--directory", type=Path, default=Path("out/bench-export"))
+    parser.add_argument("--max-seq-len", type=int, help="context of the programs in tokens (default: the model's)")
     parser.add_argument("--keep", action="store_true", help="keep the exported programs")
     arguments = parser.parse_args()
 
@@ -72,6 +75,8 @@ def main() -> None:
             command, output_flag = EXPORTS[name]
             started, cpu_started = time.perf_counter(), cpu_seconds()
             command = [sys.executable, "-m", *command, "--model", str(source), output_flag, str(output)]
+            if arguments.max_seq_len:
+                command += [CONTEXT_FLAGS[output_flag], str(arguments.max_seq_len)]
             subprocess.run(command, check=True, stdout=sys.stderr)
             seconds = time.perf_counter() - started
             report = json.loads((output / "export.json").read_text())
@@ -81,6 +86,7 @@ def main() -> None:
                     "export": name,
                     "moe_op": report["moe_op"],
                     "expert_bits": report["expert_bits"],
+                    "max_seq_len": report["max_seq_len"],
                     "checkpoint_bytes": (source / "model.safetensors").stat().st_size,
                     "pte_bytes": report["pte_bytes"],
                     "seconds": round(seconds, 1),

@@ -5,7 +5,6 @@ LLM runners: `forward(tokens, pos)` with tokens int64 `[1, S]` and the start pos
 last token `[1, vocab]` out, and the constant methods that they read.
 """
 
-import gc
 import glob
 import hashlib
 import json
@@ -38,6 +37,9 @@ from .runtime import PteModel, end_of_sequence_ids
 
 
 EXPERTS_FILE = "experts"
+# Length of the example that a program is traced with, and the shortest context. `torch.export` takes a length for 2 or
+# more: in a context of 2 it would conclude that every call starts at position 0.
+TRACED_TOKENS = 8
 
 
 def export_checkpoint(
@@ -221,9 +223,10 @@ def check_config(checkpoint: Path, max_seq_len: int | None) -> MobileMoEConfig:
             f"{checkpoint / 'tokenizer.json'} is not JSON: {error}. It is cut off or damaged: fetch it again."
         ) from error
     context = config.max_position_embeddings
-    if max_seq_len is not None and not 1 <= max_seq_len <= context:
+    if max_seq_len is not None and not TRACED_TOKENS <= max_seq_len <= context:
         raise ValueError(
-            f"max_seq_len={max_seq_len} is outside the model's context of {context} tokens. Set 1 to {context}."
+            f"max_seq_len={max_seq_len} is outside the model's context of {context} tokens, or too short to trace. "
+            f"Set {TRACED_TOKENS} to {context}."
         )
     return config
 
@@ -305,8 +308,9 @@ def check_resources(
     logits = 4 * options.max_seq_len * config.vocab_size * options.all_logits
     # A packed checkpoint stays in its file, a full-precision one is FP32 in memory until it is quantised.
     loaded = 4 * sum(parameter_counts(config)) if config.quantization is None or options.weights != "int4" else 0
-    # Measured (README, Export): imports, the packed weights, XNNPACK's copies, the program, two caches to compare.
-    memory = int(0.8e9 + max(3.7 * size, 1.1 * loaded) + 2 * cache + 2 * logits)
+    # Fitted to S and M (README, Export): imports, weights in several copies, and what the program plans to work in,
+    # which grows with the context as its cache does.
+    memory = int(0.7e9 + max(2.8 * size, 1.1 * loaded) + 4 * cache + 2 * logits)
     parent = output_dir.absolute()
     while not parent.exists():
         parent = parent.parent
@@ -387,22 +391,19 @@ def lower(model: ExportModel, constant_methods: dict, experts_file: bool, stages
     import executorch.kernels.quantized  # noqa: F401  registers quantized_decomposed::embedding_4bit
     from executorch.backends.xnnpack.partition.xnnpack_partitioner import XnnpackPartitioner
     from executorch.exir import EdgeCompileConfig, ExecutorchBackendConfig, to_edge_transform_and_lower
-    from executorch.exir.backend.utils import is_same_node
     from executorch.exir.passes import MemoryPlanningPass
     from executorch.exir.passes.sym_shape_eval_pass import ConstraintBasedSymShapeEvalPass
     from torchao.utils import unwrap_tensor_subclass
 
     unwrap_tensor_subclass(model)
     max_seq_len = model.options.max_seq_len
-    dynamic_shapes = None
-    if max_seq_len > 1:
-        dynamic_shapes = ({1: torch.export.Dim("length", min=1, max=max_seq_len)}, {})
+    dynamic_shapes = ({1: torch.export.Dim("length", min=1, max=max_seq_len)}, {})
     # XNNPACK has BF16 kernels for few CPUs; ExecuTorch's own linear runs on all and reads the table as its head.
     bf16 = model.options.weights == "bf16"
     # Our operators leave nothing to a delegate.
     partitioner = [] if bf16 or model.on_kernels else [XnnpackPartitioner()]
     preserved = [torch.ops.aten.linear.default] if bf16 else []
-    example = (torch.zeros((1, min(8, max_seq_len)), dtype=torch.int64), torch.zeros(1, dtype=torch.int64))
+    example = (torch.zeros((1, TRACED_TOKENS), dtype=torch.int64), torch.zeros(1, dtype=torch.int64))
     with torch.no_grad(), warnings.catch_warnings():
         # ExecuTorch's own operators still use a check that torch calls deprecated, once per layer and pass.
         warnings.simplefilter("ignore", FutureWarning)
@@ -420,8 +421,6 @@ def lower(model: ExportModel, constant_methods: dict, experts_file: bool, stages
                 constant_methods=constant_methods,
             )
             del exported
-            # It has kept every node that was compared, and with them every weight.
-            is_same_node.cache_clear()
         with stages("plan"):
             return edge.to_executorch(
                 ExecutorchBackendConfig(
@@ -455,8 +454,6 @@ class Stages:
     @contextmanager
     def __call__(self, name: str, note: str = "") -> Iterator[None]:
         log(f"{name} ...{f' ({note})' if note else ''}")
-        # Graphs are full of cycles: what an earlier stage left would stay beside what this one makes.
-        gc.collect()
         started, finished = time.perf_counter(), threading.Event()
 
         def report() -> None:

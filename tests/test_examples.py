@@ -141,12 +141,12 @@ def test_heldout_share_of_the_real_library(monkeypatch):
 @pytest.mark.slow
 def test_export_benchmark_takes_both_doors(tmp_path):
     pytest.importorskip("optimum.exporters.executorch", reason="optimum-executorch is not installed: make setup")
-    result = run_example("bench_export.py", "--sizes", "tiny", "--directory", str(tmp_path))
+    result = run_example("bench_export.py", "--sizes", "tiny", "--max-seq-len", "64", "--directory", str(tmp_path))
     default, optimum = result["exports"]
     assert (default["moe_op"], default["expert_bits"]) == ("mobilemoe::moe_ffn", 4)
     assert (optimum["moe_op"], optimum["expert_bits"]) == ("llama::quantized_moe_ffn", 8)
     for row in (default, optimum):
         assert row["seconds"] > row["stage_seconds"]["lower"] > 0
         assert row["peak_memory_bytes"] > row["pte_bytes"] > 0
-        assert row["cosine"] > 0.999
+        assert row["cosine"] > 0.999 and row["max_seq_len"] == 64
     assert not list(tmp_path.glob("tiny-*"))

@@ -237,13 +237,18 @@ def test_all_logits_in_one_call(evaluation_directory):
         program.all_logits([3] * 49)
 
 
-def test_prefill_in_one_call_in_chunks_and_token_by_token(pte):
-    tokens = list(range(3, 3 + pte.max_seq_len))
-    whole = pte.forward(tokens, 0)
+@pytest.mark.parametrize("fixture", ["pte_directory", "qat_directory", "kernel_directory"])
+def test_prefill_in_one_call_in_chunks_and_token_by_token(fixture, request):
+    program = PteModel(request.getfixturevalue(fixture))
+    # To the last position of the context, and one past it.
+    tokens = list(range(3, 3 + program.max_seq_len))
+    whole = program.forward(tokens, 0)
     for chunk in (1, 7, 32):
         for start in range(0, len(tokens), chunk):
-            logits = pte.forward(tokens[start : start + chunk], start)
+            logits = program.forward(tokens[start : start + chunk], start)
         torch.testing.assert_close(logits, whole, rtol=1e-3, atol=1e-3 * whole.abs().max().item())
+    with pytest.raises(ValueError, match=f"leave the context of {program.max_seq_len} tokens"):
+        program.forward([3], program.max_seq_len)
 
 
 def ascii_prompt(model: PteModel, num_tokens: int) -> tuple[str, list[int]]:
@@ -274,11 +279,12 @@ def test_stock_runner_writes_the_same_tokens(fixture, request):
     assert "".join(pieces) == model.decode(tokens)
 
 
-def test_optimum_executorch_writes_the_same_tokens(pte, pte_directory):
-    """In a process that has only imported optimum: the operators have to be registered by that."""
+def test_optimum_executorch_writes_the_same_tokens(pte, pte_directory, kernel_directory):
+    """In a process that has only imported optimum: the stock operators have to be registered by that, ours by us."""
     pytest.importorskip("optimum.executorch", reason="optimum-executorch is not installed: make setup")
     prompt, tokens = ascii_prompt(pte, 8)
     encoded = pte.encode(prompt)
+    of_kernels = list(PteModel(kernel_directory).generate(encoded, 8))
     script = f"""
 import json
 from optimum.executorch import ExecuTorchModelForCausalLM
@@ -288,13 +294,17 @@ limit = {len(encoded) + len(tokens)}
 generated = model.generate({encoded}, max_seq_len=limit)
 # For the tokenizer only, which wants to know the architecture.
 import modeling_mobilemoe
+from modeling_mobilemoe.kernels import load_executorch
 from transformers import AutoTokenizer
 
+load_executorch()
+kernels = ExecuTorchModelForCausalLM.from_pretrained({str(kernel_directory)!r})
 print(json.dumps({{
     "tokens": generated,
     "text": model.text_generation(AutoTokenizer.from_pretrained({str(pte_directory)!r}), {prompt!r}, False, limit),
     "ids": [model.bos_token_id, *model.eos_token_ids],
     "sizes": [model.max_cache_size, model.vocab_size],
+    "kernels": kernels.generate({encoded}, max_seq_len={len(encoded) + len(of_kernels)}),
 }}))
 """
     result = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
@@ -304,7 +314,53 @@ print(json.dumps({{
         "text": pte.decode(tokens),
         "ids": [496, 497, 504],
         "sizes": [64, 512],
+        "kernels": of_kernels,
     }
+
+
+@pytest.mark.slow
+def test_options_go_with_the_kernels_too(kernel_directory, float_text_checkpoint, tmp_path):
+    from executorch.extension.llm.runner import GenerationConfig, TextLLMRunner
+
+    options = {"kv_cache": "int8", "all_logits": True, "experts_file": True, "embedding_bits": 8, "max_seq_len": 48}
+    directory = export_checkpoint(float_text_checkpoint, tmp_path / "out", **options)
+    report = report_of(directory)
+    assert report["moe_op"] == "mobilemoe::moe_ffn" and report["expert_axis"] == "output"
+    assert report["parity"]["pte_to_pytorch_with_the_same_roundings"]["cosine_mean"] >= 0.999
+    assert set(report["parity"]["sources"]) == {
+        *("INT4 weights", "BF16 scales", "INT8 activations", "INT8 expert activations", "INT8 KV cache")
+    }
+    # All experts are in the file beside the program.
+    assert report["ptd_bytes"] > 2 * 8 * 3 * 64 * 32 * 0.5 and report["ptd_bytes"] + report["pte_bytes"] < 400_000
+    program = PteModel(directory)
+    tokens = program.encode(TEXT)[:40]
+    similarity = torch.cosine_similarity(
+        program.all_logits(tokens)[-1], PteModel(kernel_directory).forward(tokens, 0), 0
+    )
+    assert similarity > 0.99
+    prompt, produced = ascii_prompt(program, 8)
+    runner = TextLLMRunner(*(str(directory / name) for name in ("model.pte", "tokenizer.json", "experts.ptd")))
+    pieces: list[str] = []
+    runner.generate(
+        prompt,
+        GenerationConfig(echo=False, temperature=0.0, max_new_tokens=8, num_bos=1),
+        token_callback=pieces.append,
+    )
+    assert "".join(pieces) == program.decode(produced)
+
+
+@pytest.mark.slow
+def test_shortest_context(text_checkpoint, tmp_path):
+    program = PteModel(export_checkpoint(text_checkpoint, tmp_path / "out", max_seq_len=export_module.TRACED_TOKENS))
+    tokens = list(range(3, 3 + program.max_seq_len))
+    logits = program.forward(tokens, 0)
+    for position, token in enumerate(tokens):
+        stepped = program.forward([token], position)
+    assert torch.cosine_similarity(logits, stepped, 0) > 0.9999
+    # The token after the last position can still be read.
+    assert len(list(program.generate(tokens, 5))) <= 1
+    with pytest.raises(ValueError, match="leave the context of 8 tokens"):
+        program.forward([3], 8)
 
 
 def test_size_is_what_was_said_before(
@@ -330,7 +386,7 @@ def test_size_is_what_was_said_before(
         ({"weights": "int3"}, "weights='int3'"),
         ({"moe_op": "other"}, "moe_op='other' has no kernel here. Set mobilemoe or llama"),
         ({"max_seq_len": 257}, "outside the model's context of 256 tokens"),
-        ({"max_seq_len": 0}, "outside the model's context of 256 tokens"),
+        ({"max_seq_len": 7}, "or too short to trace. Set 8 to 256"),
         ({"weights": "fp32", "experts_file": True}, "no packed experts"),
         ({"weights": "fp32", "expert_bits": 4}, "no packed experts"),
         ({"weights": "bf16", "moe_op": "llama"}, "no packed experts"),
