@@ -48,8 +48,10 @@ class Worker:
             self.close()
             raise
 
-    def measure(self, prompt_length: int, new_tokens: int, seed: int, text: str | None) -> dict:
+    def measure(self, prompt_length: int, new_tokens: int, seed: int, text: str | None, profile: bool = False) -> dict:
         request = {"prompt_length": prompt_length, "new_tokens": new_tokens, "seed": seed, "text": text}
+        if profile:
+            request["profile"] = True
         print(json.dumps(request), file=self._process.stdin, flush=True)
         return self._answer()
 
@@ -110,6 +112,7 @@ def run_benchmark(
     repeats: int,
     num_threads: int,
     prompt_file: str | Path | None = None,
+    profile: bool = False,
 ) -> dict:
     """
     Measures models in turns.
@@ -122,6 +125,7 @@ def run_benchmark(
         repeats (`int`): rounds, after one that warms up.
         num_threads (`int`): of each model.
         prompt_file (`str` or `Path`, *optional*): text to take tokens from; random tokens when absent.
+        profile (`bool`, defaults to `False`): afterwards, time programs by operator.
 
     Returns:
         `dict`: rates in tokens per second, times in seconds unless named otherwise, memory in bytes.
@@ -181,6 +185,13 @@ def run_benchmark(
                         row["decode"].append(new_tokens / sum(answer["decode"]))
             if repeat > 0:
                 rates.append(rate)
+        if profile:
+            for name, worker in workers.items():
+                if worker.loaded["runtime"] == "executorch":
+                    models[name]["operator_ms"] = {
+                        str(length): worker.measure(length, new_tokens, 0, text, profile=True)
+                        for length in prompt_lengths
+                    }
     finally:
         for worker in workers.values():
             worker.close()
@@ -215,9 +226,14 @@ def bench(
     repeats: int,
     num_threads: int,
     prompt_file: str | Path | None = None,
+    runtime: str = "pte",
+    profile: bool = False,
 ) -> dict:
-    """As [`run_benchmark`], of checkpoints, directories with `model.pte`, and the shapes S, M, L and MobileLLM-Pro."""
-    from .bench_worker import random_packed_model, shapes
+    """
+    As [`run_benchmark`], of checkpoints, directories with `model.pte`, and the shapes S, M, L and MobileLLM-Pro, which
+    are exported first, or packed models in PyTorch with `runtime="pytorch"`.
+    """
+    from .bench_programs import random_packed_model, shapes, write_random_program
 
     if len(set(models)) < len(models):
         raise ValueError(f"models={list(models)} names one twice. Raise the repeats instead.")
@@ -226,14 +242,27 @@ def bench(
             "A built-in shape has random weights and no tokenizer, so it reads no prompt file. Leave the file out for "
             "random tokens, or name a checkpoint."
         )
+    context = max(prompt_lengths, default=0) + new_tokens
     with tempfile.TemporaryDirectory() as directory:
         paths = {}
         for name in models:
             paths[name] = name
-            # As a checkpoint, so that loading it can be measured. The dense shape is not in a format that we load.
-            if name in shapes() and shapes()[name].model_type == "mobilemoe":
-                paths[name] = os.path.join(directory, name)
-                random_packed_model(shapes()[name]).save_pretrained(paths[name])
+            config = shapes().get(name)
+            if config is None:
+                continue
+            path = os.path.join(directory, name)
+            if runtime == "pte":
+                if not 1 <= context <= config.max_position_embeddings:
+                    raise ValueError(
+                        f"{name} has a context of {config.max_position_embeddings} tokens and {context} are needed. "
+                        "Give shorter prompt lengths."
+                    )
+                write_random_program(config, path, context)
+                paths[name] = path
+            elif config.model_type == "mobilemoe":
+                # As a checkpoint, so that loading it can be measured. The dense shape is not in a format that we load.
+                random_packed_model(config).save_pretrained(path)
+                paths[name] = path
         return run_benchmark(
             {name: worker_command(path, num_threads) for name, path in paths.items()},
             {name: model_files(path) for name, path in paths.items()},
@@ -242,6 +271,7 @@ def bench(
             repeats,
             num_threads,
             prompt_file,
+            profile,
         )
 
 
@@ -288,6 +318,13 @@ def print_table(result: dict) -> None:
     console = Console()
     console.width = max(console.width, 140)
     console.print(table)
+    for name, model in result["models"].items():
+        for length, times in model.get("operator_ms", {}).items():
+            for phase, operators in times.items():
+                table = Table("operator", "ms", title=f"{name}, {phase}, {length} tokens")
+                for operator, milliseconds in operators.items():
+                    table.add_row(operator, f"{milliseconds:.3f}")
+                console.print(table)
 
 
 def draw(result: dict, path: str | Path) -> None:

@@ -3,7 +3,8 @@ One model in a process of its own, measured on request: python -m modeling_mobil
 
 A process per model keeps peak memory and load time apart, and lets models take turns. Requests are JSON lines on
 standard input, `{"prompt_length": 128, "new_tokens": 48, "seed": 0, "text": null}`; so are the answers on standard
-output: first what loading took, then of every request the seconds of the prompt and of each token after it.
+output: first what loading took, then of every request the seconds of the prompt and of each token after it. With
+`"profile": true` in it, a request asks where a program spends its time instead.
 """
 
 import argparse
@@ -17,68 +18,14 @@ from pathlib import Path
 
 import torch
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache, LlamaConfig, PretrainedConfig, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache, PretrainedConfig, PreTrainedModel
 
 from . import kernels
+from .bench_programs import random_packed_model, shapes
 from .configuration_mobilemoe import MobileMoEConfig
-from .modeling_mobilemoe import MobileMoEExperts, MobileMoEFeedForward
-from .quantization_mobilemoe import INT4_BLOCK, Int4Experts, MobileMoEInt4Config, MobileMoEInt4Quantizer
+from .modeling_mobilemoe import MobileMoEExperts
+from .quantization_mobilemoe import Int4Experts, Int4Format
 from .runtime import CheckpointModel, LanguageModel, PteModel
-
-
-def shapes() -> dict[str, PretrainedConfig]:
-    """The built-in shapes: the paper's three sizes, and the dense model that it compares them with."""
-    medium = {"hidden_size": 1024, "intermediate_size": 512, "intermediate_size_mlp": 2048}
-    large = {"hidden_size": 1280, "intermediate_size": 640, "intermediate_size_mlp": 2560}
-    # https://arxiv.org/abs/2511.06719. Its local attention is full attention here: the same up to 512 tokens.
-    dense = {"hidden_size": 1280, "intermediate_size": 6144, "num_hidden_layers": 30, "vocab_size": 202048}
-    return {
-        "S": MobileMoEConfig(),
-        "M": MobileMoEConfig(**medium, num_hidden_layers=26, num_attention_heads=16),
-        "L": MobileMoEConfig(**large, num_hidden_layers=32, num_attention_heads=20),
-        "MobileLLM-Pro": LlamaConfig(
-            **dense,
-            num_attention_heads=20,
-            num_key_value_heads=4,
-            head_dim=64,
-            tie_word_embeddings=True,
-            max_position_embeddings=8192,
-        ),
-    }
-
-
-def random_packed_model(config: PretrainedConfig, seed: int = 0) -> PreTrainedModel:
-    """A BF16 model of this shape with random INT4 weights, built packed: it never exists in full precision."""
-    block = MobileMoEInt4Config(**INT4_BLOCK)
-    if isinstance(config, MobileMoEConfig):
-        config.quantization, config.quantization_config = dict(INT4_BLOCK), block
-    quantizer = MobileMoEInt4Quantizer(block)
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
-        quantizer._process_model_before_weight_loading(model)
-    model.to_empty(device="cpu")
-    # What `from_pretrained` keeps in FP32.
-    for module in model.modules():
-        if isinstance(module, MobileMoEFeedForward):
-            module.router.float()
-            module.expert_bias = module.expert_bias.float()
-    # Its frequencies are no weights, so they are computed again.
-    model.model.rotary_emb = type(model.model.rotary_emb)(config)
-    generator = torch.Generator().manual_seed(seed)
-    for name, tensor in model.state_dict().items():
-        if tensor.dtype == torch.uint8:
-            tensor.random_(generator=generator)
-        elif name.endswith("scale"):
-            # Of weights with the standard deviation 0.02, as initialised.
-            tensor.uniform_(0.003, 0.006, generator=generator)
-        elif name.endswith("norm.weight"):
-            tensor.fill_(1)
-        elif name.endswith("expert_bias"):
-            tensor.zero_()
-        else:
-            tensor.normal_(std=0.02, generator=generator)
-    model.hf_quantizer, model.is_quantized = quantizer, True
-    return model.eval()
 
 
 class ModelWithoutText(CheckpointModel):
@@ -92,7 +39,7 @@ class ModelWithoutText(CheckpointModel):
 
 
 def load(name: str) -> tuple[LanguageModel, PretrainedConfig]:
-    """A built-in shape, a directory with `model.pte`, or a checkpoint, in BF16."""
+    """A built-in shape in PyTorch, a directory with `model.pte`, or a checkpoint, in BF16."""
     if name in shapes():
         config = shapes()[name]
         return ModelWithoutText(random_packed_model(config)), config
@@ -121,6 +68,23 @@ def weight_bytes_per_token(model: nn.Module) -> int:
     return total
 
 
+def program_bytes_per_token(directory: str, config: MobileMoEConfig) -> int:
+    """As [`weight_bytes_per_token`], of a program with packed weights: the linears, the head, some of the experts."""
+    from .export import parameter_counts
+    from .exported_model import MOE_MODULES
+
+    report = json.loads(Path(directory, "export.json").read_text())
+    linears, experts, embedding = parameter_counts(config)
+    group = Int4Format.group_size
+    bits = (linears + embedding) * (4 + 16 / group)
+    if report["moe_op"] is not None:
+        scale_bits = {module.operator: module.scale_bits for module in MOE_MODULES.values()}[report["moe_op"]]
+        used = config.num_experts_per_tok / config.num_local_experts
+        bits += experts * used * (report["expert_bits"] + scale_bits / group)
+        bits += 32 * config.num_hidden_layers * config.num_local_experts * config.hidden_size
+    return int(bits) // 8
+
+
 def cache_bits(directory: str) -> int:
     """Bits of a key or value in the cache of a program."""
     report = json.loads(Path(directory, "export.json").read_text())
@@ -138,11 +102,15 @@ def peak_memory_bytes() -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 
 
+def random_tokens(vocab_size: int, count: int, seed: int) -> list[int]:
+    return torch.randint(vocab_size, (count,), generator=torch.Generator().manual_seed(seed)).tolist()
+
+
 def choose_tokens(model: LanguageModel, vocab_size: int, count: int, seed: int, text: str | None) -> list[int]:
     """Random ids, or a stretch of a text that begins elsewhere for every seed."""
-    generator = torch.Generator().manual_seed(seed)
     if text is None:
-        return torch.randint(vocab_size, (count,), generator=generator).tolist()
+        return random_tokens(vocab_size, count, seed)
+    generator = torch.Generator().manual_seed(seed)
     tokens = model.encode(text)
     if len(tokens) < count:
         raise ValueError(
@@ -163,6 +131,39 @@ def measure(model: LanguageModel, tokens: list[int], prompt_length: int) -> dict
         model.forward([tokens[position]], position).argmax().item()
         seconds.append(time.perf_counter() - started)
     return {"first_token": first_token, "decode": seconds}
+
+
+def profile(directory: str, tokens: list[int], prompt_length: int) -> dict[str, dict[str, float]]:
+    """
+    Milliseconds by operator, summed over the layers, of a prompt and of a token after it, from ExecuTorch's ETDump.
+
+    Each is run in a program of its own, whose first run does not count. The token's cache has the prompt's length and
+    is empty, which costs the same.
+    """
+    import tempfile
+
+    from executorch.devtools import Inspector
+    from executorch.runtime import Runtime
+
+    times = {}
+    rest = [([token], prompt_length + i) for i, token in enumerate(tokens[prompt_length:])]
+    for name, calls in (("prefill", [(tokens[:prompt_length], 0)] * 3), ("decode", rest)):
+        program = Runtime.get().load_program(Path(directory, "model.pte"), enable_etdump=True)
+        method = program.load_method("forward")
+        for ids, start in calls:
+            method.execute((torch.tensor([ids]), torch.tensor([start])))
+        with tempfile.TemporaryDirectory() as scratch:
+            dump = Path(scratch, "etdump")
+            program.write_etdump_result_to_file(str(dump), str(Path(scratch, "debug")))
+            blocks = Inspector(etdump_path=str(dump)).event_blocks
+        times[name] = {}
+        for event in (event for block in blocks if block.name == "Execute" for event in block.events):
+            # A call of an operator also counts as one, without its name.
+            if event.perf_data is not None and event.name != "OPERATOR_CALL":
+                operator = event.name.removeprefix("native_call_")
+                times[name][operator] = times[name].get(operator, 0.0) + event.perf_data.p50
+        times[name] = {key: round(value, 4) for key, value in sorted(times[name].items(), key=lambda item: -item[1])}
+    return times
 
 
 def set_threads(num_threads: int, is_pte: bool) -> None:
@@ -197,7 +198,11 @@ def main() -> None:
             "load": time.perf_counter() - started,
             "context": model.max_seq_len,
             "runtime": "executorch" if isinstance(model, PteModel) else "pytorch",
-            "weight_bytes_per_token": None if isinstance(model, PteModel) else weight_bytes_per_token(model.model),
+            "weight_bytes_per_token": (
+                program_bytes_per_token(arguments.model, config)
+                if isinstance(model, PteModel)
+                else weight_bytes_per_token(model.model)
+            ),
             "kv_bits": cache_bits(arguments.model) if isinstance(model, PteModel) else 16,
             "config": json.loads(config.to_json_string()),
         }
@@ -206,6 +211,9 @@ def main() -> None:
             request = json.loads(line)
             count = request["prompt_length"] + request["new_tokens"]
             tokens = choose_tokens(model, config.vocab_size, count, request["seed"], request["text"])
+            if request.get("profile"):
+                print(json.dumps(profile(arguments.model, tokens, request["prompt_length"])), file=answers)
+                continue
             answer = measure(model, tokens, request["prompt_length"])
             print(json.dumps(answer | {"peak_memory_bytes": peak_memory_bytes()}), file=answers)
     except (ValueError, OSError, ModuleNotFoundError) as error:

@@ -100,7 +100,9 @@ def add_export(commands) -> None:
         choices=("mobilemoe", "llama"),
         help="operator of the experts: ours, compiled on first use, or the stock one (default: ours where it can)",
     )
-    export.add_argument("--weights", default="int4", choices=("int4", "fp32"), help="fp32: quantise nothing, slow")
+    export.add_argument(
+        "--weights", default="int4", choices=("int4", "fp32", "bf16"), help="fp32, bf16: quantise nothing, slow"
+    )
     export.add_argument("--embedding-bits", type=int, default=4, choices=(4, 8), help="8: the same integers, wider")
     export.add_argument("--kv-cache", default="fp32", choices=("fp32", "int8"))
     export.add_argument("--all-logits", action="store_true", help="logits of every position, for evaluation")
@@ -175,6 +177,13 @@ def add_bench(commands) -> None:
     bench.add_argument("--repeats", type=int, default=5)
     bench.add_argument("--threads", type=int, default=os.cpu_count())
     bench.add_argument("--prompt-file", help="text to take prompts from (default: random tokens)")
+    bench.add_argument(
+        "--runtime",
+        default="pte",
+        choices=("pte", "pytorch"),
+        help="of the shapes: a program in ExecuTorch, exported first, or PyTorch",
+    )
+    bench.add_argument("--profile", action="store_true", help="milliseconds by operator, of programs")
     bench.add_argument("--json", help="file to write the result to")
     bench.add_argument("--picture", help="file to draw the result in, such as bench.png")
     bench.set_defaults(function=run_bench, extra="bench")
@@ -190,6 +199,8 @@ def run_bench(arguments: argparse.Namespace) -> None:
         arguments.repeats,
         arguments.threads,
         arguments.prompt_file,
+        arguments.runtime,
+        arguments.profile,
     )
     # First what was measured: a table or a picture that fails must not cost it.
     if arguments.json:

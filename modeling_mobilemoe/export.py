@@ -5,6 +5,8 @@ LLM runners: `forward(tokens, pos)` with tokens int64 `[1, S]` and the start pos
 last token `[1, vocab]` out, and the constant methods that they read.
 """
 
+import gc
+import glob
 import hashlib
 import json
 import os
@@ -61,8 +63,8 @@ def export_checkpoint(
         expert_bits (`int`, *optional*): width of the experts. `llama::quantized_moe_ffn` groups along the input axis
             and the released grid along the output axis: 8 keeps those weights, 4 rounds them a second time. Experts
             along the input keep integers and scales in both. 4 when that loses nothing, else 8, when absent.
-        weights (`str`, defaults to `"int4"`): `"fp32"` quantises nothing. For evaluation of small models only: every
-            token passes through every expert.
+        weights (`str`, defaults to `"int4"`): `"fp32"` and `"bf16"` quantise nothing. For evaluation of small models
+            only: every token passes through every expert.
         embedding_bits (`int`, defaults to 4): 8 stores the same integers wider.
         kv_cache (`str`, defaults to `"fp32"`): or `"int8"`.
         all_logits (`bool`, defaults to `False`): the program returns `[1, S, vocab]`.
@@ -82,7 +84,7 @@ def export_checkpoint(
     for name, value, legal in (
         ("expert_bits", expert_bits, (None, 4, 8)),
         ("embedding_bits", embedding_bits, (4, 8)),
-        ("weights", weights, ("int4", "fp32")),
+        ("weights", weights, ("int4", "fp32", "bf16")),
         ("kv_cache", kv_cache, ("fp32", "int8")),
         ("moe_op", moe_op, (None, *MOE_MODULES)),
     ):
@@ -90,10 +92,10 @@ def export_checkpoint(
             raise ValueError(
                 f"{name}={value!r} has no kernel here. Set {' or '.join(str(choice) for choice in legal if choice)}."
             )
-    if weights == "fp32" and (expert_bits or experts_file or embedding_bits == 8):
+    if weights != "int4" and (expert_bits or experts_file or embedding_bits == 8 or moe_op):
         raise ValueError(
-            "weights='fp32' is for evaluation and has no packed experts or embedding, so neither their widths nor an "
-            "experts file. Leave those options out, or set weights='int4'."
+            f"weights={weights!r} is for evaluation and has no packed experts or embedding, so neither their widths, "
+            "operator nor file. Leave those options out, or set weights='int4'."
         )
     checkpoint = local_checkpoint(model)
     config = check_config(checkpoint, max_seq_len)
@@ -107,12 +109,14 @@ def export_checkpoint(
     crosses = weights == "int4" and packed and stored_axis != moe_module.expert_axis
     options = ProgramOptions(
         max_seq_len=max_seq_len or config.max_position_embeddings,
+        weights=weights,
         expert_bits=expert_bits or (8 if crosses else 4),
         embedding_bits=embedding_bits,
         kv_cache=kv_cache,
         all_logits=all_logits,
     )
-    check_resources(config, options, weights, output_dir, moe_module)
+    remove_remnants(output_dir)
+    check_resources(config, options, output_dir, moe_module)
 
     stages = Stages()
     with stages("import"):
@@ -126,7 +130,7 @@ def export_checkpoint(
         prompts = encode_prompts(tokenizer, config.vocab_size, options.max_seq_len)
         source = AutoModelForCausalLM.from_pretrained(checkpoint, dtype=torch.float32).eval()
         eos_ids = end_of_sequence_ids(source, tokenizer)
-        if packed and weights == "fp32":
+        if packed and weights != "int4":
             dequantize(source)
     with stages("reference"):
         reference = Reference(source, prompts, eos_ids, options.max_seq_len)
@@ -143,13 +147,12 @@ def export_checkpoint(
         "model": str(model),
         "weights_sha256": {path.name: file_sha256(path) for path in sorted(checkpoint.glob("*.safetensors"))},
         "versions": {name: version(name) for name in ("torch", "transformers", "torchao", "executorch")},
-        "weights": weights,
         "moe_op": moe_module.operator,
         "expert_axis": moe_module.expert_axis,
         "experts_rounded_twice": crosses,
         "expert_rounding_sqnr_db": expert_rounding_sqnr(exportable) if crosses else None,
         **asdict(options),
-        **({"expert_bits": None, "embedding_bits": None} if weights == "fp32" else {}),
+        **({"expert_bits": None, "embedding_bits": None} if weights != "int4" else {}),
         "eos_ids": eos_ids,
         "experts_file": f"{EXPERTS_FILE}.ptd" if experts_file else None,
     }
@@ -208,6 +211,12 @@ def check_config(checkpoint: Path, max_seq_len: int | None) -> MobileMoEConfig:
         )
     if not (checkpoint / "tokenizer.json").is_file():
         raise ValueError(f"{checkpoint} has no tokenizer.json, which every runner needs. Put the model's beside it.")
+    try:
+        json.loads((checkpoint / "tokenizer.json").read_text())
+    except ValueError as error:
+        raise ValueError(
+            f"{checkpoint / 'tokenizer.json'} is not JSON: {error}. It is cut off or damaged: fetch it again."
+        ) from error
     context = config.max_position_embeddings
     if max_seq_len is not None and not 1 <= max_seq_len <= context:
         raise ValueError(
@@ -253,21 +262,25 @@ def parameter_counts(config: MobileMoEConfig) -> tuple[int, int, int]:
     return linears, experts, config.vocab_size * hidden
 
 
-def program_bytes(
-    config: MobileMoEConfig, options: ProgramOptions, weights: str, moe_module: type[torch.nn.Module]
-) -> int:
+def program_bytes(config: MobileMoEConfig, options: ProgramOptions, moe_module: type[torch.nn.Module]) -> int:
     """
     Size of `model.pte` and its `.ptd` in bytes, without the graph (some 30 KB per layer).
 
-    XNNPACK holds INT4 with a BF16 scale per group, the MoE operators say what they have.
+    Every group of INT4 has a scale, BF16 in XNNPACK and FP16 in our operators; the MoE operators say what they have.
     """
     linears, experts, embedding = parameter_counts(config)
     router = config.num_hidden_layers * config.num_local_experts * config.hidden_size
     float_bytes = 4 * (options.max_seq_len * config.head_dim + router)
-    if weights == "fp32":
+    if options.weights == "fp32":
+        # XNNPACK has a copy of the table as its head.
         return float_bytes + 4 * (linears + experts + 2 * embedding)
+    if options.weights == "bf16":
+        return float_bytes + 2 * (linears + experts + embedding)
     scale_bits = 16 / Int4Format.group_size
-    bits = (linears + embedding) * (4 + scale_bits) + embedding * (options.embedding_bits + scale_bits)
+    bits = (linears + embedding) * (4 + scale_bits)
+    # Our operators read the head as the table, too.
+    if moe_module is not MoEFFN or options.embedding_bits == 8:
+        bits += embedding * (options.embedding_bits + scale_bits)
     expert_bits = options.expert_bits + moe_module.scale_bits / Int4Format.group_size
     return float_bytes + int(bits + experts * expert_bits) // 8
 
@@ -275,7 +288,6 @@ def program_bytes(
 def check_resources(
     config: MobileMoEConfig,
     options: ProgramOptions,
-    weights: str,
     output_dir: Path,
     moe_module: type[torch.nn.Module],
 ) -> None:
@@ -285,11 +297,11 @@ def check_resources(
     Raises:
         ValueError: when the output cannot be made there, or the disk or the memory is too small.
     """
-    size = program_bytes(config, options, weights, moe_module)
+    size = program_bytes(config, options, moe_module)
     cache = 8 * config.num_hidden_layers * options.max_seq_len * config.num_key_value_heads * config.head_dim
     logits = 4 * options.max_seq_len * config.vocab_size * options.all_logits
     # A packed checkpoint stays in its file, a full-precision one is FP32 in memory until it is quantised.
-    loaded = 4 * sum(parameter_counts(config)) if config.quantization is None or weights == "fp32" else 0
+    loaded = 4 * sum(parameter_counts(config)) if config.quantization is None or options.weights != "int4" else 0
     # Measured (README, Export): imports, the packed weights, XNNPACK's copies, the program, two caches to compare.
     memory = int(0.8e9 + max(3.7 * size, 1.1 * loaded) + 2 * cache + 2 * logits)
     parent = output_dir.absolute()
@@ -309,6 +321,18 @@ def check_resources(
             f"The export takes about {memory / 1e9:.1f} GB of memory and {free_memory / 1e9:.1f} GB are available. "
             "Use a larger machine, fewer expert_bits, or a smaller max_seq_len."
         )
+
+
+def remove_remnants(output_dir: Path) -> None:
+    """Removes what exports to this name left when they were killed: no process cleans up after SIGKILL."""
+    for path in output_dir.parent.glob(f".{glob.escape(output_dir.name)}.partial-*"):
+        try:
+            os.kill(int(path.name.rpartition("-")[2]), 0)
+        except ProcessLookupError:
+            shutil.rmtree(path, ignore_errors=True)
+        except PermissionError:
+            # Of another user, and alive.
+            pass
 
 
 def available_memory() -> int | None:
@@ -360,6 +384,7 @@ def lower(model: ExportModel, constant_methods: dict, experts_file: bool, stages
     import executorch.kernels.quantized  # noqa: F401  registers quantized_decomposed::embedding_4bit
     from executorch.backends.xnnpack.partition.xnnpack_partitioner import XnnpackPartitioner
     from executorch.exir import EdgeCompileConfig, ExecutorchBackendConfig, to_edge_transform_and_lower
+    from executorch.exir.backend.utils import is_same_node
     from executorch.exir.passes import MemoryPlanningPass
     from executorch.exir.passes.sym_shape_eval_pass import ConstraintBasedSymShapeEvalPass
     from torchao.utils import unwrap_tensor_subclass
@@ -369,22 +394,31 @@ def lower(model: ExportModel, constant_methods: dict, experts_file: bool, stages
     dynamic_shapes = None
     if max_seq_len > 1:
         dynamic_shapes = ({1: torch.export.Dim("length", min=1, max=max_seq_len)}, {})
+    # XNNPACK has BF16 kernels for few CPUs; ExecuTorch's own linear runs on all and reads the table as its head.
+    bf16 = model.options.weights == "bf16"
+    # Our operators leave nothing to a delegate.
+    partitioner = [] if bf16 or model.on_kernels else [XnnpackPartitioner()]
+    preserved = [torch.ops.aten.linear.default] if bf16 else []
     example = (torch.zeros((1, min(8, max_seq_len)), dtype=torch.int64), torch.zeros(1, dtype=torch.int64))
     with torch.no_grad(), warnings.catch_warnings():
         # ExecuTorch's own operators still use a check that torch calls deprecated, once per layer and pass.
         warnings.simplefilter("ignore", FutureWarning)
         with stages("trace"):
             exported = torch.export.export(model, example, dynamic_shapes=dynamic_shapes, strict=False)
-        with stages("lower", f"{len(model.layers)} layers, some 5 to 15 s each"):
+        with stages("lower", f"{len(model.layers)} layers, up to 15 s each"):
             # One partitioner for linears and elementwise work together: with two, as in ExecuTorch's llama example,
             # every linear is a delegate of its own, which takes longer both here and when it runs.
             edge = to_edge_transform_and_lower(
                 exported,
-                partitioner=[XnnpackPartitioner()],
-                compile_config=EdgeCompileConfig(_check_ir_validity=False, _skip_dim_order=True),
+                partitioner=partitioner,
+                compile_config=EdgeCompileConfig(
+                    _check_ir_validity=False, _skip_dim_order=True, preserve_ops=preserved
+                ),
                 constant_methods=constant_methods,
             )
             del exported
+            # It has kept every node that was compared, and with them every weight.
+            is_same_node.cache_clear()
         with stages("plan"):
             return edge.to_executorch(
                 ExecutorchBackendConfig(
@@ -418,6 +452,8 @@ class Stages:
     @contextmanager
     def __call__(self, name: str, note: str = "") -> Iterator[None]:
         log(f"{name} ...{f' ({note})' if note else ''}")
+        # Graphs are full of cycles: what an earlier stage left would stay beside what this one makes.
+        gc.collect()
         started, finished = time.perf_counter(), threading.Event()
 
         def report() -> None:

@@ -1,7 +1,9 @@
 """The module that becomes a `.pte`: `forward(tokens, pos)` from the operators that ExecuTorch runtimes have.
 
-Linears are XNNPACK's, with the INT4 integers of the checkpoint and INT8 activations; one MoE operator per layer holds
-router and routed experts; the KV cache lives inside. Shapes as in modeling_mobilemoe.py, B is 1.
+One MoE operator per layer holds router and routed experts. With `mobilemoe::moe_ffn` everything else that is packed is
+multiplied by our operators too, where the program has it mapped, and the table is also the head. With the stock one,
+linears are XNNPACK's, with the INT4 integers of the checkpoint and INT8 activations. The KV cache lives inside. Shapes
+as in modeling_mobilemoe.py, B is 1.
 """
 
 from dataclasses import dataclass
@@ -10,7 +12,7 @@ import torch
 from torch import nn
 from tqdm.auto import tqdm
 
-from .kernels.modules import MoEFFN
+from .kernels.modules import AttentionInputs, MoEFFN, PackedEmbedding, PackedLinear, PackedMLP, RMSNorm
 from .modeling_mobilemoe import (
     MobileMoEDecoderLayer,
     MobileMoEForCausalLM,
@@ -29,6 +31,7 @@ class ProgramOptions:
 
     Args:
         max_seq_len (`int`): context in tokens, the size of the KV cache.
+        weights (`str`): `"int4"`, or `"fp32"` and `"bf16"` of a full-precision model.
         expert_bits (`int`): width of the experts, 4, or 8 in `llama::quantized_moe_ffn`.
         embedding_bits (`int`): width of the embedding table, 4 or 8; the integers are the same.
         kv_cache (`str`): `"fp32"`, or `"int8"`, a quarter of the memory at some loss.
@@ -36,6 +39,7 @@ class ProgramOptions:
     """
 
     max_seq_len: int
+    weights: str = "int4"
     expert_bits: int = 8
     embedding_bits: int = 4
     kv_cache: str = "fp32"
@@ -86,7 +90,7 @@ class DenseMoE(nn.Module):
     """
     Full-precision experts, for evaluation: every token passes through every expert, most of them weighted by zero.
 
-    All experts together are two linears, which XNNPACK takes; gathering the experts of each token instead would copy
+    All experts together are three linears; gathering the experts of each token instead would copy
     `tokens * top_k` matrices in a prefill. It computes E / top_k times what is needed.
     """
 
@@ -102,9 +106,9 @@ class DenseMoE(nn.Module):
         self.register_buffer("expert_bias", feed_forward.expert_bias.float())
         gate_up, down = feed_forward.experts.gate_up_proj.detach(), feed_forward.experts.down_proj.detach()
         gate, up = gate_up.chunk(2, dim=-1)  # (E, H, I)
-        self.gate_proj = float_linear(gate.permute(0, 2, 1).flatten(0, 1))  # (E * I, H)
-        self.up_proj = float_linear(up.permute(0, 2, 1).flatten(0, 1))
-        self.down_proj = float_linear(down.flatten(0, 1).T)  # (H, E * I)
+        self.gate_proj = float_linear(gate.permute(0, 2, 1).flatten(0, 1), options.weights)  # (E * I, H)
+        self.up_proj = float_linear(up.permute(0, 2, 1).flatten(0, 1), options.weights)
+        self.down_proj = float_linear(down.flatten(0, 1).T, options.weights)  # (H, E * I)
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
         scores = nn.functional.linear(hidden_states, self.gate_weight).sigmoid()  # (tokens, E)
@@ -146,10 +150,10 @@ class ExportEmbedding(nn.Module):
         )
 
 
-def export_linear(linear: Int4Linear | Int4Embedding | nn.Linear) -> nn.Linear:
-    """A linear that XNNPACK takes: the INT4 integers as they are and INT8 activations per token, or FP32."""
+def export_linear(linear: Int4Linear | Int4Embedding | nn.Linear, weights: str = "int4") -> nn.Module:
+    """A linear that XNNPACK takes: the INT4 integers as they are and INT8 activations per token; or a float one."""
     if isinstance(linear, nn.Linear):
-        return float_linear(linear.weight.detach())
+        return float_linear(linear.weight.detach(), weights)
     from torchao.quantization import IntxUnpackedToInt8Tensor
     from torchao.quantization.quantize_.workflows.intx.intx_unpacked_to_int8_tensor import (
         IntxUnpackedToInt8TensorActivationQuantization,
@@ -168,8 +172,22 @@ def export_linear(linear: Int4Linear | Int4Embedding | nn.Linear) -> nn.Linear:
     return _linear(weight, *quantized.shape)
 
 
-def float_linear(weight: torch.Tensor) -> nn.Linear:
+def float_linear(weight: torch.Tensor, weights: str) -> nn.Module:
+    """In `weights`, which is `"fp32"` or `"bf16"`."""
+    if weights == "bf16":
+        return BFloat16Linear(weight.bfloat16().contiguous())
     return _linear(weight.float().contiguous(), *weight.shape)
+
+
+class BFloat16Linear(nn.Module):
+    """As PyTorch computes a BF16 checkpoint: inputs and results in BF16, sums in FP32."""
+
+    def __init__(self, weight: torch.Tensor):
+        super().__init__()
+        self.register_buffer("weight", weight)
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        return nn.functional.linear(hidden_states.bfloat16(), self.weight).float()
 
 
 def _linear(weight: torch.Tensor, out_features: int, in_features: int) -> nn.Linear:
@@ -178,15 +196,35 @@ def _linear(weight: torch.Tensor, out_features: int, in_features: int) -> nn.Lin
     return linear
 
 
+class DelegatedAttentionInputs(nn.Module):
+    """As [`AttentionInputs`], of linears and elementwise work for XNNPACK."""
+
+    def __init__(self, attention: nn.Module, options: ProgramOptions):
+        super().__init__()
+        self.head_dim = attention.head_dim
+        self.eps = attention.config.rms_norm_eps
+        for name in ("q_proj", "k_proj", "v_proj"):
+            self.add_module(name, export_linear(attention.get_submodule(name), options.weights))
+
+    def forward(self, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        heads = (*x.shape[:2], -1, self.head_dim)
+        query = rms_normalize(apply_rotary_emb(self.q_proj(x).view(heads), cos, sin), self.eps)
+        key = rms_normalize(apply_rotary_emb(self.k_proj(x).view(heads), cos, sin), self.eps)
+        return query, key, self.v_proj(x).view(heads)
+
+
 class ExportAttention(nn.Module):
-    def __init__(self, layer: MobileMoEDecoderLayer, options: ProgramOptions):
+    def __init__(self, layer: MobileMoEDecoderLayer, options: ProgramOptions, on_kernels: bool):
         super().__init__()
         attention = layer.self_attn
         self.head_dim = attention.head_dim
-        self.eps = attention.config.rms_norm_eps
+        self.on_kernels = on_kernels
         self.int8_cache = options.kv_cache == "int8"
-        for name in ("q_proj", "k_proj", "v_proj", "o_proj"):
-            self.add_module(name, export_linear(attention.get_submodule(name)))
+        if on_kernels:
+            self.inputs, self.o_proj = AttentionInputs(attention), PackedLinear(attention.o_proj)
+        else:
+            self.inputs = DelegatedAttentionInputs(attention, options)
+            self.o_proj = export_linear(attention.o_proj, options.weights)
         per_token = (1, options.max_seq_len, attention.config.num_key_value_heads)
         for name in ("k_cache", "v_cache"):
             dtype = torch.int8 if self.int8_cache else torch.float32
@@ -197,16 +235,15 @@ class ExportAttention(nn.Module):
 
     def forward(self, hidden_states: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, start: int) -> torch.Tensor:
         batch, length, _ = hidden_states.shape
-        heads = (batch, length, -1, self.head_dim)
-        query = rms_normalize(apply_rotary_emb(self.q_proj(hidden_states).view(heads), cos, sin), self.eps)
-        key = rms_normalize(apply_rotary_emb(self.k_proj(hidden_states).view(heads), cos, sin), self.eps)
         attend = self.attend_int8 if self.int8_cache else self.attend
-        attended = attend(query, key, self.v_proj(hidden_states).view(heads), start)
+        attended = attend(*self.inputs(hidden_states, cos, sin), start)
         return self.o_proj(attended.reshape(batch, length, -1))
 
     def attend(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, start: int) -> torch.Tensor:
         torch.ops.llama.update_cache(key, self.k_cache, start)
         torch.ops.llama.update_cache(value, self.v_cache, start)
+        if self.on_kernels:
+            return torch.ops.mobilemoe.attention(query, self.k_cache, self.v_cache, start)
         return torch.ops.llama.custom_sdpa(query, self.k_cache, self.v_cache, start, None, 0.0, True)
 
     def attend_int8(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, start: int) -> torch.Tensor:
@@ -243,19 +280,27 @@ def int8_per_token(states: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, to
 
 
 class ExportLayer(nn.Module):
-    def __init__(self, layer: MobileMoEDecoderLayer, options: ProgramOptions, moe_module: type[nn.Module]):
+    def __init__(self, layer: MobileMoEDecoderLayer, options: ProgramOptions, moe_module: type[nn.Module] | None):
         super().__init__()
-        self.input_layernorm = layer.input_layernorm
-        self.post_attention_layernorm = layer.post_attention_layernorm
-        self.attention = ExportAttention(layer, options)
-        self.moe = moe_module(layer, options)
+        on_kernels = moe_module in (None, MoEFFN)
+        self.input_layernorm = RMSNorm(layer.input_layernorm) if on_kernels else layer.input_layernorm
+        norm = layer.post_attention_layernorm
+        self.post_attention_layernorm = RMSNorm(norm) if on_kernels else norm
+        self.attention = ExportAttention(layer, options, on_kernels)
+        self.moe = moe_module(layer, options) if moe_module else None
+        if on_kernels:
+            self.shared_expert = PackedMLP(layer.feed_forward.shared_expert)
+            return
         self.shared_expert = layer.feed_forward.shared_expert
         for name in ("gate_proj", "up_proj", "down_proj"):
-            self.shared_expert.set_submodule(name, export_linear(self.shared_expert.get_submodule(name)))
+            linear = export_linear(self.shared_expert.get_submodule(name), options.weights)
+            self.shared_expert.set_submodule(name, linear)
 
     def forward(self, hidden_states: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, start: int) -> torch.Tensor:
         hidden_states = hidden_states + self.attention(self.input_layernorm(hidden_states), cos, sin, start)
         normed = self.post_attention_layernorm(hidden_states)
+        if self.moe is None:
+            return hidden_states + self.shared_expert(normed)
         routed = self.moe(normed.flatten(0, 1)).view_as(normed)
         return hidden_states + routed + self.shared_expert(normed)
 
@@ -267,20 +312,30 @@ class ExportModel(nn.Module):
     Args:
         model (`MobileMoEForCausalLM`): packed INT4, or full precision, which stays so.
         options (`ProgramOptions`): the rest.
-        moe_module (`type[nn.Module]`): router and routed experts of a layer, one of `MOE_MODULES`, or [`DenseMoE`]
-            for full precision.
+        moe_module (`type[nn.Module]`, *optional*): router and routed experts of a layer, one of `MOE_MODULES`, or
+            [`DenseMoE`] for full precision. Without it the layers have none: a dense model on our operators.
     """
 
-    def __init__(self, model: MobileMoEForCausalLM, options: ProgramOptions, moe_module: type[nn.Module]):
+    def __init__(self, model: MobileMoEForCausalLM, options: ProgramOptions, moe_module: type[nn.Module] | None):
         super().__init__()
         embedding = model.get_input_embeddings()
         self.options = options
         packed = isinstance(embedding, Int4Embedding)
-        self.embed_tokens = ExportEmbedding(embedding, options.embedding_bits) if packed else embedding
+        self.on_kernels = moe_module in (None, MoEFFN)
+        if self.on_kernels and options.embedding_bits == 4:
+            self.embed_tokens = PackedEmbedding(embedding)
+        elif packed:
+            self.embed_tokens = ExportEmbedding(embedding, options.embedding_bits)
+        else:
+            # In place, so that table and head stay one tensor.
+            self.embed_tokens = embedding.bfloat16() if options.weights == "bf16" else embedding
         layers = tqdm(model.model.layers, desc="pack", unit="layer")
         self.layers = nn.ModuleList([ExportLayer(layer, options, moe_module) for layer in layers])
-        self.norm = model.model.norm
-        self.lm_head = export_linear(embedding if packed else model.lm_head)
+        if self.on_kernels:
+            self.norm, self.lm_head = RMSNorm(model.model.norm), PackedLinear(embedding)
+        else:
+            self.norm = model.model.norm
+            self.lm_head = export_linear(embedding if packed else model.lm_head, options.weights)
         inv_freq = MobileMoERotaryEmbedding.compute_inv_freq(model.config)
         angles = torch.arange(options.max_seq_len)[:, None] * inv_freq
         self.register_buffer("cos", angles.cos())
@@ -293,7 +348,7 @@ class ExportModel(nn.Module):
         torch._check(start + length <= self.options.max_seq_len)
         cos = self.cos.narrow(0, start, length).unsqueeze(0)  # (1, T, D / 2)
         sin = self.sin.narrow(0, start, length).unsqueeze(0)
-        hidden_states = self.embed_tokens(tokens)
+        hidden_states = self.embed_tokens(tokens).float()
         for layer in self.layers:
             hidden_states = layer(hidden_states, cos, sin, start)
         if not self.options.all_logits:

@@ -72,4 +72,5 @@ def fused_attention_inputs(
     if not is_untouched(*linears):
         return None
     weights = [tensor for linear in linears for tensor in (linear.qweight, linear.weight_scale)]
-    return torch.ops.mobilemoe.attention_inputs(hidden_states.contiguous(), weights, cos, sin, eps)
+    states = torch.ops.mobilemoe.attention_inputs(hidden_states.contiguous(), weights, cos, sin, eps)
+    return tuple(heads.transpose(1, 2) for heads in states)

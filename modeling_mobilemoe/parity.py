@@ -1,7 +1,8 @@
 """How far a `.pte` is from its PyTorch checkpoint on real text, and which rounding is to blame for what.
 
-XNNPACK rounds inputs of linears to INT8 per token and group scales to BF16; experts may cross to another grid. Each is
-put into the PyTorch model alone, then all together: what then still differs is the program itself.
+Our operators round inputs of linears to INT8 in groups; XNNPACK rounds them per token, and group scales to BF16.
+Experts may cross to another grid. Each is put into the PyTorch model alone, then all together: what then still differs
+is the program itself.
 """
 
 from collections.abc import Callable, Iterator
@@ -49,6 +50,24 @@ class KernelExperts(Int4Experts):
         return torch.ops.mobilemoe.moe_experts(hidden_states, top_k_index.contiguous(), top_k_weights, *packed)
 
 
+class KernelLinear(Int4Linear):
+    """A linear as `mobilemoe::int4_linear` multiplies it."""
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        return torch.ops.mobilemoe.int4_linear(hidden_states.contiguous(), self.qweight, self.weight_scale)
+
+
+class KernelHead(Int4Head):
+    """The head as `mobilemoe::int4_linear` multiplies it."""
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        (embedding,) = self._embedding
+        return torch.ops.mobilemoe.int4_linear(hidden_states.contiguous(), embedding.qweight, embedding.weight_scale)
+
+
+KERNEL_CLASSES = {Int4Experts: KernelExperts, Int4Linear: KernelLinear, Int4Head: KernelHead}
+
+
 class Int8Cache(DynamicCache):
     """Keys and values as an INT8 cache returns them."""
 
@@ -75,11 +94,23 @@ def encode_prompts(tokenizer: PreTrainedTokenizerBase, vocab_size: int, max_seq_
 
 
 @contextmanager
-def rounded_as(model: PreTrainedModel, sources: set[str], expert_bits: int) -> Iterator[PreTrainedModel]:
-    """A packed model with these of the `SOURCES` in place."""
+def rounded_as(
+    model: PreTrainedModel, sources: set[str], expert_bits: int, on_kernels: bool = False
+) -> Iterator[PreTrainedModel]:
+    """A packed model with these of the `SOURCES` in place, INT8 activations as our operators or XNNPACK have them."""
     undo: list[Callable[[], object]] = []
+
+    def run_on_kernels(*kinds: type[nn.Module]) -> None:
+        for module in model.modules():
+            if isinstance(module, kinds):
+                kind = type(module)
+                undo.append(lambda module=module, kind=kind: setattr(module, "__class__", kind))
+                module.__class__ = KERNEL_CLASSES[kind]
+
     linears = [module for module in model.modules() if isinstance(module, Int4Linear | Int4Head)]
-    if "INT8 activations" in sources:
+    if "INT8 activations" in sources and on_kernels:
+        run_on_kernels(Int4Linear, Int4Head)
+    elif "INT8 activations" in sources:
         rounding = Int8FakeQuantizer()
         for linear in linears:
             hook = linear.register_forward_pre_hook(lambda _, inputs: (rounding.values(inputs[0]),))
@@ -97,10 +128,7 @@ def rounded_as(model: PreTrainedModel, sources: set[str], expert_bits: int) -> I
         undo.append(lambda original=head._embedding: setattr(head, "_embedding", original))
         head._embedding = (table,)
     if "INT8 expert activations" in sources:
-        for module in model.modules():
-            if isinstance(module, Int4Experts):
-                module.__class__ = KernelExperts
-                undo.append(lambda module=module: setattr(module, "__class__", Int4Experts))
+        run_on_kernels(Int4Experts)
     if "expert grid" in sources:
         for module in model.modules():
             if isinstance(module, Int4Experts):
@@ -147,28 +175,43 @@ def compare(expected: list[torch.Tensor], actual: list[torch.Tensor]) -> dict[st
     """
     Cosine over positions, signal to noise in dB, mean KL divergence in nats, share of equal top tokens.
     """
-    # FP64, or equal logits would have a cosine beside 1.
-    expected, actual = torch.cat(expected).double(), torch.cat(actual).double()
-    cosine = torch.cosine_similarity(expected, actual)
-    noise = (expected - actual).square().sum()
-    sqnr = 10 * torch.log10(expected.square().sum() / noise.clamp(min=1e-30))
-    kl = nn.functional.kl_div(actual.log_softmax(-1), expected.log_softmax(-1), reduction="batchmean", log_target=True)
+    cosine, equal, signal, noise, kl = [], [], 0.0, 0.0, 0.0
+    # One prompt at a time: in FP64 all of them would take as much memory as the program.
+    for rows, others in zip(expected, actual, strict=True):
+        # FP64, or equal logits would have a cosine beside 1.
+        rows, others = rows.double(), others.double()
+        cosine.append(torch.cosine_similarity(rows, others))
+        equal.append(rows.argmax(-1) == others.argmax(-1))
+        signal += rows.square().sum()
+        noise += (rows - others).square().sum()
+        kl += nn.functional.kl_div(others.log_softmax(-1), rows.log_softmax(-1), reduction="sum", log_target=True)
+    cosine = torch.cat(cosine)
     return {
         "cosine_median": round(cosine.median().item(), 7),
         "cosine_mean": round(cosine.mean().item(), 7),
         "cosine_min": round(cosine.min().item(), 7),
-        "sqnr_db": round(sqnr.item(), 2),
-        "kl_nats": round(kl.item(), 7),
-        "top1_agreement": round((expected.argmax(-1) == actual.argmax(-1)).float().mean().item(), 4),
+        "sqnr_db": round((10 * torch.log10(signal / noise.clamp(min=1e-30))).item(), 2),
+        "kl_nats": round((kl / len(cosine)).item(), 7),
+        "top1_agreement": round(torch.cat(equal).float().mean().item(), 4),
     }
 
 
 class Reference:
-    """What PyTorch says about the prompts, computed before the export takes the model's weights over."""
+    """
+    What PyTorch says about the prompts, computed before the export takes the model's weights over.
+
+    Raises:
+        ValueError: when that is not a number.
+    """
 
     def __init__(self, model: PreTrainedModel, prompts: list[list[int]], eos_ids: list[int], max_seq_len: int):
         self.prompts = prompts
         self.checkpoint = reference_logits(model, prompts)
+        if not all(rows.isfinite().all() for rows in self.checkpoint):
+            raise ValueError(
+                "The checkpoint gives logits that are not numbers: its weights are damaged, or its training diverged. "
+                "Fetch it again, or take an earlier one."
+            )
         self.same_rounding = self.checkpoint
         self.greedy = [
             greedy_tokens(model, prompt, min(NEW_TOKENS, max_seq_len - len(prompt)), eos_ids) for prompt in prompts
@@ -186,15 +229,18 @@ class Reference:
         packed = self.checkpoint
         if self.sources:
             packed = reference_logits(model, self.prompts)
+        imitates = on_kernels and available()
         absent = {
             "expert grid": not crosses,
-            "INT8 expert activations": not (on_kernels and available()),
+            "BF16 scales": on_kernels,
+            "INT8 activations": on_kernels and not imitates,
+            "INT8 expert activations": not imitates,
             "INT8 KV cache": options.kv_cache != "int8",
         }
         present = [source for source in SOURCES if not absent.get(source)]
         for sources in [{source} for source in present] + [set(present)]:
             cache = Int8Cache if "INT8 KV cache" in sources else None
-            with rounded_as(model, sources, options.expert_bits):
+            with rounded_as(model, sources, options.expert_bits, on_kernels):
                 logits = reference_logits(model, self.prompts, cache)
             if len(sources) == 1:
                 self.sources[next(iter(sources))] = compare(packed, logits)
@@ -250,10 +296,11 @@ def parity_table(parity: dict) -> str:
         ".pte to PyTorch, same roundings": parity["pte_to_pytorch_with_the_same_roundings"],
         "prefill to token by token": parity["prefill_to_token_by_token"],
     }
-    lines = [f"{'':36s}{'cosine':>10s}{'lowest':>10s}{'SQNR dB':>9s}{'KL nats':>11s}{'top-1':>8s}"]
+    width = max(map(len, rows)) + 2
+    lines = [f"{'':{width}s}{'cosine':>10s}{'lowest':>10s}{'SQNR dB':>9s}{'KL nats':>11s}{'top-1':>8s}"]
     for name, row in rows.items():
         lines.append(
-            f"{name:36s}{row['cosine_mean']:10.6f}{row['cosine_min']:10.6f}{row['sqnr_db']:9.1f}"
+            f"{name:{width}s}{row['cosine_mean']:10.6f}{row['cosine_min']:10.6f}{row['sqnr_db']:9.1f}"
             f"{row['kl_nats']:11.2e}{row['top1_agreement']:8.3f}"
         )
     equal, total = parity["greedy_tokens_equal"], parity["greedy_tokens"]

@@ -179,6 +179,123 @@ bool fuzz_linear() {
   return good && mobilemoe_linear(&args, mobilemoe_default_threads(1)) == MOBILEMOE_BAD_ARGUMENT;
 }
 
+// A random packed matrix, which keeps its memory.
+struct Matrix {
+  std::unique_ptr<uint8_t[]> qweight;
+  std::unique_ptr<uint16_t[]> scale;
+  int64_t rows;
+
+  Matrix(int64_t n, int64_t k, bool is_wild)
+      : qweight(random_bytes(n * k / 2)), scale(random_scales(n * k / 32, is_wild)), rows(n) {}
+
+  mobilemoe_matrix get() const { return {qweight.get(), scale.get(), rows}; }
+};
+
+bool fuzz_mlp() {
+  mobilemoe_mlp_args args = {};
+  args.dim = 32 * between(1, 5);
+  args.num_tokens = between(0, 15);
+  args.dtype = random_bits() % 4 == 0 ? MOBILEMOE_BF16 : MOBILEMOE_FP32;
+  const int64_t t = args.num_tokens, d = args.dim, f = 32 * between(1, 7);
+  const bool is_wild = random_bits() % 4 == 0;
+  const auto x = random_floats(t * d, is_wild ? 1000.0f : 1.0f);
+  const auto x_bf16 = to_bf16(x.get(), t * d);
+  const Matrix gate(f, d, is_wild), up(f, d, is_wild), down(d, f, is_wild);
+  args.x = args.dtype == MOBILEMOE_BF16 ? static_cast<const void*>(x_bf16.get()) : x.get();
+  args.gate = gate.get();
+  args.up = up.get();
+  args.down = down.get();
+  const bool good = agree(t * d * (args.dtype == MOBILEMOE_BF16 ? 2 : 4), [&](void* out) {
+    args.out = out;
+    return mobilemoe_mlp(&args, mobilemoe_default_threads(between(1, 3)));
+  });
+  if (!good) std::printf("mlp T=%lld D=%lld F=%lld\n", (long long)t, (long long)d, (long long)f);
+  --args.up.out_features;
+  return good && mobilemoe_mlp(&args, mobilemoe_default_threads(1)) == MOBILEMOE_BAD_ARGUMENT;
+}
+
+bool fuzz_attention_inputs() {
+  mobilemoe_attention_inputs_args args = {};
+  args.dim = 32 * between(1, 5);
+  args.head_dim = 2 * between(1, 40);
+  args.num_tokens = between(0, 15);
+  args.eps = 1e-5f;
+  args.dtype = random_bits() % 4 == 0 ? MOBILEMOE_BF16 : MOBILEMOE_FP32;
+  const int64_t t = args.num_tokens, d = args.dim, size = args.dtype == MOBILEMOE_BF16 ? 2 : 4;
+  const int64_t keys = args.head_dim * between(1, 2), queries = keys * between(1, 3);
+  const auto x = random_floats(t * d, 1.0f);
+  const auto x_bf16 = to_bf16(x.get(), t * d);
+  const Matrix query(queries, d, false), key(keys, d, false), value(keys, d, false);
+  const auto cos = random_floats(t * args.head_dim / 2, 1.0f), sin = random_floats(t * args.head_dim / 2, 1.0f);
+  args.x = args.dtype == MOBILEMOE_BF16 ? static_cast<const void*>(x_bf16.get()) : x.get();
+  args.query = query.get();
+  args.key = key.get();
+  args.value = value.get();
+  args.cos = cos.get();
+  args.sin = sin.get();
+  const bool good = agree(t * (queries + 2 * keys) * size, [&](void* out) {
+    args.query_out = out;
+    args.key_out = static_cast<char*>(out) + t * queries * size;
+    args.value_out = static_cast<char*>(out) + t * (queries + keys) * size;
+    return mobilemoe_attention_inputs(&args, mobilemoe_default_threads(between(1, 3)));
+  });
+  if (!good) {
+    std::printf("attention_inputs T=%lld D=%lld head=%lld\n", (long long)t, (long long)d, (long long)args.head_dim);
+  }
+  args.head_dim = 2 * args.query.out_features;
+  return good && mobilemoe_attention_inputs(&args, mobilemoe_default_threads(1)) == MOBILEMOE_BAD_ARGUMENT;
+}
+
+bool fuzz_attention() {
+  mobilemoe_attention_args args = {};
+  const bool is_large = random_bits() % 50 == 0;
+  args.num_tokens = between(0, is_large ? 90 : 5);
+  args.start = between(0, is_large ? 200 : 70);
+  args.num_kv_heads = between(1, 2);
+  args.num_heads = args.num_kv_heads * between(1, 5);
+  args.head_dim = 16 * between(1, 5);
+  args.max_length = args.start + args.num_tokens + between(0, 3);
+  const int64_t cached = args.max_length * args.num_kv_heads * args.head_dim;
+  const int64_t count = args.num_tokens * args.num_heads * args.head_dim;
+  const float size = random_bits() % 4 == 0 ? 100.0f : 1.0f;
+  const auto query = random_floats(count, size), keys = random_floats(cached, size);
+  const auto values = random_floats(cached, size);
+  args.query = query.get();
+  args.keys = keys.get();
+  args.values = values.get();
+  const bool good = agree(count * 4, [&](void* out) {
+    args.out = static_cast<float*>(out);
+    return mobilemoe_attention(&args, mobilemoe_default_threads(between(1, 3)));
+  });
+  if (!good) {
+    std::printf("attention T=%lld at %lld, head=%lld\n", (long long)args.num_tokens, (long long)args.start,
+                (long long)args.head_dim);
+  }
+  args.start = args.max_length + 1;
+  return good && mobilemoe_attention(&args, mobilemoe_default_threads(1)) == MOBILEMOE_BAD_ARGUMENT;
+}
+
+bool fuzz_rows() {
+  const int64_t t = between(0, 40), d = 32 * between(1, 9), vocab = between(1, 50);
+  const auto x = random_floats(t * d, 10.0f), weight = random_floats(d, 2.0f);
+  const Matrix table(vocab, d, random_bits() % 4 == 0);
+  auto tokens = buffer<int64_t>(t);
+  for (int64_t i = 0; i < t; ++i) tokens[i] = between(0, vocab - 1);
+  const auto embed = [&](void* out) {
+    return mobilemoe_embedding(tokens.get(), table.qweight.get(), table.scale.get(), t, d, vocab,
+                               static_cast<float*>(out), mobilemoe_default_threads(between(1, 3)));
+  };
+  const bool good = agree(t * d * 4, embed) && agree(t * d * 4, [&](void* out) {
+                      return mobilemoe_rms_norm(x.get(), weight.get(), t, d, 1e-5f, static_cast<float*>(out),
+                                                mobilemoe_default_threads(between(1, 3)));
+                    });
+  if (!good) std::printf("rows T=%lld D=%lld\n", (long long)t, (long long)d);
+  if (t == 0) return good;
+  tokens[between(0, t - 1)] = random_bits() % 2 == 0 ? vocab : -1;
+  auto out = buffer<float>(t * d);
+  return good && embed(out.get()) == MOBILEMOE_BAD_ARGUMENT;
+}
+
 }  // namespace
 
 int main(int argc, char** argv) {
@@ -186,7 +303,10 @@ int main(int argc, char** argv) {
   const int64_t num_shapes = std::atoll(argv[1]);
   state = std::atoll(argv[2]);
   for (int64_t i = 0; i < num_shapes; ++i) {
-    if (!(i % 4 == 3 ? fuzz_linear() : fuzz_moe_ffn())) {
+    bool (*const fuzz[])() = {fuzz_moe_ffn,   fuzz_moe_ffn, fuzz_moe_ffn,         fuzz_moe_ffn,
+                              fuzz_linear,    fuzz_mlp,     fuzz_attention_inputs, fuzz_attention,
+                              fuzz_attention, fuzz_rows};
+    if (!fuzz[i % 10]()) {
       std::printf("shape %lld of seed %s failed\n", (long long)i, argv[2]);
       return 1;
     }

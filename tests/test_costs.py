@@ -94,7 +94,7 @@ def test_kv_cache_equals_that_of_an_exported_program(tiny_config, tiny_model):
     from modeling_mobilemoe.exported_model import MOE_MODULES, ExportModel, ProgramOptions
     from modeling_mobilemoe.quantization_mobilemoe import quantize
 
-    program = ExportModel(quantize(tiny_model), ProgramOptions(32, 8), MOE_MODULES["llama"])
+    program = ExportModel(quantize(tiny_model), ProgramOptions(32, expert_bits=8), MOE_MODULES["llama"])
     caches = [buffer for name, buffer in program.named_buffers() if name.endswith(("k_cache", "v_cache"))]
     assert kv_cache_bytes(tiny_config, 32) == sum(buffer.nbytes for buffer in caches)
 

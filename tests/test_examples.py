@@ -135,9 +135,10 @@ def test_heldout_share_of_the_real_library(monkeypatch):
 def test_export_benchmark_takes_both_doors(tmp_path):
     pytest.importorskip("optimum.exporters.executorch", reason="optimum-executorch is not installed: make setup")
     result = run_example("bench_export.py", "--sizes", "tiny", "--directory", str(tmp_path))
-    int4, optimum = result["exports"]
-    assert (int4["expert_bits"], optimum["expert_bits"]) == (4, 8)
-    for row in (int4, optimum):
+    default, optimum = result["exports"]
+    assert (default["moe_op"], default["expert_bits"]) == ("mobilemoe::moe_ffn", 4)
+    assert (optimum["moe_op"], optimum["expert_bits"]) == ("llama::quantized_moe_ffn", 8)
+    for row in (default, optimum):
         assert row["seconds"] > row["stage_seconds"]["lower"] > 0
         assert row["peak_memory_bytes"] > row["pte_bytes"] > 0
         assert row["cosine"] > 0.999

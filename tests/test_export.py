@@ -14,13 +14,14 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 from modeling_mobilemoe import MobileMoEConfig, MobileMoEForCausalLM, quantize
 from modeling_mobilemoe import export as export_module
 from modeling_mobilemoe.cli import main
 from modeling_mobilemoe.export import export_checkpoint, program_bytes
-from modeling_mobilemoe.exported_model import MOE_MODULES, ProgramOptions
+from modeling_mobilemoe.exported_model import MOE_MODULES, DenseMoE, ProgramOptions
 from modeling_mobilemoe.kernels import BuildError
 from modeling_mobilemoe.quantization_mobilemoe import INT4_BLOCK, Int4Format
 from modeling_mobilemoe.runtime import CheckpointModel, PteModel
@@ -69,6 +70,13 @@ def float_directory(float_text_checkpoint, tmp_path_factory):
     return export_checkpoint(float_text_checkpoint, output, weights="fp32", max_seq_len=32)
 
 
+@pytest.fixture(scope="module")
+def bf16_directory(float_text_checkpoint, tmp_path_factory):
+    output = tmp_path_factory.mktemp("export") / "bf16"
+    main(["export", "--model", str(float_text_checkpoint), "--output", str(output), "--weights", "bf16"])
+    return output
+
+
 def report_of(directory):
     return json.loads((directory / "export.json").read_text())
 
@@ -94,7 +102,7 @@ def test_directory_is_complete_and_describes_itself(pte_directory):
     ("fixture", "sources"),
     [
         ("pte_directory", {"expert grid", "BF16 scales", "INT8 activations"}),
-        ("kernel_directory", {"BF16 scales", "INT8 activations", "INT8 expert activations"}),
+        ("kernel_directory", {"INT8 activations", "INT8 expert activations"}),
         ("qat_directory", {"BF16 scales", "INT8 activations"}),
         ("evaluation_directory", {"INT4 weights", "BF16 scales", "INT8 activations", "INT8 KV cache"}),
         ("float_directory", set()),
@@ -163,6 +171,24 @@ def test_full_precision_program_has_only_float_noise(float_directory, float_text
     torch.testing.assert_close(
         PteModel(float_directory).all_logits(tokens), checkpoint.all_logits(tokens), rtol=1e-3, atol=1e-3
     )
+
+
+def test_bf16_program_computes_as_pytorch_in_bf16(bf16_directory, float_text_checkpoint):
+    report = report_of(bf16_directory)
+    assert report["weights"] == "bf16" and report["moe_op"] is None
+    assert report["parity"]["pte_to_checkpoint"]["cosine_median"] > 0.9999
+    config = AutoModelForCausalLM.from_pretrained(float_text_checkpoint).config
+    options = ProgramOptions(max_seq_len=256, weights="bf16")
+    # Table and head are one tensor in the file.
+    assert (
+        0 < report["pte_bytes"] - program_bytes(config, options, DenseMoE) < 2 * config.vocab_size * config.hidden_size
+    )
+    model = AutoModelForCausalLM.from_pretrained(float_text_checkpoint, dtype=torch.bfloat16)
+    program = PteModel(bf16_directory)
+    tokens = program.encode(TEXT)[:24]
+    with torch.no_grad():
+        expected = model(torch.tensor([tokens])).logits[0].float()
+    assert torch.cosine_similarity(program.all_logits(tokens), expected).median() > 0.9999
 
 
 def test_program_agrees_with_the_checkpoint(pte, text_checkpoint):
@@ -284,15 +310,15 @@ print(json.dumps({{
 def test_size_is_what_was_said_before(
     pte_directory, kernel_directory, float_directory, text_checkpoint, float_text_checkpoint
 ):
-    for directory, checkpoint, weights, moe_op in (
-        (pte_directory, text_checkpoint, "int4", "llama"),
-        (kernel_directory, text_checkpoint, "int4", "mobilemoe"),
-        (float_directory, float_text_checkpoint, "fp32", "llama"),
+    for directory, checkpoint, moe_op in (
+        (pte_directory, text_checkpoint, "llama"),
+        (kernel_directory, text_checkpoint, "mobilemoe"),
+        (float_directory, float_text_checkpoint, "llama"),
     ):
         report = report_of(directory)
         config = AutoModelForCausalLM.from_pretrained(checkpoint).config
         options = ProgramOptions(**{name: report[name] for name in ProgramOptions.__dataclass_fields__})
-        said = program_bytes(config, options, weights, MOE_MODULES[moe_op])
+        said = program_bytes(config, options, MOE_MODULES[moe_op])
         assert said <= report["pte_bytes"] <= said + 2 * 40_000 + 20_000
 
 
@@ -307,6 +333,7 @@ def test_size_is_what_was_said_before(
         ({"max_seq_len": 0}, "outside the model's context of 256 tokens"),
         ({"weights": "fp32", "experts_file": True}, "no packed experts"),
         ({"weights": "fp32", "expert_bits": 4}, "no packed experts"),
+        ({"weights": "bf16", "moe_op": "llama"}, "no packed experts"),
         ({"output_dir": "existing"}, "exists and would be overwritten"),
         ({"output_dir": "existing/file/out"}, "file is no directory one can write to"),
         ({"model": "missing"}, "is not a directory, and the Hub does not give it"),
@@ -335,6 +362,21 @@ def no_tokenizer(directory):
     (directory / "tokenizer.json").unlink()
 
 
+def damaged_tokenizer(directory):
+    file = directory / "tokenizer.json"
+    file.write_text(file.read_text()[:-100])
+
+
+def damaged_config(directory):
+    (directory / "config.json").write_text("{")
+
+
+def scale_that_is_no_number(directory):
+    tensors = load_file(directory / "model.safetensors")
+    tensors["model.layers.1.feed_forward.shared_expert.down_proj.weight_scale"][3, 1] = float("nan")
+    save_file(tensors, directory / "model.safetensors", metadata={"format": "pt"})
+
+
 def truncated(directory):
     file = directory / "model.safetensors"
     file.write_bytes(file.read_bytes()[:-1000])
@@ -349,7 +391,10 @@ def missing_weights(directory):
     [
         (other_architecture, "is a llama model and this exporter writes MobileMoE programs"),
         (no_config, "has no config.json"),
+        (damaged_config, "config.json' is not a valid JSON"),
         (no_tokenizer, "has no tokenizer.json"),
+        (damaged_tokenizer, "tokenizer.json is not JSON"),
+        (scale_that_is_no_number, "scales that are zero, negative or not finite. The file is damaged"),
         (truncated, "cannot be read as safetensors"),
         (missing_weights, "no file named model.safetensors"),
     ],
@@ -395,7 +440,7 @@ def test_needs_are_stated_before_the_start(tmp_path, monkeypatch, capsys):
     stated = {}
     for config.quantization in (INT4_BLOCK, None):
         export_module.check_resources(
-            config, ProgramOptions(8192, expert_bits=4), "int4", tmp_path / "out", MOE_MODULES["llama"]
+            config, ProgramOptions(8192, expert_bits=4), tmp_path / "out", MOE_MODULES["llama"]
         )
         said = re.search(r"(\d+) MB to write, about ([\d.]+) GB of memory", capsys.readouterr().err)
         stated[config.quantization is None] = float(said[2])
@@ -484,6 +529,31 @@ with stop_signal_as_exit(), replace_when_complete(sys.argv[1]) as partial:
     process.send_signal(number)
     assert process.wait(30) != 0
     process.stdout.close()
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_killed_export_leaves_no_output_and_the_next_one_cleans_up(tmp_path):
+    script = """
+import sys, time
+from modeling_mobilemoe.checkpoint_mobilemoe import replace_when_complete
+
+with replace_when_complete(sys.argv[1]) as partial:
+    (partial / "model.pte").write_bytes(bytes(1000))
+    print("writing", flush=True)
+    time.sleep(60)
+"""
+    command = [sys.executable, "-c", script, str(tmp_path / "out")]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+    assert process.stdout.readline() == "writing\n"
+    export_module.remove_remnants(tmp_path / "out")
+    # Still at work: not touched.
+    (partial,) = tmp_path.iterdir()
+    assert (partial / "model.pte").exists()
+    process.kill()
+    process.wait(30)
+    process.stdout.close()
+    assert list(tmp_path.iterdir()) == [partial] and partial.name.startswith(".out.partial-")
+    export_module.remove_remnants(tmp_path / "out")
     assert not list(tmp_path.iterdir())
 
 

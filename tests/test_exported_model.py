@@ -51,7 +51,7 @@ def test_full_precision_module_is_the_model(tiny_model, input_ids):
     tokens = input_ids[:1]
     with torch.no_grad():
         expected = tiny_model(tokens).logits
-        module = ExportModel(tiny_model, ProgramOptions(max_seq_len=32, all_logits=True), DenseMoE)
+        module = ExportModel(tiny_model, ProgramOptions(max_seq_len=32, weights="fp32", all_logits=True), DenseMoE)
         whole = module(tokens, torch.tensor([0]))
         torch.testing.assert_close(whole, expected, rtol=1e-4, atol=1e-4)
         # The second half again, over the cache of the first.

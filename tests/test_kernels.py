@@ -236,6 +236,96 @@ def test_linear_stays_within_the_int8_step(library, isas, in_features: int, out_
     assert all(torch.equal(result, results[0]) for result in results)
 
 
+def random_linear(out_features: int, in_features: int, seed: int) -> tuple[torch.Tensor, torch.Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    qweight = torch.randint(0, 256, (out_features, in_features // 2), generator=generator, dtype=torch.uint8)
+    return qweight, (torch.rand(out_features, in_features // 32, generator=generator) * 0.01 + 1e-4).half()
+
+
+@pytest.mark.parametrize("num_tokens", [1, 3, 65])
+@pytest.mark.parametrize(("dim", "hidden"), [(64, 32), (96, 352)])
+def test_mlp_is_its_linears(library, isas, dim: int, hidden: int, num_tokens: int):
+    gate, up, down = random_linear(hidden, dim, 0), random_linear(hidden, dim, 1), random_linear(dim, hidden, 2)
+    x, linear = tokens(num_tokens, dim), torch.ops.mobilemoe.int4_linear
+    mid = nn.functional.silu(linear(x, *gate).double()) * linear(x, *up).double()
+    expected = linear(mid.float(), *down)
+    results = []
+    for name in isas:
+        library.mobilemoe_set_isa(name.encode())
+        results.append(torch.ops.mobilemoe.mlp(x, [*gate, *up, *down]))
+        # An integer may round the other way where SwiGLU differs in its last bit.
+        torch.testing.assert_close(results[-1], expected, rtol=1e-3, atol=1e-3 * expected.abs().max().item())
+        assert torch.equal(results[-1], results[0]), name
+
+
+@pytest.mark.parametrize("head_dim", [16, 24, 64, 80])
+@pytest.mark.parametrize("num_tokens", [1, 40])
+def test_attention_inputs_are_linears_rotation_and_norm(library, isas, head_dim: int, num_tokens: int):
+    qkv = [random_linear(heads * head_dim, 96, heads) for heads in (6, 2, 2)]
+    x = tokens(num_tokens, 96)[None]
+    angles = tokens(num_tokens, head_dim // 2, seed=2)[None]
+    expected = [torch.ops.mobilemoe.int4_linear(x, *linear).view(1, num_tokens, -1, head_dim) for linear in qkv]
+    expected[:2] = (
+        rms_normalize(apply_rotary_emb(states, angles.cos(), angles.sin()), 1e-5) for states in expected[:2]
+    )
+    results = []
+    for name in isas:
+        library.mobilemoe_set_isa(name.encode())
+        weights = [tensor for linear in qkv for tensor in linear]
+        results.append(torch.ops.mobilemoe.attention_inputs(x, weights, angles.cos(), angles.sin(), 1e-5))
+        torch.testing.assert_close(results[-1], tuple(expected), rtol=1e-5, atol=1e-5)
+        assert all(map(torch.equal, results[-1], results[0])), name
+
+
+@pytest.mark.parametrize(("start", "num_tokens"), [(0, 1), (63, 1), (64, 2), (200, 1), (0, 70), (37, 65), (0, 513)])
+@pytest.mark.parametrize(("heads", "kv_heads", "head_dim"), [(3, 1, 64), (4, 2, 16), (10, 2, 48)])
+def test_attention_is_softmax_over_the_cache(library, isas, start, num_tokens, heads, kv_heads, head_dim):
+    length = start + num_tokens + 5
+    query = tokens(num_tokens, heads * head_dim).view(1, num_tokens, heads, head_dim)
+    keys, values = (tokens(length, kv_heads * head_dim, seed).view(1, length, kv_heads, head_dim) for seed in (2, 3))
+    # What lies behind the last token must not matter.
+    keys[:, start + num_tokens :] = values[:, start + num_tokens :] = float("nan")
+    seen = torch.arange(start + num_tokens)[None] <= torch.arange(start, start + num_tokens)[:, None]
+    cached = (states[:, : start + num_tokens].double().transpose(1, 2) for states in (keys, values))
+    expected = nn.functional.scaled_dot_product_attention(
+        query.double().transpose(1, 2), *cached, attn_mask=seen, enable_gqa=True
+    ).transpose(1, 2)
+    results = []
+    for name in isas:
+        library.mobilemoe_set_isa(name.encode())
+        results.append(torch.ops.mobilemoe.attention(query, keys, values, start))
+        torch.testing.assert_close(results[-1].double(), expected, rtol=1e-5, atol=1e-5)
+        assert torch.equal(results[-1], results[0]), name
+    # Bit for bit what the last token alone gives.
+    alone = torch.ops.mobilemoe.attention(query[:, -1:].contiguous(), keys, values, start + num_tokens - 1)
+    assert torch.equal(alone, results[-1][:, -1:])
+
+
+def test_attention_of_extreme_scores():
+    query, keys, values = (tokens(4, 32, seed).view(1, 4, 1, 32) for seed in (1, 2, 3))
+    out = torch.ops.mobilemoe.attention(query * 1e4, keys * 1e4, values, 0)
+    best = (query[0, :, 0].double() @ keys[0, :, 0].double().T).tril().masked_fill(torch.ones(4, 4).triu(1) > 0, -1e9)
+    assert torch.equal(out[0, :, 0], values[0, best.argmax(dim=1), 0])
+    with pytest.raises(ValueError, match="positions 2 to 5 are not in a cache of 4"):
+        torch.ops.mobilemoe.attention(query, keys, values, 2)
+
+
+def test_norm_and_embedding_are_those_of_the_model(library, isas, int4_checkpoint: Path):
+    model = AutoModelForCausalLM.from_pretrained(int4_checkpoint, dtype=torch.float32)
+    norm, embedding, x = model.model.norm, model.get_input_embeddings(), tokens(40, model.config.hidden_size)
+    ids = torch.arange(40)[None]
+    results = []
+    for name in isas:
+        library.mobilemoe_set_isa(name.encode())
+        rows = torch.ops.mobilemoe.int4_embedding(ids, embedding.qweight, embedding.weight_scale)
+        assert torch.equal(rows, embedding(ids))
+        results.append(torch.ops.mobilemoe.rms_norm(x, norm.weight.detach(), norm.variance_epsilon))
+        torch.testing.assert_close(results[-1], norm(x).detach(), rtol=1e-5, atol=1e-6)
+        assert torch.equal(results[-1], results[0]), name
+    with pytest.raises(ValueError, match=r"tokens\[1\]=512 is not one of 512"):
+        torch.ops.mobilemoe.int4_embedding(torch.tensor([3, 512]), embedding.qweight, embedding.weight_scale)
+
+
 def test_bf16_is_the_fp32_result_rounded_once():
     weights, x = random_experts(6, 64, 32), tokens(20, 64).bfloat16()
     expected = torch.ops.mobilemoe.moe_ffn(x.float(), *weights.values(), 2, 2.5).bfloat16()
@@ -334,7 +424,9 @@ def test_fused_operators_leave_the_model_to_those_who_watch_it(int4_checkpoint: 
     watched = (feed_forward.router, feed_forward.experts, feed_forward.shared_expert.up_proj, attention.k_proj)
     for module in watched:
         handle = module.register_forward_hook(lambda module, *_: seen.append(module))
-        torch.testing.assert_close(model(input_ids).logits, logits, rtol=0.1, atol=0.1 * logits.abs().max().item())
+        # Other roundings: a token whose fourth and fifth expert nearly tie may take the other one.
+        watched_logits = model(input_ids).logits
+        assert torch.cosine_similarity(watched_logits.float(), logits.float(), dim=-1).median() > 0.999
         handle.remove()
     assert tuple(seen) == watched
     assert torch.equal(model(input_ids).logits, logits)

@@ -95,5 +95,9 @@ def test_stock_command_writes_the_program_of_the_other_door(text_checkpoint, pte
     result = optimum_cli(*arguments, "--output_dir", str(tmp_path / "out"), "--max_seq_len", "64")
     assert result.returncode == 0, result.stderr[-3000:]
     ours, theirs = (json.loads((path / "export.json").read_text()) for path in (pte_directory, tmp_path / "out"))
-    for name in ("weights_sha256", "expert_bits", "max_seq_len", "operators", "pte_bytes", "parity"):
+    for name in ("weights_sha256", "expert_bits", "max_seq_len", "operators", "pte_bytes"):
         assert ours[name] == theirs[name]
+    # Not to the last digit: PyTorch and XNNPACK sum in another order on another number of threads.
+    for name in ("pte_to_checkpoint", "pte_to_pytorch_with_the_same_roundings"):
+        cosines = [report["parity"][name]["cosine_mean"] for report in (ours, theirs)]
+        assert cosines[0] == pytest.approx(cosines[1], abs=1e-4)

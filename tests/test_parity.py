@@ -107,6 +107,13 @@ def test_a_rounding_that_the_program_lacks_is_found(packed):
     assert not torch.equal(reference.same_rounding[0], reference.checkpoint[0])
 
 
+def test_weights_of_a_training_that_diverged_are_named(tiny_model):
+    with torch.no_grad():
+        tiny_model.model.norm.weight[3] = float("inf")
+    with pytest.raises(ValueError, match="logits that are not numbers: its weights are damaged, or its training"):
+        Reference(tiny_model, PROMPTS, [497], 64)
+
+
 def swapped_nibbles(layer):
     layer.self_attn.q_proj.qweight = layer.self_attn.q_proj.qweight >> 4 | layer.self_attn.q_proj.qweight << 4
 

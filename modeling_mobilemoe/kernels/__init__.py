@@ -1,5 +1,5 @@
 """
-The C++ kernels and their PyTorch operators: `mobilemoe::moe_ffn`, `mobilemoe::moe_experts`, `mobilemoe::int4_linear`.
+The C++ kernels and the operators made of them, `mobilemoe::moe_ffn` above all, in PyTorch and ExecuTorch.
 
 CMake compiles them on first use, or beforehand by `python -m modeling_mobilemoe.kernels`, and they stay in the user's
 cache under a hash of their sources. Importing this module builds nothing. MOBILEMOE_KERNELS=0 turns them off.
@@ -116,44 +116,51 @@ def load_executorch() -> None:
 # Declared here and not in C++, so that a model can be traced and exported where nothing was compiled.
 EXPERTS = "Tensor gate_up_qweight, Tensor gate_up_scale, Tensor down_qweight, Tensor down_scale"
 MOE_FFN = f"Tensor x, Tensor router, Tensor bias, {EXPERTS}, int top_k, float route_scale"
-LINEAR = "Tensor x, Tensor qweight, Tensor scale"
+# In lists of weights, every matrix is followed by its scales.
+ATTENTION_INPUTS = "Tensor x, Tensor[] qkv, Tensor cos, Tensor sin, float eps"
+# Both runtimes have these; ExecuTorch's write into memory that it has planned.
+OPERATORS = {
+    "moe_ffn": MOE_FFN,
+    "mlp": "Tensor x, Tensor[] weights",
+    "int4_linear": "Tensor x, Tensor qweight, Tensor scale",
+    "int4_embedding": "Tensor tokens, Tensor qweight, Tensor scale",
+    "attention": "Tensor query, Tensor keys, Tensor values, SymInt start",
+    "rms_norm": "Tensor x, Tensor weight, float eps",
+}
 definitions = torch.library.Library("mobilemoe", "DEF")
-definitions.define(f"moe_ffn({MOE_FFN}) -> Tensor")
-definitions.define(f"moe_experts(Tensor x, Tensor top_k_index, Tensor top_k_weights, {EXPERTS}) -> Tensor")
-definitions.define(f"int4_linear({LINEAR}) -> Tensor")
-# For PyTorch alone, where calling an operator costs as much as many of them take.
-definitions.define(f"feed_forward({MOE_FFN}, Tensor[] shared) -> Tensor")
+for name, arguments in OPERATORS.items():
+    definitions.define(f"{name}({arguments}) -> Tensor")
+    definitions.define(f"{name}.out({arguments}, *, Tensor(a!) out) -> Tensor(a!)")
+definitions.define(f"attention_inputs({ATTENTION_INPUTS}) -> (Tensor, Tensor, Tensor)")
 definitions.define(
-    "attention_inputs(Tensor x, Tensor[] qkv, Tensor cos, Tensor sin, float eps) -> (Tensor, Tensor, Tensor)"
+    f"attention_inputs.out({ATTENTION_INPUTS}, *, Tensor(a!) query, Tensor(b!) key, Tensor(c!) value) "
+    "-> (Tensor(a!), Tensor(b!), Tensor(c!))"
 )
-# What ExecuTorch calls, into memory that it has planned.
-definitions.define(f"moe_ffn.out({MOE_FFN}, *, Tensor(a!) out) -> Tensor(a!)")
-definitions.define(f"int4_linear.out({LINEAR}, *, Tensor(a!) out) -> Tensor(a!)")
+# For PyTorch alone: experts whose choice the model makes, and two operators in one, because calling an operator costs
+# as much as some of them take.
+definitions.define(f"moe_experts(Tensor x, Tensor top_k_index, Tensor top_k_weights, {EXPERTS}) -> Tensor")
+definitions.define(f"feed_forward({MOE_FFN}, Tensor[] shared) -> Tensor")
 
 
-@torch.library.register_fake("mobilemoe::moe_ffn")
-def _moe_ffn_shape(x, *weights):
+def _shape_of_x(x, *weights):
     return torch.empty_like(x)
 
 
-@torch.library.register_fake("mobilemoe::moe_experts")
-def _moe_experts_shape(x, *weights):
-    return torch.empty_like(x)
-
-
-@torch.library.register_fake("mobilemoe::feed_forward")
-def _feed_forward_shape(x, *weights):
-    return torch.empty_like(x)
+for name in ("moe_ffn", "moe_experts", "mlp", "feed_forward", "attention", "rms_norm"):
+    torch.library.register_fake(f"mobilemoe::{name}", _shape_of_x)
 
 
 @torch.library.register_fake("mobilemoe::attention_inputs")
 def _attention_inputs_shape(x, qkv, cos, sin, eps):
     head_dim = 2 * cos.shape[-1]
-    return tuple(
-        x.new_empty(*x.shape[:-1], qweight.shape[0] // head_dim, head_dim).transpose(1, 2) for qweight in qkv[::2]
-    )
+    return tuple(x.new_empty(*x.shape[:-1], qweight.shape[0] // head_dim, head_dim) for qweight in qkv[::2])
 
 
 @torch.library.register_fake("mobilemoe::int4_linear")
 def _int4_linear_shape(x, qweight, scale):
     return x.new_empty(*x.shape[:-1], qweight.shape[0])
+
+
+@torch.library.register_fake("mobilemoe::int4_embedding")
+def _int4_embedding_shape(tokens, qweight, scale):
+    return tokens.new_empty(*tokens.shape, 2 * qweight.shape[1], dtype=torch.float32)

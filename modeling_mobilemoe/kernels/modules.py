@@ -1,4 +1,9 @@
-"""What a `.pte` has of the kernels: the module that stands for a layer's router and routed experts."""
+"""
+What a `.pte` has of the kernels, as modules that `torch.export` traces without compiled kernels.
+
+Activations are FP32. Tensors of the model are shared, not copied. A runtime needs the operators: [`load_executorch`]
+registers them in this process, `EXECUTORCH_JNI_CUSTOM_LIBRARY` in an app (README.md).
+"""
 
 import torch
 from torch import nn
@@ -7,13 +12,10 @@ from torch import nn
 class MoEFFN(nn.Module):
     """
     Router and routed experts of one layer as one `mobilemoe::moe_ffn`: the checkpoint's integers and scales as they
-    are, FP32 activations `(tokens, hidden)` in and out.
-
-    `torch.export` traces it without compiled kernels. A runtime needs them: [`load_executorch`] registers them in this
-    process, `EXECUTORCH_JNI_CUSTOM_LIBRARY` in an app (README.md).
+    are, `(tokens, hidden)` in and out.
 
     Args:
-        layer (`nn.Module`): a decoder layer of a packed model; its tensors are shared, not copied.
+        layer (`nn.Module`): a decoder layer of a packed model.
         options (`object`, *optional*): of the exporter, for modules whose weights have a choice.
 
     Raises:
@@ -55,3 +57,63 @@ class MoEFFN(nn.Module):
             self.top_k,
             self.route_scale,
         )
+
+
+class PackedMatrices(nn.Module):
+    """
+    Packed linears, or the embedding as one.
+
+    Args:
+        linears (`nn.Module`): `Int4Linear` or `Int4Embedding`.
+    """
+
+    def __init__(self, *linears: nn.Module):
+        super().__init__()
+        for i, linear in enumerate(linears):
+            self.register_buffer(f"qweight_{i}", linear.qweight)
+            self.register_buffer(f"scale_{i}", linear.weight_scale)
+
+    def weights(self) -> list[torch.Tensor]:
+        """Every matrix, followed by its scales."""
+        return list(self._buffers.values())
+
+
+class PackedLinear(PackedMatrices):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return torch.ops.mobilemoe.int4_linear(x, *self.weights())
+
+
+class PackedEmbedding(PackedMatrices):
+    def forward(self, tokens: torch.Tensor) -> torch.Tensor:
+        return torch.ops.mobilemoe.int4_embedding(tokens, *self.weights())
+
+
+class PackedMLP(PackedMatrices):
+    """A SwiGLU feed-forward of `gate_proj`, `up_proj` and `down_proj`."""
+
+    def __init__(self, mlp: nn.Module):
+        super().__init__(mlp.gate_proj, mlp.up_proj, mlp.down_proj)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return torch.ops.mobilemoe.mlp(x, self.weights())
+
+
+class AttentionInputs(PackedMatrices):
+    """Queries, keys and values `(B, T, heads, D)`, the first two rotated and normalised."""
+
+    def __init__(self, attention: nn.Module):
+        super().__init__(attention.q_proj, attention.k_proj, attention.v_proj)
+        self.eps = attention.config.rms_norm_eps
+
+    def forward(self, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        return torch.ops.mobilemoe.attention_inputs(x, self.weights(), cos, sin, self.eps)
+
+
+class RMSNorm(nn.Module):
+    def __init__(self, norm: nn.Module):
+        super().__init__()
+        self.register_buffer("weight", norm.weight.detach().float())
+        self.eps = norm.variance_epsilon
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return torch.ops.mobilemoe.rms_norm(x, self.weight, self.eps)

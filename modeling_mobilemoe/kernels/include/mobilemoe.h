@@ -66,6 +66,59 @@ typedef struct {
 // out = x @ weight.T
 MOBILEMOE_EXPORT int mobilemoe_linear(const mobilemoe_linear_args* args, const mobilemoe_threads* threads);
 
+// INT4 weights of a linear whose inputs are known: int4 [out_features, K], fp16 [out_features, K / 32].
+typedef struct {
+  const uint8_t* qweight;
+  const uint16_t* scale;
+  int64_t out_features;
+} mobilemoe_matrix;
+
+typedef struct {
+  int64_t num_tokens, dim;
+  int32_t dtype;                // of x and out
+  const void* x;                // [T, D]
+  mobilemoe_matrix gate, up;    // of D inputs, with as many outputs
+  mobilemoe_matrix down;        // of their outputs, D outputs
+  void* out;                    // [T, D]
+} mobilemoe_mlp_args;
+
+// out = down(silu(gate(x)) * up(x)), the shared expert.
+MOBILEMOE_EXPORT int mobilemoe_mlp(const mobilemoe_mlp_args* args, const mobilemoe_threads* threads);
+
+typedef struct {
+  int64_t num_tokens, dim, head_dim;
+  float eps;
+  int32_t dtype;                        // of x and the outputs
+  const void* x;                        // [T, D]
+  mobilemoe_matrix query, key, value;   // of D inputs
+  const float *cos, *sin;               // [T, head_dim / 2]
+  void *query_out, *key_out, *value_out;  // [T, out_features]
+} mobilemoe_attention_inputs_args;
+
+// Three linears; then, on each head of the first two, rotation of adjacent channels and a weightless RMS norm.
+MOBILEMOE_EXPORT int mobilemoe_attention_inputs(const mobilemoe_attention_inputs_args* args,
+                                                const mobilemoe_threads* threads);
+
+typedef struct {
+  int64_t num_tokens, start;  // the first token's position
+  int64_t num_heads, num_kv_heads, head_dim, max_length;
+  const float* query;         // [T, num_heads, head_dim]
+  const float *keys, *values; // [max_length, num_kv_heads, head_dim], the new tokens' among them
+  float* out;                 // [T, num_heads, head_dim]
+} mobilemoe_attention_args;
+
+// Token t attends to positions 0 to start + t, scaled by 1 / sqrt(head_dim), all FP32.
+MOBILEMOE_EXPORT int mobilemoe_attention(const mobilemoe_attention_args* args, const mobilemoe_threads* threads);
+
+// out [T, D] = x / sqrt(mean(x^2) + eps) * weight, all FP32.
+MOBILEMOE_EXPORT int mobilemoe_rms_norm(const float* x, const float* weight, int64_t num_tokens, int64_t dim, float eps,
+                                        float* out, const mobilemoe_threads* threads);
+
+// out [T, D] in FP32 = rows `tokens` [T] of int4 [V, D] with fp16 [V, D / 32].
+MOBILEMOE_EXPORT int mobilemoe_embedding(const int64_t* tokens, const uint8_t* qweight, const uint16_t* scale,
+                                         int64_t num_tokens, int64_t dim, int64_t vocab_size, float* out,
+                                         const mobilemoe_threads* threads);
+
 // The router alone, as mobilemoe_moe_ffn runs it: index [T, top_k] and weight [T, top_k].
 MOBILEMOE_EXPORT int mobilemoe_route(const mobilemoe_moe_ffn_args* args, int64_t* index, float* weight,
                                      const mobilemoe_threads* threads);

@@ -12,9 +12,6 @@
 
 namespace mobilemoe {
 
-inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
-inline int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
-
 // INT4 matrices [E, rows, columns] with their scales.
 struct Experts {
   const uint8_t* qweight;

@@ -10,6 +10,9 @@
 
 namespace mobilemoe {
 
+inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+inline int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
+
 constexpr int kGroup = 32;       // outputs that share a scale: 16 bytes of a row
 constexpr int kStripGroups = 4;  // a strip: 4 groups, 128 outputs, 64 bytes of a row
 constexpr int kStrip = kStripGroups * kGroup;
@@ -57,6 +60,16 @@ constexpr int kAhead = 4096;       // bytes that reading a linear's weights fron
 constexpr int kPanelRows = 32;     // outputs of a linear that are unpacked together
 constexpr int kMaxLinearTile = 6;  // tokens that they are multiplied with at a time
 
+constexpr int kKeys = 64;  // keys that attention takes at a time
+
+// One query of one head, and its softmax so far.
+struct AttentionRow {
+  const float* query;  // [head_dim]
+  float* sums;         // [head_dim]: values times probabilities, not yet divided by `total`
+  float largest, total;
+  int num_keys;  // that it sees of a block: the first ones
+};
+
 struct Isa {
   const char* name;
   bool (*supported)();
@@ -100,6 +113,22 @@ struct Isa {
   // sum += weight * addend, and accumulator order -> order of the outputs; count is a multiple of 32.
   void (*add)(float* sum, const float* addend, float weight, int64_t count);
   void (*in_order)(const float* accumulators, int64_t count, float* out);
+  // gate = silu(gate) * up; count is a multiple of 16.
+  void (*silu_multiply)(float* gate, const float* up, int64_t count);
+  // out = x / sqrt(mean(x^2) + eps) * weight; dim is a multiple of 16.
+  void (*rms_norm)(const float* x, const float* weight, int64_t dim, float eps, float* out);
+  // Heads of one token in place: adjacent channels rotated by cos and sin [head_dim / 2], then the norm above without a
+  // weight. With `round`, what the rotation gives is rounded to BF16.
+  void (*rotate_and_normalize)(float* states, const float* cos, const float* sin, int64_t num_heads, int64_t head_dim,
+                               float eps, bool round);
+  // keys [num_keys, head_dim], `stride` apart -> out [head_dim, kKeys], zero where there is no key. head_dim is a
+  // multiple of 16.
+  void (*transpose_keys)(const float* keys, int64_t stride, int num_keys, int64_t head_dim, float* out);
+  // Takes rows over one block of such keys and their values.
+  void (*attend)(AttentionRow* rows, int num_rows, const float* keys, const float* values, int64_t value_stride,
+                 int64_t head_dim, float scale);
+  // One row of packed INT4 -> FP32.
+  void (*expand_row)(const uint8_t* qweight, const uint16_t* scale, int64_t num_groups, float* out);
   void (*from_bf16)(const uint16_t* x, int64_t count, float* out);
   void (*to_bf16)(const float* x, int64_t count, uint16_t* out);
 };

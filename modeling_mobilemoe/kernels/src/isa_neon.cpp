@@ -83,6 +83,12 @@ const Isa kNeon = {"neon",
                    swiglu,
                    add,
                    in_order,
+                   silu_multiply,
+                   rms_norm,
+                   rotate_and_normalize,
+                   transpose_keys,
+                   attend,
+                   expand_row,
                    from_bf16,
                    to_bf16};
 

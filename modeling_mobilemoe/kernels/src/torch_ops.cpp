@@ -3,8 +3,6 @@
 #include <ATen/Parallel.h>
 #include <torch/library.h>
 
-#include <cmath>
-
 #include "mobilemoe.h"
 
 namespace {
@@ -100,96 +98,120 @@ Tensor int4_linear(const Tensor& x, const Tensor& qweight, const Tensor& scale) 
   return out;
 }
 
-// A layer's whole feed-forward: routed experts, and the shared one as gate, up and down linears with their scales.
+// A packed linear [N, K / 2] with its scales.
+mobilemoe_matrix matrix(const Tensor& qweight, const Tensor& scale, int64_t in_features, const char* name) {
+  TORCH_CHECK_VALUE(qweight.dim() == 2, name, " is ", qweight.sizes(), ", the kernel needs [out, in / 2].");
+  const int64_t n = qweight.size(0);
+  return {static_cast<const uint8_t*>(address(qweight, name, at::kByte, {n, in_features / 2})),
+          static_cast<const uint16_t*>(address(scale, name, at::kHalf, {n, in_features / 32})), n};
+}
+
+// weights are gate, up and down, each with its scales.
+Tensor mlp(const Tensor& x, at::TensorList weights) {
+  TORCH_CHECK_VALUE(weights.size() == 6, "weights has ", weights.size(), " tensors, the kernel needs 6.");
+  TORCH_CHECK_VALUE(x.dim() > 0 && weights[0].dim() == 2, "x is ", x.sizes(), ", the kernel needs [..., dim].");
+  mobilemoe_mlp_args args = {};
+  args.dim = x.size(-1);
+  args.num_tokens = args.dim == 0 ? 0 : x.numel() / args.dim;
+  args.dtype = dtype_of(x, "x");
+  args.x = address(x, "x", x.scalar_type(), x.sizes());
+  args.gate = matrix(weights[0], weights[1], args.dim, "gate");
+  args.up = matrix(weights[2], weights[3], args.dim, "up");
+  args.down = matrix(weights[4], weights[5], args.gate.out_features, "down");
+  Tensor out = at::empty(x.sizes(), x.options());
+  args.out = out.mutable_data_ptr();
+  check(mobilemoe_mlp(&args, threads()));
+  return out;
+}
+
+// A layer's whole feed-forward: routed experts and the shared one.
 Tensor feed_forward(const Tensor& x, const Tensor& router, const Tensor& bias, const Tensor& gate_up_qweight,
                     const Tensor& gate_up_scale, const Tensor& down_qweight, const Tensor& down_scale, int64_t top_k,
                     double route_scale, at::TensorList shared) {
-  TORCH_CHECK_VALUE(shared.size() == 6, "shared has ", shared.size(), " tensors, the kernel needs 6.");
   const Tensor tokens = x.reshape({-1, x.size(-1)});
   Tensor out =
       moe_ffn(tokens, router, bias, gate_up_qweight, gate_up_scale, down_qweight, down_scale, top_k, route_scale);
-  Tensor gated = int4_linear(tokens, shared[0], shared[1]);
-  at::silu_(gated).mul_(int4_linear(tokens, shared[2], shared[3]));
-  return out.add_(int4_linear(gated, shared[4], shared[5])).view(x.sizes());
+  return out.add_(mlp(tokens, shared)).view(x.sizes());
 }
 
-float load(const float* value) { return *value; }
-float load(const at::BFloat16* value) { return static_cast<float>(*value); }
-
-// The rotary embedding of adjacent channel pairs, then the weightless RMS norm, in place. Rounded to the dtype after
-// each of the two, as PyTorch does. states [tokens, heads, D], cos and sin [tokens, D / 2].
-template <typename T>
-void rotate_and_normalize(T* states, const float* cos, const float* sin, int64_t num_heads, int64_t head_dim,
-                          float eps) {
-  for (int64_t head = 0; head < num_heads; ++head, states += head_dim) {
-    float sum = 0.0f;
-    for (int64_t i = 0; i < head_dim / 2; ++i) {
-      const float even = load(states + 2 * i), odd = load(states + 2 * i + 1);
-      states[2 * i] = static_cast<T>(even * cos[i] - odd * sin[i]);
-      states[2 * i + 1] = static_cast<T>(even * sin[i] + odd * cos[i]);
-      const float rotated_even = load(states + 2 * i), rotated_odd = load(states + 2 * i + 1);
-      sum += rotated_even * rotated_even + rotated_odd * rotated_odd;
-    }
-    const float scale = 1.0f / std::sqrt(sum / static_cast<float>(head_dim) + eps);
-    for (int64_t i = 0; i < head_dim; ++i) states[i] = static_cast<T>(load(states + i) * scale);
-  }
-}
-
-struct RotaryArgs {
-  Tensor states;  // [tokens, heads, D]
-  const float *cos, *sin;
-  float eps;
-  int64_t num_units;
-
-  static void run(void* data, int64_t unit) {
-    const auto& args = *static_cast<const RotaryArgs*>(data);
-    const int64_t tokens = args.states.size(0), heads = args.states.size(1), dim = args.states.size(2);
-    for (int64_t t = unit * tokens / args.num_units; t < (unit + 1) * tokens / args.num_units; ++t) {
-      const float *cos = args.cos + t * dim / 2, *sin = args.sin + t * dim / 2;
-      void* row = static_cast<char*>(args.states.mutable_data_ptr()) + t * heads * dim * args.states.element_size();
-      if (args.states.scalar_type() == at::kFloat) {
-        rotate_and_normalize(static_cast<float*>(row), cos, sin, heads, dim, args.eps);
-      } else {
-        rotate_and_normalize(static_cast<at::BFloat16*>(row), cos, sin, heads, dim, args.eps);
-      }
-    }
-  }
-};
-
-// Queries, keys and values [B, heads, T, D] of x [B, T, H]; q, k and v are linears with their scales.
+// Queries, keys and values [B, T, heads, D] of x [B, T, H]; q, k and v are linears with their scales.
 std::tuple<Tensor, Tensor, Tensor> attention_inputs(const Tensor& x, at::TensorList qkv, const Tensor& cos,
                                                     const Tensor& sin, double eps) {
   TORCH_CHECK_VALUE(qkv.size() == 6, "qkv has ", qkv.size(), " tensors, the kernel needs 6.");
   TORCH_CHECK_VALUE(x.dim() == 3 && cos.dim() == 3 && cos.size(2) > 0, "x is ", x.sizes(), " and cos ", cos.sizes(),
                     ", the kernel needs [batch, tokens, hidden] and [batch, tokens, head_dim / 2].");
-  const int64_t batch = x.size(0), length = x.size(1), head_dim = 2 * cos.size(2);
+  const int64_t batch = x.size(0), length = x.size(1);
   // A batch may share its positions.
-  const at::DimVector angles = {batch, length, head_dim / 2};
+  const at::DimVector angles = {batch, length, cos.size(2)};
   const Tensor all_cos = cos.expand(angles).contiguous(), all_sin = sin.expand(angles).contiguous();
-  Tensor states[3];
-  for (int i = 0; i < 3; ++i) {
-    Tensor projected = int4_linear(x, qkv[2 * i], qkv[2 * i + 1]);
-    TORCH_CHECK_VALUE(projected.size(2) % head_dim == 0, "a projection to ", projected.size(2),
-                      " features does not divide into heads of ", head_dim, ".");
-    states[i] = projected.view({batch * length, -1, head_dim});
-    if (i < 2) {
-      RotaryArgs args = {states[i],
-                         static_cast<const float*>(address(all_cos, "cos", at::kFloat, angles)),
-                         static_cast<const float*>(address(all_sin, "sin", at::kFloat, angles)),
-                         static_cast<float>(eps),
-                         0};
-      const mobilemoe_threads* workers = threads();
-      // Starting threads takes longer than some tokens do.
-      args.num_units = batch * length < 16 ? 1 : workers->num_threads;
-      if (args.num_units == 1) {
-        RotaryArgs::run(&args, 0);
-      } else {
-        workers->run(workers->context, args.num_units, RotaryArgs::run, &args);
-      }
-    }
-    states[i] = states[i].view({batch, length, -1, head_dim}).transpose(1, 2);
-  }
-  return {states[0], states[1], states[2]};
+  mobilemoe_attention_inputs_args args = {};
+  args.num_tokens = batch * length;
+  args.dim = x.size(2);
+  args.head_dim = 2 * cos.size(2);
+  args.eps = static_cast<float>(eps);
+  args.dtype = dtype_of(x, "x");
+  args.x = address(x, "x", x.scalar_type(), x.sizes());
+  args.query = matrix(qkv[0], qkv[1], args.dim, "query");
+  args.key = matrix(qkv[2], qkv[3], args.dim, "key");
+  args.value = matrix(qkv[4], qkv[5], args.dim, "value");
+  args.cos = static_cast<const float*>(address(all_cos, "cos", at::kFloat, angles));
+  args.sin = static_cast<const float*>(address(all_sin, "sin", at::kFloat, angles));
+  const auto empty = [&](const mobilemoe_matrix& of) {
+    TORCH_CHECK_VALUE(of.out_features % args.head_dim == 0, "a projection to ", of.out_features,
+                      " features does not divide into heads of ", args.head_dim, ".");
+    return at::empty({batch, length, of.out_features / args.head_dim, args.head_dim}, x.options());
+  };
+  Tensor query = empty(args.query), key = empty(args.key), value = empty(args.value);
+  args.query_out = query.mutable_data_ptr();
+  args.key_out = key.mutable_data_ptr();
+  args.value_out = value.mutable_data_ptr();
+  check(mobilemoe_attention_inputs(&args, threads()));
+  return {query, key, value};
+}
+
+Tensor rms_norm(const Tensor& x, const Tensor& weight, double eps) {
+  TORCH_CHECK_VALUE(x.dim() > 0, "x is ", x.sizes(), ", the kernel needs [..., dim].");
+  const int64_t dim = x.size(-1);
+  Tensor out = at::empty(x.sizes(), x.options());
+  check(mobilemoe_rms_norm(static_cast<const float*>(address(x, "x", at::kFloat, x.sizes())),
+                           static_cast<const float*>(address(weight, "weight", at::kFloat, {dim})),
+                           dim == 0 ? 0 : x.numel() / dim, dim, static_cast<float>(eps),
+                           out.mutable_data_ptr<float>(), threads()));
+  return out;
+}
+
+// query [1, T, heads, D] over caches [1, S, KV heads, D] that hold its keys and values from position `start` on.
+Tensor attention(const Tensor& query, const Tensor& keys, const Tensor& values, int64_t start) {
+  TORCH_CHECK_VALUE(query.dim() == 4 && query.size(0) == 1 && keys.dim() == 4, "query is ", query.sizes(),
+                    " and keys ", keys.sizes(), ", the kernel needs [1, tokens, heads, head_dim] of both.");
+  mobilemoe_attention_args args = {};
+  args.num_tokens = query.size(1);
+  args.start = start;
+  args.num_heads = query.size(2);
+  args.num_kv_heads = keys.size(2);
+  args.head_dim = query.size(3);
+  args.max_length = keys.size(1);
+  const int64_t shape[] = {1, args.max_length, args.num_kv_heads, args.head_dim};
+  args.query = static_cast<const float*>(address(query, "query", at::kFloat, query.sizes()));
+  args.keys = static_cast<const float*>(address(keys, "keys", at::kFloat, shape));
+  args.values = static_cast<const float*>(address(values, "values", at::kFloat, shape));
+  Tensor out = at::empty(query.sizes(), query.options());
+  args.out = out.mutable_data_ptr<float>();
+  check(mobilemoe_attention(&args, threads()));
+  return out;
+}
+
+Tensor int4_embedding(const Tensor& tokens, const Tensor& qweight, const Tensor& scale) {
+  TORCH_CHECK_VALUE(qweight.dim() == 2, "qweight is ", qweight.sizes(), ", the kernel needs [vocab, dim / 2].");
+  const int64_t dim = 2 * qweight.size(1);
+  const mobilemoe_matrix table = matrix(qweight, scale, dim, "the table");
+  at::DimVector shape(tokens.sizes());
+  shape.push_back(dim);
+  Tensor out = at::empty(shape, tokens.options().dtype(at::kFloat));
+  check(mobilemoe_embedding(static_cast<const int64_t*>(address(tokens, "tokens", at::kLong, tokens.sizes())),
+                            table.qweight, table.scale, tokens.numel(), dim, table.out_features,
+                            out.mutable_data_ptr<float>(), threads()));
+  return out;
 }
 
 }  // namespace
@@ -199,6 +221,10 @@ TORCH_LIBRARY_IMPL(mobilemoe, CPU, library) {
   library.impl("moe_ffn", moe_ffn);
   library.impl("moe_experts", moe_experts);
   library.impl("int4_linear", int4_linear);
+  library.impl("int4_embedding", int4_embedding);
+  library.impl("mlp", mlp);
+  library.impl("attention", attention);
+  library.impl("rms_norm", rms_norm);
   library.impl("feed_forward", feed_forward);
   library.impl("attention_inputs", attention_inputs);
 }

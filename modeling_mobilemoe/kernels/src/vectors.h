@@ -87,6 +87,10 @@ inline f32x16 silu_times(const float* gate, const float* up) {
   return g / (1.0f + exponential(-g)) * load<f32x16>(up);
 }
 
+inline void silu_multiply(float* gate, const float* up, int64_t count) {
+  for (int64_t i = 0; i < count; i += 16) store(gate + i, silu_times(gate + i, up + i));
+}
+
 inline void swiglu(const float* gate, const float* up, int64_t count, float* mid) {
   for (int64_t i = 0; i < count; i += kGroup) {
     interleave(silu_times(gate + i, up + i), silu_times(gate + i + 16, up + i + 16), mid + i);
@@ -103,6 +107,13 @@ inline void add(float* sum, const float* addend, float weight, int64_t count) {
   for (int64_t i = 0; i < count; i += 16) {
     store(sum + i, load<f32x16>(sum + i) + load<f32x16>(addend + i) * weight);
   }
+}
+
+// To the nearest BF16, ties to even, left in FP32. A NaN must not round up to infinity.
+inline f32x16 round_to_bf16(f32x16 v) {
+  const u32x16 bits = (u32x16)v;
+  const u32x16 rounded = (bits + 0x7FFFu + (bits >> 16 & 1u)) & 0xFFFF0000u;
+  return (f32x16)((bits & 0x7FFFFFFFu) > kInfinityBits ? bits | 0x400000u : rounded);
 }
 
 inline void from_bf16(const uint16_t* x, int64_t count, float* out) {
@@ -185,6 +196,60 @@ inline float sum_lanes(const float* source) {
   return sum_lanes(lanes);
 }
 
+inline void rms_norm(const float* x, const float* weight, int64_t dim, float eps, float* out) {
+  f32x16 squares = {};
+  for (int64_t i = 0; i < dim; i += 16) squares += load<f32x16>(x + i) * load<f32x16>(x + i);
+  const float scale = 1.0f / __builtin_sqrtf(sum_lanes(squares) / static_cast<float>(dim) + eps);
+  for (int64_t i = 0; i < dim; i += 16) store(out + i, load<f32x16>(x + i) * scale * load<f32x16>(weight + i));
+}
+
+// 16 pairs of adjacent channels.
+inline f32x16 rotate(float* states, const float* cos, const float* sin, bool round) {
+  const f32x16 first = load<f32x16>(states), second = load<f32x16>(states + 16);
+  const f32x16 c = load<f32x16>(cos), s = load<f32x16>(sin);
+  const f32x16 even =
+      __builtin_shufflevector(first, second, 0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30);
+  const f32x16 odd = __builtin_shufflevector(first, second, 1, 3, 5, 7, 9, 11, 13, 15, 17, 19, 21, 23, 25, 27, 29, 31);
+  f32x16 real = even * c - odd * s, imaginary = even * s + odd * c;
+  if (round) {
+    real = round_to_bf16(real);
+    imaginary = round_to_bf16(imaginary);
+  }
+  interleave(real, imaginary, states);
+  return real * real + imaginary * imaginary;
+}
+
+inline void rotate_and_normalize(float* states, const float* cos, const float* sin, int64_t num_heads,
+                                 int64_t head_dim, float eps, bool round) {
+  for (float* head = states; head < states + num_heads * head_dim; head += head_dim) {
+    f32x16 squares = {};
+    int64_t i = 0;
+    for (; i + 32 <= head_dim; i += 32) squares += rotate(head + i, cos + i / 2, sin + i / 2, round);
+    if (i < head_dim) {
+      float rest[32] = {}, of_cos[16] = {}, of_sin[16] = {};
+      const int64_t count = head_dim - i;
+      std::memcpy(rest, head + i, count * sizeof(float));
+      std::memcpy(of_cos, cos + i / 2, count / 2 * sizeof(float));
+      std::memcpy(of_sin, sin + i / 2, count / 2 * sizeof(float));
+      squares += rotate(rest, of_cos, of_sin, round);
+      std::memcpy(head + i, rest, count * sizeof(float));
+    }
+    const float scale = 1.0f / __builtin_sqrtf(sum_lanes(squares) / static_cast<float>(head_dim) + eps);
+    for (i = 0; i < head_dim; ++i) head[i] *= scale;
+  }
+}
+
+inline void expand_row(const uint8_t* qweight, const uint16_t* scale, int64_t num_groups, float* out) {
+  for (int64_t g = 0; g < num_groups; ++g) {
+    const float step = half_to_float(scale[g]);
+    for (int64_t j = 0; j < kGroup / 2; ++j) {
+      const uint8_t byte = qweight[g * (kGroup / 2) + j];
+      out[g * kGroup + 2 * j] = static_cast<float>(static_cast<int>((byte & 15) ^ kBias) - kBias) * step;
+      out[g * kGroup + 2 * j + 1] = static_cast<float>(static_cast<int>((byte >> 4) ^ kBias) - kBias) * step;
+    }
+  }
+}
+
 inline void quantize_inputs(const float* x, int num_groups, const LinearInputs& inputs) {
   for (int g = 0; g < num_groups; ++g) {
     const f32x16 first = load<f32x16>(x + g * kGroup), second = load<f32x16>(x + g * kGroup + 16);
@@ -262,3 +327,5 @@ inline void router_logits(const float* x, int64_t num_tokens, int64_t dim, const
 
 }  // namespace
 }  // namespace mobilemoe
+
+#include "attention.h"
