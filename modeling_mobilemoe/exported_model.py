@@ -240,10 +240,12 @@ class ExportAttention(nn.Module):
         return self.o_proj(attended.reshape(batch, length, -1))
 
     def attend(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, start: int) -> torch.Tensor:
+        if self.on_kernels:
+            torch.ops.mobilemoe.update_cache(key, self.k_cache, start)
+            torch.ops.mobilemoe.update_cache(value, self.v_cache, start)
+            return torch.ops.mobilemoe.attention(query, self.k_cache, self.v_cache, start)
         torch.ops.llama.update_cache(key, self.k_cache, start)
         torch.ops.llama.update_cache(value, self.v_cache, start)
-        if self.on_kernels:
-            return torch.ops.mobilemoe.attention(query, self.k_cache, self.v_cache, start)
         return torch.ops.llama.custom_sdpa(query, self.k_cache, self.v_cache, start, None, 0.0, True)
 
     def attend_int8(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, start: int) -> torch.Tensor:

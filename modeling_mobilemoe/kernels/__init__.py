@@ -37,22 +37,24 @@ def build_hash(*options: str) -> str:
     return digest.hexdigest()[:16]
 
 
-def build(target: str, *options: str, headers: str = "") -> Path:
+def build(target: str, *options: str, headers: str = "", executable: bool = False) -> Path:
     """
-    Compiles a shared library of CMakeLists.txt, unless that was done before, and returns its path.
+    Compiles a target of CMakeLists.txt, unless that was done before, and returns its path.
 
     Args:
         target (`str`): of CMakeLists.txt.
         options (`str`): for CMake.
         headers (`str`): version of the package that is compiled against; another one means another build.
+        executable (`bool`, defaults to `False`): the target is a program and no shared library.
 
     Raises:
         BuildError: without CMake or a C++ compiler, or when the compiler fails.
     """
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "mobilemoe" / "kernels"
-    library = cache / f"lib{target}-{build_hash(*options, headers)}{SUFFIX}"
-    if library.is_file():
-        return library
+    prefix, suffix = ("", "") if executable else ("lib", SUFFIX)
+    built = cache / f"{prefix}{target}-{build_hash(*options, headers)}{suffix}"
+    if built.is_file():
+        return built
     # pip's CMake lies beside the interpreter, which need not be on the PATH.
     search_path = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")])
     cmake = shutil.which("cmake", path=search_path)
@@ -70,9 +72,9 @@ def build(target: str, *options: str, headers: str = "") -> Path:
                     "The kernels did not compile; they need a C++ compiler (Debian: apt install g++). "
                     f"{' '.join(command)} said:\n{result.stdout[-2000:]}"
                 )
-        # Moved when complete, so that another process never loads half a library.
-        os.replace(Path(directory) / f"lib{target}{SUFFIX}", library)
-    return library
+        # Moved when complete, so that another process never loads half a file.
+        os.replace(Path(directory) / f"{prefix}{target}{suffix}", built)
+    return built
 
 
 def build_torch_library() -> Path:
@@ -84,6 +86,25 @@ def build_executorch_library() -> Path:
 
     root = next(iter(executorch.__path__))
     return build("mobilemoe_executorch", f"-DEXECUTORCH_ROOT={root}", headers=version("executorch"))
+
+
+def build_runner(executorch_root: str | Path | None = None, *options: str) -> Path:
+    """
+    Compiles `mobilemoe_runner` (README.md) against the installed executorch, or another copy of its wheel.
+
+    Args:
+        executorch_root (`str` or `Path`, *optional*): the directory `executorch` of an unpacked wheel.
+        options (`str`): for CMake, as a toolchain file for another machine.
+
+    Raises:
+        BuildError: as [`build`].
+    """
+    if executorch_root is None:
+        import executorch
+
+        executorch_root = next(iter(executorch.__path__))
+    options = (f"-DEXECUTORCH_ROOT={executorch_root}", *options)
+    return build("mobilemoe_runner", *options, headers=version("executorch"), executable=True)
 
 
 @functools.cache
@@ -136,6 +157,10 @@ definitions.define(
     f"attention_inputs.out({ATTENTION_INPUTS}, *, Tensor(a!) query, Tensor(b!) key, Tensor(c!) value) "
     "-> (Tensor(a!), Tensor(b!), Tensor(c!))"
 )
+# For ExecuTorch alone: the cache is a buffer of the program, written in place. What it returns has no meaning.
+UPDATE_CACHE = "Tensor value, Tensor(a!) cache, SymInt start"
+definitions.define(f"update_cache({UPDATE_CACHE}) -> Tensor")
+definitions.define(f"update_cache.out({UPDATE_CACHE}, *, Tensor(b!) out) -> Tensor(b!)")
 # For PyTorch alone: experts whose choice the model makes, and two operators in one, because calling an operator costs
 # as much as some of them take.
 definitions.define(f"moe_experts(Tensor x, Tensor top_k_index, Tensor top_k_weights, {EXPERTS}) -> Tensor")
@@ -154,6 +179,11 @@ for name in ("moe_ffn", "moe_experts", "mlp", "feed_forward", "attention", "rms_
 def _attention_inputs_shape(x, qkv, cos, sin, eps):
     head_dim = 2 * cos.shape[-1]
     return tuple(x.new_empty(*x.shape[:-1], qweight.shape[0] // head_dim, head_dim) for qweight in qkv[::2])
+
+
+@torch.library.register_fake("mobilemoe::update_cache")
+def _update_cache_shape(value, cache, start):
+    return value.new_empty(1)
 
 
 @torch.library.register_fake("mobilemoe::int4_linear")

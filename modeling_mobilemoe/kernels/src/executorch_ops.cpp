@@ -3,6 +3,8 @@
 #include <executorch/runtime/kernel/kernel_includes.h>
 #include <executorch/runtime/kernel/thread_parallel_interface.h>
 
+#include <cstring>
+
 #include "mobilemoe.h"
 
 namespace {
@@ -102,6 +104,23 @@ Tensor& int4_linear_out(KernelRuntimeContext& context, const Tensor& x, const Te
   const mobilemoe_threads threads = pool();
   ET_KERNEL_CHECK_MSG(context, mobilemoe_linear(&args, &threads) == MOBILEMOE_OK, InvalidArgument, out,
                       "mobilemoe::int4_linear: %s", mobilemoe_last_error());
+  return out;
+}
+
+// Writes value [1, T, heads, head_dim] into the cache [1, S, heads, head_dim] from position `start` on; out is not used.
+Tensor& update_cache_out(KernelRuntimeContext& context, const Tensor& value, Tensor& cache, int64_t start, Tensor& out) {
+  ET_KERNEL_CHECK_MSG(
+      context,
+      value.dim() == 4 && cache.dim() == 4 &&
+          fits(value, ScalarType::Float, {1, value.size(1), cache.size(2), cache.size(3)}) &&
+          fits(cache, ScalarType::Float, {1, cache.size(1), cache.size(2), cache.size(3)}),
+      InvalidArgument, out, "mobilemoe::update_cache: the types or shapes of its inputs do not belong together");
+  ET_KERNEL_CHECK_MSG(context, start >= 0 && start + value.size(1) <= cache.size(1), InvalidArgument, out,
+                      "mobilemoe::update_cache: the positions are not in the cache");
+  if (value.numel() > 0) {
+    std::memcpy(cache.mutable_data_ptr<float>() + start * cache.size(2) * cache.size(3), value.const_data_ptr<float>(),
+                value.nbytes());
+  }
   return out;
 }
 
@@ -262,6 +281,7 @@ EXECUTORCH_LIBRARY(mobilemoe, "moe_ffn.out", moe_ffn_out);
 EXECUTORCH_LIBRARY(mobilemoe, "int4_linear.out", int4_linear_out);
 EXECUTORCH_LIBRARY(mobilemoe, "int4_embedding.out", int4_embedding_out);
 EXECUTORCH_LIBRARY(mobilemoe, "mlp.out", mlp_out);
+EXECUTORCH_LIBRARY(mobilemoe, "update_cache.out", update_cache_out);
 EXECUTORCH_LIBRARY(mobilemoe, "attention.out", attention_out);
 EXECUTORCH_LIBRARY(mobilemoe, "rms_norm.out", rms_norm_out);
 static const auto registered = executorch::runtime::register_kernel(

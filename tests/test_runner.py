@@ -1,0 +1,134 @@
+"""The C++ runner measures what the Python runtime computes, on this machine and as Arm code under emulation."""
+
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from modeling_mobilemoe.cli import main
+from modeling_mobilemoe.kernels import build_runner
+
+
+pytest.importorskip("executorch.runtime", reason="executorch is not installed: make setup")
+pytestmark = pytest.mark.skipif(shutil.which("c++") is None, reason="needs a C++ compiler")
+
+COMPILER, EMULATOR = "aarch64-linux-gnu-g++", shutil.which("qemu-aarch64") or shutil.which("qemu-aarch64-static")
+
+
+@pytest.fixture(scope="session")
+def kernel_pte(text_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A program that is made of our operators; context 64."""
+    output = tmp_path_factory.mktemp("runner") / "pte"
+    options = ["--max-seq-len", "64", "--moe-op", "mobilemoe"]
+    main(["export", "--model", str(text_checkpoint), "--output", str(output), *options])
+    return output
+
+
+@pytest.fixture(scope="session")
+def tokens(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("tokens") / "tokens.txt"
+    path.write_text(" ".join(str(3 + 7 * i % 480) for i in range(48)))
+    return path
+
+
+def run(command: list, *arguments: str) -> list[dict]:
+    result = subprocess.run([*command, *arguments], capture_output=True, text=True)
+    events = [json.loads(line) for line in result.stdout.splitlines()]
+    assert result.returncode == (events[-1]["event"] == "error"), result.stderr[-2000:]
+    return events
+
+
+def check_report(events: list[dict], directory: Path, tokens: Path) -> None:
+    from modeling_mobilemoe.runtime import PteModel
+
+    ids = list(map(int, tokens.read_text().split()))
+    loaded, *measured, done = events
+    assert (loaded["event"], loaded["context"], done["event"]) == ("loaded", 64, "done")
+    assert loaded["load_s"] > 0 and loaded["rss_bytes"] > 1e5 and loaded["pss_bytes"] > 1e5
+    rounds = [(row["repeat"], row["prompt_length"]) for row in measured if row["event"] == "measure"]
+    assert rounds == [(repeat, length) for repeat in (-1, 0, 1) for length in (5, 20)]
+    model = PteModel(directory)
+    for row in measured[: len(rounds)]:
+        length, given = row["prompt_length"], ids[row["offset"] :]
+        expected = [model.forward(given[:length], 0).argmax().item()]
+        expected += [model.forward([given[i]], i).argmax().item() for i in range(length, length + 3)]
+        assert row["tokens"] == expected
+        assert row["first_token_s"] > 0 and len(row["decode_s"]) == 3
+    layers = model_layers(directory)
+    assert done["operators"]["mobilemoe::moe_ffn.out"] % (layers * 4) == 0
+    assert not any(name.startswith("llama::") for name in done["operators"])
+    assert done["peak_rss_bytes"] >= loaded["rss_bytes"]
+
+
+def model_layers(directory: Path) -> int:
+    return json.loads((directory / "config.json").read_text())["num_hidden_layers"]
+
+
+def request(directory: Path, tokens: Path) -> list[str]:
+    return ["--model", str(directory / "model.pte"), "--tokens", str(tokens), "--prompt-lengths", "5,20",
+            "--new-tokens", "3", "--repeats", "2", "--threads", "2"]  # fmt: skip
+
+
+def test_runner_computes_what_python_does(kernel_pte: Path, tokens: Path):
+    events = run([build_runner()], *request(kernel_pte, tokens), "--sustained", "1", "--cold")
+    assert events[0]["threads"] == 2 and events[0]["isa"] in ("portable", "avx2", "avx512", "neon", "i8mm")
+    assert [row for row in events if row["event"] == "sustained"]
+    check_report(events, kernel_pte, tokens)
+
+
+def test_bad_requests_are_one_line(kernel_pte: Path, pte_directory: Path, tokens: Path, tmp_path: Path):
+    runner, good = [build_runner()], request(kernel_pte, tokens)
+
+    def message(*arguments: str) -> str:
+        (event,) = run(runner, *arguments)
+        return event["message"]
+
+    assert message() == "--model, --tokens and --prompt-lengths are needed"
+    assert "--speed is no option" in message("--speed", "1")
+    assert "--threads 0 is no whole number from 1 on" in message(*good, "--threads", "0")
+    assert "tokens.txt has 48 tokens and 63 are needed" in message(*good, "--prompt-lengths", "60")
+    many = tmp_path / "many.txt"
+    many.write_text("5 " * 80)
+    assert "a context of 64 tokens and 73 are needed" in message(
+        *good, "--tokens", str(many), "--prompt-lengths", "70"
+    )
+    many.write_text("5 six 7")
+    assert "holds something that is no token id" in message(*good, "--tokens", str(many))
+    assert "no-such.pte" in message(*good, "--model", "no-such.pte")
+    # Of the stock runtime's own operators those that need libtorch are not in the runner.
+    assert "an operator of the program is not in this binary" in message(
+        *good, "--model", str(pte_directory / "model.pte")
+    )
+
+
+@pytest.fixture(scope="session")
+def arm_runner(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
+    """The command that runs it; the libraries are those of executorch's own wheel for Arm."""
+    if shutil.which(COMPILER) is None or EMULATOR is None:
+        pytest.skip("needs g++-aarch64-linux-gnu and qemu-user")
+    from importlib.metadata import version
+
+    directory = tmp_path_factory.mktemp("arm")
+    package, platform = f"executorch=={version('executorch')}", "manylinux_2_28_aarch64"
+    download = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--only-binary=:all:",
+                "--dest", str(directory), "--platform", platform, package]  # fmt: skip
+    if subprocess.run(download).returncode:
+        pytest.skip("executorch's wheel for Arm could not be downloaded")
+    (wheel,) = directory.glob("*.whl")
+    shutil.unpack_archive(wheel, directory, "zip")
+    toolchain = directory / "toolchain.cmake"
+    toolchain.write_text(
+        f"set(CMAKE_SYSTEM_NAME Linux)\nset(CMAKE_SYSTEM_PROCESSOR aarch64)\nset(CMAKE_CXX_COMPILER {COMPILER})\n"
+    )
+    runner = build_runner(directory / "executorch", f"-DCMAKE_TOOLCHAIN_FILE={toolchain}")
+    return [EMULATOR, "-L", "/usr/aarch64-linux-gnu", str(runner)]
+
+
+@pytest.mark.slow
+def test_arm_runner_computes_the_same_under_emulation(arm_runner: list[str], kernel_pte: Path, tokens: Path):
+    events = run(arm_runner, *request(kernel_pte, tokens))
+    assert events[0]["isa"] in ("neon", "i8mm")
+    check_report(events, kernel_pte, tokens)
