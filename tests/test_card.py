@@ -6,14 +6,15 @@ import shutil
 import sys
 from pathlib import Path
 
+import datasets
 import pytest
 import yaml
 from conftest import ROOT
 from eval_stand_ins import write_stand_ins
 from huggingface_hub import ModelCard
+from stand_ins import bench_result
 
 from modeling_mobilemoe import MobileMoEConfig
-from modeling_mobilemoe.bench import spread
 from modeling_mobilemoe.bench_worker import shapes
 from modeling_mobilemoe.card import LICENSES, META_LICENSE
 from modeling_mobilemoe.cli import main
@@ -22,6 +23,13 @@ from modeling_mobilemoe.evaluation import suite_file
 
 CARDS = ROOT / "model_cards"
 TEXT = "def add(first, second):\n    return first + second\n" * 8
+
+
+@pytest.fixture(scope="module", autouse=True)
+def own_cache(tmp_path_factory):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(datasets.config, "HF_DATASETS_CACHE", str(tmp_path_factory.mktemp("datasets")))
+        yield
 
 
 def card(*arguments: object) -> str:
@@ -67,33 +75,6 @@ def check_metadata(text: str) -> dict:
             for metric in result["metrics"]:
                 assert isinstance(metric["type"], str) and 0 <= metric["value"] <= 100
     return data
-
-
-def bench_result(**configs: object) -> dict:
-    """In the form of `mobilemoe bench --json`, with numbers of no machine."""
-    models = {
-        name: {
-            "runtime": "pytorch",
-            "file_bytes": 713_916_240,
-            "config": config.to_dict(),
-            "peak_memory_bytes": 10**9,
-            "lengths": {
-                str(length): {
-                    "prefill_tokens_per_s": spread([90.0, 100.0, 120.0]),
-                    "first_token_ms": spread([1500.0, 1600.0, 1700.0]),
-                    "decode_tokens_per_s": spread([20.25, 21.5, 22.0]),
-                }
-                for length in (128, 512)
-            },
-        }
-        for name, config in configs.items()
-    }
-    machine = {"cpu": "Test CPU", "cores": 2, "threads": 1}
-    versions = {"torch": "2.13.0", "transformers": "5.23.0"}
-    return {
-        "benchmark": "host", "prompt": "random tokens", "new_tokens": 48, "machine": machine, "versions": versions,
-        "models": models,
-    }  # fmt: skip
 
 
 @pytest.fixture(scope="module")
