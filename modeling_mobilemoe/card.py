@@ -104,7 +104,7 @@ def write_card(
     if not base_model and str(recipe_fields.get("model", "")).startswith(META_MODELS):
         base_model = [recipe_fields["model"]]
     if subject.size is None:
-        check_license(license, license_name, license_link, base_model)
+        check_license(license, license_name, license_link, [subject.given, *base_model])
     elif license or license_name or license_link or base_model or recipe or name:
         raise ValueError(
             f"{subject.given} is Meta's model, whose licence and origin are known: --name, --license, --base-model "
@@ -117,7 +117,7 @@ def write_card(
     card = ModelCard.from_template(
         metadata(subject, contents, license, license_name, license_link, base_model, recipe_fields),
         template_path=str(TEMPLATE),
-        **context(subject, contents, license_text(license, license_name, license_link, base_model)),
+        **context(subject, contents, license_text(license, license_name, license_link, [subject.given, *base_model])),
         **training_context(subject, recipe),
         base=" and ".join(f"`{name}`" for name in base_model),
         sources=", ".join(f"`{path}`" for path in results),
@@ -148,11 +148,12 @@ def read_recipe(path: str | Path | None) -> dict:
 
 
 def check_license(
-    license: str | None, license_name: str | None, license_link: str | None, base_model: Sequence[str]
+    license: str | None, license_name: str | None, license_link: str | None, origins: Sequence[str]
 ) -> None:
     """
     Raises:
-        ValueError: for a licence that is missing, that the Hub does not know, or that the base model does not allow.
+        ValueError: for a licence that is missing, that the Hub does not know, or that what the model was made from
+            does not allow.
     """
     if license is None:
         raise ValueError(
@@ -172,9 +173,10 @@ def check_license(
             "--license-name and --license-link belong to --license other, and that needs both of them. Set all three, "
             "or an identifier alone."
         )
-    if license != META_LICENSE and any(name.startswith(META_MODELS) for name in base_model):
+    origins = [name for name in origins if name.startswith(META_MODELS)]
+    if license != META_LICENSE and origins:
         raise ValueError(
-            f"--license {license} cannot be: {', '.join(base_model)} may be passed on, also changed, under Meta's "
+            f"--license {license} cannot be: {', '.join(origins)} may be passed on, also changed, under Meta's "
             f"licence only. Set --license {META_LICENSE}."
         )
 
@@ -289,13 +291,14 @@ def training_context(subject: Subject, recipe: str | Path | None) -> dict:
 
 
 def license_text(
-    license: str | None, license_name: str | None, license_link: str | None, base_model: Sequence[str]
+    license: str | None, license_name: str | None, license_link: str | None, origins: Sequence[str]
 ) -> str:
     if license is None:
         return ""
     text = f"[{license_name}]({license_link})" if license == "other" else f"`{license}`"
-    if any(name.startswith(META_MODELS) for name in base_model):
+    origins = [name for name in origins if name.startswith(META_MODELS)]
+    if origins:
         text = "[FAIR Noncommercial Research License]"
-        text += f"(https://huggingface.co/{base_model[0]}), Meta's: it was made from their weights. What is made from "
+        text += f"(https://huggingface.co/{origins[0]}), Meta's: it was made from their weights. What is made from "
         text += "it may be passed on under that licence only, with a copy of it"
     return f"{text}."

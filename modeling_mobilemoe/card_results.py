@@ -187,8 +187,8 @@ def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
 
 
-def millions(count: float) -> str:
-    return f"{count / 1e6:,.1f}M"
+def millions(count: int) -> str:
+    return f"{count / 1e6:,.1f}M" if count >= 1e7 else f"{count:,}"
 
 
 def number(value: float) -> str:
@@ -298,7 +298,7 @@ def suite_section(subject: Subject, name: str, suite: dict, reports: Sequence[di
 
 def report_source(subject: Subject, report: dict) -> str:
     settings = report["settings"]
-    command = ["mobilemoe", "eval", "--model", label(subject, report["model"]["name"]), "--suite", settings["suite"]]
+    command = ["mobilemoe", "eval", "--model", measured_label(subject, report["model"]), "--suite", settings["suite"]]
     if set(report["tasks"]) != set(suite_file()["suites"][settings["suite"]]["tasks"]):
         command += ["--tasks", *report["tasks"]]
     if settings["limit"] is not None:
@@ -314,8 +314,13 @@ def report_source(subject: Subject, report: dict) -> str:
 
 
 def label(subject: Subject, name: str) -> str:
-    """What a command of the card calls a model that a result names."""
+    """What a command of the card calls a model that a benchmark names."""
     return subject.label if name == subject.given and not subject.size else name
+
+
+def measured_label(subject: Subject, description: dict) -> str:
+    """The same for what `evaluation.describe_model` was about: where it is the card's model, whatever its path was."""
+    return subject.label if subject.size is None and description["kind"] != "pte" else description["name"]
 
 
 def check_section(subject: Subject, checks: Sequence[dict]) -> str:
@@ -331,7 +336,7 @@ def check_section(subject: Subject, checks: Sequence[dict]) -> str:
             if compared:
                 cells += [f"{row['reference_bits_per_byte']:.4f}", f"{row['kl']:.2e}", f"{row['top1']:.1%}"]
             rows.append(cells)
-        command = ["mobilemoe", "eval", "check", "--model", label(subject, check["model"])]
+        command = ["mobilemoe", "eval", "check", "--model", measured_label(subject, check["descriptions"]["model"])]
         command += ["--reference", check["reference"]] if compared else []
         command += ["--text", *check["texts"], "--max-tokens", str(check["max_tokens"])]
         source = f"`{shlex.join(command)}`; {machine_text(check['machine'])}"
@@ -426,7 +431,7 @@ def export_section(subject: Subject, exports: Sequence[dict]) -> str:
 
 
 def export_command(subject: Subject, export: dict) -> str:
-    command = ["mobilemoe", "export", "--model", label(subject, export["model"]), "--output", "out/model/pte"]
+    command = ["mobilemoe", "export", "--model", subject.label, "--output", "out/model/pte"]
     command += ["--max-seq-len", str(export["max_seq_len"])]
     if export["weights"] == "fp32":
         command += ["--weights", "fp32"]

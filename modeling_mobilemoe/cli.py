@@ -193,6 +193,7 @@ def run_bench(arguments: argparse.Namespace) -> None:
     )
     # First what was measured: a table or a picture that fails must not cost it.
     if arguments.json:
+        Path(arguments.json).parent.mkdir(parents=True, exist_ok=True)
         Path(arguments.json).write_text(json.dumps(result, indent=2) + "\n")
     print_table(result)
     if arguments.picture:
