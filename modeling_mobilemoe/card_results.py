@@ -65,11 +65,16 @@ class Subject:
         return {path.name: file_sha256(path) for path in sorted(self.directory.glob("*.safetensors"))}
 
     def is_described_by(self, description: dict) -> bool:
-        """Whether `evaluation.describe_model` was about this model or a `.pte` of it; of a size, about its shape."""
+        """Whether `evaluation.describe_model` was about this model or a `.pte` of it; for a size, about Meta's."""
         if self.directory is None:
-            return self.has_shape_of(description.get("config", {}))
+            return self.stage(description) is not None and self.has_shape_of(description.get("config", {}))
         exported = description.get("export", {}).get("weights_sha256")
         return description["sha256"] == self.sha256 or exported == self.weights_sha256
+
+    def stage(self, description: dict) -> str | None:
+        """Base, SFT or QAT, where a description is of that model of Meta's, or of a `.pte` of it."""
+        name = source(description).rpartition("/")[2]
+        return next((stage for stage in STAGES if name == f"MobileMoE-{self.size}-{stage}"), None)
 
     def has_shape_of(self, config: dict) -> bool:
         if config.get("model_type") != MobileMoEConfig.model_type:
@@ -77,6 +82,11 @@ class Subject:
         # Keys that a file leaves out have the values of S.
         other = {**vars(MobileMoEConfig()), **config}
         return all(vars(self.config)[name] == other[name] for name in SHAPE)
+
+
+def source(description: dict) -> str:
+    """Name of the model that was measured; of a `.pte`, of the one that it was made from."""
+    return description.get("export", {}).get("model", description["name"])
 
 
 def read_subject(model: str, name: str | None) -> Subject:
@@ -145,7 +155,7 @@ def measured_model(found: Sequence[tuple[Path, str, dict]]) -> str:
             names.add(content["model"])
         else:
             description = content["model"] if kind == "eval" else content["descriptions"]["model"]
-            names.add(description.get("export", {}).get("model", description["name"]))
+            names.add(source(description))
     if len(names) != 1:
         raise ValueError(
             f"The results are of {', '.join(sorted(names)) or 'no model'}. Say with --model which one the card is of."
@@ -172,7 +182,10 @@ def check_result(subject: Subject, path: Path, kind: str, content: dict) -> None
         description = content["model"] if kind == "eval" else content["descriptions"]["model"]
         if subject.is_described_by(description):
             return
-        of, has = description["name"], "another shape" if subject.size else "other files, by their SHA-256"
+        of, has = description["name"], "other files, by their SHA-256"
+        if subject.size:
+            has = f"another name or shape than facebook/{subject.label}-{{{','.join(STAGES)}}}"
+            raise ValueError(f"{path} is of {of}, which has {has}. Give it a card of its own with --model {of}.")
     raise ValueError(f"{path} is of {of}, which has {has} than {subject.given}. Measure that model, or leave it out.")
 
 
@@ -240,17 +253,10 @@ def architecture_table(config: MobileMoEConfig) -> str:
     return table(("", "value"), rows)
 
 
-def stage_of(subject: Subject, report: dict) -> str | None:
-    """Base, SFT or QAT, where a report is of that model of Meta's."""
-    name = report["model"]["name"].rpartition("/")[2]
-    stages = [stage for stage in STAGES if name == f"MobileMoE-{subject.size}-{stage}"]
-    return stages[0] if stages else None
-
-
 def report_title(subject: Subject, report: dict) -> str:
     kind = {"pte": "`.pte`", "int4": "INT4, PyTorch", "checkpoint": "PyTorch"}[report["model"]["kind"]]
     kind += "" if report["settings"]["dtype"] == "auto" else f", {report['settings']['dtype']}"
-    return f"{stage_of(subject, report) or report['model']['name']}, {kind}" if subject.size else kind
+    return f"{subject.stage(report['model'])}, {kind}" if subject.size else kind
 
 
 def evaluation_section(subject: Subject, reports: Sequence[dict]) -> str:
@@ -269,7 +275,7 @@ def suite_section(subject: Subject, name: str, suite: dict, reports: Sequence[di
         # The tasks of this suite are for fine-tuned models.
         if name == "advanced" and stage == "Base":
             continue
-        if not any(stage_of(subject, report) == stage for report in reports):
+        if not any(subject.stage(report["model"]) == stage for report in reports):
             columns[stage] = {}
         scores = paper[f"{subject.size}-{stage}"]
         published_scores = {task: f"{score:.1f}" for task, score in scores.items()}

@@ -144,6 +144,23 @@ def test_results_of_the_right_shape_enter_the_card_of_a_size(tmp_path):
     assert not (tmp_path / "other.md").exists()
 
 
+def test_scores_of_metas_models_stand_beside_the_papers(results, tmp_path):
+    report = json.loads((results["eval"] / "report.json").read_text())
+    report["model"] |= {"name": "facebook/MobileMoE-S-QAT", "config": shapes()["S"].to_dict()}
+    (tmp_path / "report.json").write_text(json.dumps(report))
+    text = card(tmp_path / "card.md", "--model", "S", "--results", tmp_path)
+    header = rows(text, "benchmark")[0][3:]
+    assert header == ["Base", "Base, paper", "SFT", "SFT, paper", "QAT, paper", "QAT, INT4, PyTorch"]
+    (piqa,) = rows(text, "PIQA")
+    assert piqa[3:5] == ["not measured", "75.4"] and piqa[8].startswith(
+        f"{100 * report['tasks']['piqa']['score']:.1f}"
+    )
+    assert "`mobilemoe eval --model facebook/MobileMoE-S-QAT --suite foundation --tasks piqa winogrande" in text
+    names = [metric["name"] for row in check_metadata(text)["model-index"][0]["results"] for metric in row["metrics"]]
+    assert names == ["acc_norm, QAT, INT4, PyTorch", "acc, QAT, INT4, PyTorch"]
+    assert "Nothing in this card was measured with Meta's weights" not in text
+
+
 def test_card_of_a_fine_tune_shows_what_was_measured(results, text_checkpoint, float_text_checkpoint, tmp_path):
     recipe = ROOT / "recipes/mobilemoe-s/qat.yaml"
     state = {
@@ -211,7 +228,8 @@ def test_results_of_another_model_are_refused(results, text_checkpoint, float_te
     for result, of in ((results["eval"], text_checkpoint), (results["check"], text_checkpoint)):
         message = failure(output, "--model", float_text_checkpoint, "--license", "mit", "--results", result)
         assert f"{result} is of {of}, which has other files, by their SHA-256 than {float_text_checkpoint}" in message
-        assert "which has another shape than S" in failure(output, "--model", "S", "--results", result)
+        message = failure(output, "--model", "S", "--results", result)
+        assert "another name or shape than facebook/MobileMoE-S-{Base,SFT,QAT}. Give it a card of its own" in message
     export = {"weights_sha256": {"model.safetensors": "0" * 64}, "moe_op": "", "parity": {}, "model": "elsewhere"}
     (tmp_path / "export.json").write_text(json.dumps(export))
     message = failure(output, "--model", text_checkpoint, "--license", "mit", "--results", tmp_path / "export.json")
