@@ -10,6 +10,7 @@ A number is read from a JSON that this package wrote about the same model, or is
 import difflib
 import json
 import os
+import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
@@ -54,6 +55,7 @@ LICENSES = set(
     other
     """.split()
 )
+HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 # Keys of the trainer's log.
 ROUTING_ROWS = (
     ("busiest expert over the mean, worst layer, at the end", "load_imbalance", ".2f"),
@@ -110,6 +112,9 @@ def write_card(
             f"{subject.given} is Meta's model, whose licence and origin are known: --name, --license, --base-model "
             "and --recipe are for a model of your own. Leave them out, or name its directory with --model."
         )
+    for origin in base_model:
+        if not HUB_ID.fullmatch(origin):
+            raise ValueError(f"--base-model {origin} is no id on the Hub. Give one as in you/model, or leave it out.")
     for path, kind, content in found:
         check_result(subject, path, kind, content)
     contents = {kind: [content for _, other, content in found if other == kind] for kind in KINDS}
@@ -194,7 +199,8 @@ def metadata(
     packed = subject.config.quantization is not None
     tags = ["mobilemoe", "mixture-of-experts", "on-device"]
     tags += ["int4"] * packed + ["executorch"] * bool(contents["export"])
-    datasets = [source["path"] for source in recipe.get("data", []) if "/" in source["path"]]
+    paths = [source["path"] for source in recipe.get("data", [])]
+    datasets = [path for path in paths if HUB_ID.fullmatch(path) and not Path(path).exists()]
     results = [result for report in contents["eval"] for result in eval_results(subject, report)]
     return ModelCardData(
         language="en" if subject.size else None,

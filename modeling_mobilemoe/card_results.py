@@ -223,6 +223,13 @@ def versions_text(versions: dict[str, str]) -> str:
     return ", ".join(f"{name} {value}" for name, value in versions.items())
 
 
+def int4_size(config: MobileMoEConfig) -> str:
+    try:
+        return f"{sum(int4_bytes(config).values()) / 1e6:,.1f} MB (4.5 bits a weight, FP32 router)"
+    except ValueError as error:
+        return str(error)
+
+
 def architecture_table(config: MobileMoEConfig) -> str:
     rows = [
         (
@@ -242,7 +249,7 @@ def architecture_table(config: MobileMoEConfig) -> str:
         ),
         ("vocabulary", f"{config.vocab_size:,}"),
         ("context", f"{config.max_position_embeddings:,} tokens"),
-        ("weights in INT4", f"{sum(int4_bytes(config).values()) / 1e6:,.1f} MB (4.5 bits a weight, FP32 router)"),
+        ("weights in INT4", int4_size(config)),
         ("weights in BF16", f"{2 * config.num_total_parameters / 1e6:,.1f} MB"),
         (
             "key-value cache of 1,024 tokens",

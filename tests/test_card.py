@@ -1,5 +1,6 @@
 """Model cards: metadata that the Hub takes, results of the same model only, errors before a file is written."""
 
+import copy
 import json
 import re
 import shutil
@@ -14,7 +15,7 @@ from eval_stand_ins import write_stand_ins
 from huggingface_hub import ModelCard
 from stand_ins import bench_result
 
-from modeling_mobilemoe import MobileMoEConfig
+from modeling_mobilemoe import MobileMoEConfig, MobileMoEForCausalLM
 from modeling_mobilemoe.bench_worker import shapes
 from modeling_mobilemoe.card import LICENSES, META_LICENSE
 from modeling_mobilemoe.cli import main
@@ -290,12 +291,23 @@ def test_licences_of_ones_own_and_of_what_came_from_meta(float_text_checkpoint, 
     assert "under that licence only, with a copy of it" in text
 
 
+def test_a_model_that_cannot_be_packed_has_a_card(tiny_config, tmp_path):
+    config = copy.deepcopy(tiny_config)
+    config.intermediate_size = 24
+    MobileMoEForCausalLM(config).save_pretrained(tmp_path / "model")
+    text = card(tmp_path / "card.md", "--model", tmp_path / "model", "--license", "mit")
+    (row,) = rows(text, "weights in INT4")
+    assert "is not divisible by the INT4 group of 32, so the model cannot be packed" in row[1]
+
+
 def test_other_requests_that_cannot_be(text_checkpoint, tmp_path):
     output = tmp_path / "card.md"
     assert "Leave them out" in failure(output, "--model", "S", "--license", "mit")
     assert "is no recipe" in failure(
         output, "--model", text_checkpoint, "--license", "mit", "--recipe", ROOT / "recipes/accelerate/ddp.yaml"
     )
+    own = ["--model", text_checkpoint, "--license", "mit"]
+    assert "is no id on the Hub" in failure(output, *own, "--base-model", "out/demo/3-sft")
     assert "holds no config.json with weights" in failure(output, "--model", ROOT / "recipes/tiny", "--license", "mit")
     assert f"Name the file, {tmp_path / 'README.md'}" in failure(tmp_path, "--model", "S")
     assert list(tmp_path.iterdir()) == []

@@ -407,6 +407,7 @@ print("block")
     assert read_document(text) == (
         [
             "mobilemoe plan --memory-gb 1",
+            "make demo",
             "python one.py --two 3",
             "mobilemoe run --model DIR",
             "python -m indented",
