@@ -7,7 +7,7 @@ export MALLOC_MMAP_THRESHOLD_ = 33554432
 export MALLOC_TRIM_THRESHOLD_ = 17179869184
 export MALLOC_TOP_PAD_ = 268435456
 
-.PHONY: setup demo test test-slow lint clean
+.PHONY: setup demo test test-slow lint cards clean
 
 setup: $(VENV)/.ready
 
@@ -35,6 +35,14 @@ test-slow: setup
 lint: setup
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
+
+# Results that begin with a size belong to its card, those that begin with "all" to all three.
+cards: setup
+	for size in s m l; do \
+		results=$$(ls model_cards/results/all-*.json model_cards/results/$$size-*.json 2>/dev/null); \
+		$(VENV)/bin/mobilemoe card --model $$(echo $$size | tr a-z A-Z) $${results:+--results $$results} \
+			--output model_cards/mobilemoe-$$size.md --overwrite || exit 1; \
+	done
 
 clean:
 	rm -rf $(VENV) out build *.egg-info

@@ -68,7 +68,7 @@ def measure(way: str, directory: Path, new_tokens: int) -> dict[str, float]:
         modeling_mobilemoe.dequantize(model)
     loaded = time.perf_counter() - started
     resident = status_bytes("VmRSS")
-    prompt = torch.randint(0, 128000, (1, 64), generator=torch.Generator().manual_seed(0))
+    prompt = torch.randint(0, model.config.vocab_size, (1, 64), generator=torch.Generator().manual_seed(0))
     options = {"do_sample": False, "eos_token_id": None, "pad_token_id": 0}
     model.generate(prompt, max_new_tokens=2, **options)
     times = []

@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from .evaluation import is_pte, write_json
+from .evaluation import describe_model, is_pte, machine, write_json
 from .modeling_mobilemoe import MobileMoERouter
 from .runtime import CheckpointModel, LanguageModel, PteModel
 
@@ -129,7 +129,15 @@ def check_models(
         files[domain] = Path(file).read_text()
     model = load_language_model(model_path)
     reference = load_language_model(reference_path) if reference_path is not None else None
-    result = {"model": model_path, "reference": reference_path, "domains": {}}
+    paths = {"model": model_path, "reference": reference_path}
+    result = {
+        **paths,
+        "texts": texts,
+        "max_tokens": max_tokens,
+        "descriptions": {name: describe_model(path) for name, path in paths.items() if path is not None},
+        "machine": machine(),
+        "domains": {},
+    }
     for domain, text in files.items():
         row = text_agreement(model, reference, text, max_tokens)
         if isinstance(model, CheckpointModel):

@@ -1,4 +1,4 @@
-"""The `mobilemoe` command: plan, export, run, bench and eval."""
+"""The `mobilemoe` command: plan, export, run, bench, eval and card."""
 
 import argparse
 import json
@@ -15,7 +15,7 @@ EXTRAS = {"executorch": "export", "torchao": "export", "trl": "train"}
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="mobilemoe", description="On-device mixture-of-experts language models.")
     commands = parser.add_subparsers(dest="command", required=True)
-    for add in (add_plan, add_export, add_run, add_bench, add_eval):
+    for add in (add_plan, add_export, add_run, add_bench, add_eval, add_card):
         add(commands)
     arguments = parser.parse_args(argv)
     try:
@@ -208,6 +208,7 @@ def run_bench(arguments: argparse.Namespace) -> None:
     )
     # First what was measured: a table or a picture that fails must not cost it.
     if arguments.json:
+        Path(arguments.json).parent.mkdir(parents=True, exist_ok=True)
         Path(arguments.json).write_text(json.dumps(result, indent=2) + "\n")
     print_table(result)
     if arguments.picture:
@@ -288,6 +289,35 @@ def run_evaluation(arguments: argparse.Namespace) -> None:
                 "the same command goes on behind them."
             )
         print_table({arguments.model: report}, arguments.paper)
+
+
+def add_card(commands) -> None:
+    card = commands.add_parser("card", help="a model card from a model's files and measured results")
+    card.add_argument("--model", help="checkpoint directory, Hub id, or S, M, L: Meta's (default: what results name)")
+    card.add_argument("--output", required=True, help="file to write, README.md for the Hub")
+    card.add_argument(
+        "--results",
+        nargs="*",
+        default=[],
+        help="JSON files of eval, eval check, bench and export, or directories that hold report.json or export.json",
+    )
+    card.add_argument("--name", help="the model's id on the Hub (default: --model)")
+    card.add_argument("--license", help="of your model, as the Hub calls it; needed except for S, M, L")
+    card.add_argument("--license-name", help="with --license other")
+    card.add_argument("--license-link", help="with --license other")
+    card.add_argument("--base-model", nargs="+", default=[], help="Hub ids of what it was made from")
+    card.add_argument("--recipe", help="YAML file that it was trained with: data sets and settings")
+    card.add_argument("--overwrite", action="store_true", help="replace the output")
+    # Nothing beside the package's own dependencies.
+    card.set_defaults(function=run_card, extra="all")
+
+
+def run_card(arguments: argparse.Namespace) -> None:
+    from .card import write_card
+
+    options = vars(arguments)
+    names = "model output results name license license_name license_link base_model recipe overwrite".split()
+    print(write_card(**{name: options[name] for name in names}))
 
 
 if __name__ == "__main__":

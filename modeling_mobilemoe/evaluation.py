@@ -301,15 +301,14 @@ def describe_model(model: str | Path) -> dict:
         ValueError: where there is no such model.
     """
     path = local_checkpoint(model)
-    if is_pte(path):
-        kind = "pte"
-    elif not (path / "config.json").is_file():
+    if not (path / "config.json").is_file():
         raise ValueError(
             f"{path} has neither model.pte nor config.json. Name a checkpoint or a directory with a .pte."
         )
-    else:
-        config = json.loads((path / "config.json").read_text())
-        kind = "int4" if config.get("quantization") or config.get("quantization_config") else "checkpoint"
+    config = json.loads((path / "config.json").read_text())
+    kind = "int4" if config.get("quantization") or config.get("quantization_config") else "checkpoint"
+    if is_pte(path):
+        kind = "pte"
     suffixes = {".pte", ".ptd", ".safetensors", ".jinja"}
     names = {"config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json"}
     digest, size = hashlib.sha256(), 0
@@ -317,7 +316,7 @@ def describe_model(model: str | Path) -> dict:
         if file.is_file() and (file.suffix in suffixes or file.name in names):
             digest.update(f"{file.name} {file_sha256(file)}\n".encode())
             size += file.stat().st_size
-    description = {"name": str(model), "kind": kind, "sha256": digest.hexdigest(), "bytes": size}
+    description = {"name": str(model), "kind": kind, "sha256": digest.hexdigest(), "bytes": size, "config": config}
     if kind == "pte":
         description["export"] = json.loads((path / "export.json").read_text())
     return description

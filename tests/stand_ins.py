@@ -1,5 +1,6 @@
 """
-Rows in the schemas of the data sets that the recipes name, so that a recipe's data runs without the Hub.
+Rows in the schemas of the data sets that the recipes name, so that a recipe's data runs without the Hub; and a result
+of a benchmark that was not run.
 
 `{i}` in a string becomes the number of the copy. The column names are those of the data set cards and of public code
 that reads the sets (see recipes/README.md); the contents are made up.
@@ -7,6 +8,8 @@ that reads the sets (see recipes/README.md); the contents are made up.
 
 import json
 from pathlib import Path
+
+from modeling_mobilemoe.bench import spread
 
 
 def chat(question: str, answer: str, system: str | None = None, **extra) -> list[dict]:
@@ -299,3 +302,30 @@ def localize(sources: list[dict], directory: Path, num_rows: int = 200) -> list[
         kept = {key: value for key, value in source.items() if key in ("weight", "columns", "streaming")}
         local.append({"path": "json", "data_files": str(path)} | kept)
     return local
+
+
+def bench_result(**configs: object) -> dict:
+    """In the form of `mobilemoe bench --json`, with numbers of no machine."""
+    models = {
+        name: {
+            "runtime": "pytorch",
+            "file_bytes": 713_916_240,
+            "config": config.to_dict(),
+            "peak_memory_bytes": 10**9,
+            "lengths": {
+                str(length): {
+                    "prefill_tokens_per_s": spread([90.0, 100.0, 120.0]),
+                    "first_token_ms": spread([1500.0, 1600.0, 1700.0]),
+                    "decode_tokens_per_s": spread([20.25, 21.5, 22.0]),
+                }
+                for length in (128, 512)
+            },
+        }
+        for name, config in configs.items()
+    }
+    machine = {"cpu": "Test CPU", "cores": 2, "threads": 1}
+    versions = {"torch": "2.13.0", "transformers": "5.23.0"}
+    return {
+        "benchmark": "host", "prompt": "random tokens", "new_tokens": 48, "machine": machine, "versions": versions,
+        "models": models,
+    }  # fmt: skip
