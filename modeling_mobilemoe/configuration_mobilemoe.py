@@ -78,7 +78,7 @@ class MobileMoEConfig(PreTrainedConfig):
     """
 
     model_type = "mobilemoe"
-    keys_to_ignore_at_inference = ["past_key_values"]
+    keys_to_ignore_at_inference = ["cache"]
     attribute_map = {"num_experts": "num_local_experts"}
     base_model_tp_plan = {
         "layers.*.self_attn.q_proj": "colwise",

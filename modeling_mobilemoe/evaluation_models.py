@@ -108,7 +108,7 @@ class CheckpointLM(HFLM):
     def _feed_shared(self, shared: tuple[int, ...]) -> DynamicCache:
         cache = DynamicCache(config=self.config)
         if shared:
-            self.model.model(torch.tensor([shared], device=self.device), past_key_values=cache, use_cache=True)
+            self.model.model(torch.tensor([shared], device=self.device), cache=cache, use_cache=True)
         return cache
 
     @torch.inference_mode()
@@ -157,7 +157,7 @@ class CheckpointLM(HFLM):
         self, tokens: torch.Tensor, mask: torch.Tensor, position: torch.Tensor, cache: DynamicCache
     ) -> torch.Tensor:
         return self.model.model(
-            tokens, attention_mask=mask, position_ids=position, past_key_values=cache, use_cache=True
+            tokens, attention_mask=mask, position_ids=position, cache=cache, use_cache=True
         ).last_hidden_state
 
     def _predict(

@@ -125,8 +125,8 @@ def reference_logits(
     """FP32 logits of every position of every prompt, each `(tokens, vocab)`."""
     # In one batch, for which every expert is expanded once; under a causal mask nothing sees the padding behind it.
     batch = nn.utils.rnn.pad_sequence([torch.tensor(prompt) for prompt in prompts], batch_first=True)
-    past_key_values = cache(config=model.config) if cache else None
-    logits = model(batch, past_key_values=past_key_values, use_cache=cache is not None).logits.float()
+    filled = cache(config=model.config) if cache else None
+    logits = model(batch, cache=filled, use_cache=cache is not None).logits.float()
     return [rows[: len(prompt)] for rows, prompt in zip(logits, prompts, strict=True)]
 
 
@@ -134,7 +134,7 @@ def reference_logits(
 def greedy_tokens(model: PreTrainedModel, prompt: list[int], num_tokens: int, eos_ids: list[int]) -> list[int]:
     cache, tokens, produced = DynamicCache(config=model.config), prompt, []
     while len(produced) < num_tokens:
-        logits = model(torch.tensor([tokens]), past_key_values=cache, use_cache=True, logits_to_keep=1).logits
+        logits = model(torch.tensor([tokens]), cache=cache, use_cache=True, logits_to_keep=1).logits
         token = logits[0, -1].argmax().item()
         if token in eos_ids:
             break

@@ -151,7 +151,7 @@ class CheckpointModel(LanguageModel):
         if start == 0:
             self._cache = DynamicCache(config=self.model.config)
         tokens = tokens.to(self.model.device)
-        return self.model(tokens, past_key_values=self._cache, logits_to_keep=1).logits[0, -1].float()
+        return self.model(tokens, cache=self._cache, logits_to_keep=1).logits[0, -1].float()
 
     @torch.inference_mode()
     def all_logits(self, tokens: list[int]) -> torch.Tensor:

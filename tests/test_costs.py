@@ -104,9 +104,9 @@ def test_flops_equal_those_that_torch_counts(tiny_config, tiny_model, input_ids)
     tiny_model.set_experts_implementation("eager")
     cache = DynamicCache(config=tiny_config)
     with torch.no_grad():
-        tiny_model(input_ids[:1, :-1], past_key_values=cache)
+        tiny_model(input_ids[:1, :-1], cache=cache)
         with FlopCounterMode(display=False) as counter:
-            tiny_model(input_ids[:1, -1:], past_key_values=cache)
+            tiny_model(input_ids[:1, -1:], cache=cache)
     context = input_ids.shape[1]
     predicted = inference_flops(tiny_config) + attention_flops(tiny_config, 1, context)
     assert counter.get_total_flops() == predicted

@@ -241,7 +241,7 @@ def test_cached_steps_equal_the_full_forward(
     cache = new_cache(cache_class, tiny_model.config)
     # A prefill of five tokens, another chunk of four, then one token at a time.
     chunks = input_ids.split([5, 4] + [1] * 15, dim=1)
-    steps = [tiny_model(chunk, past_key_values=cache, use_cache=True).logits for chunk in chunks]
+    steps = [tiny_model(chunk, cache=cache, use_cache=True).logits for chunk in chunks]
     torch.testing.assert_close(torch.cat(steps, dim=1), expected, atol=3e-5, rtol=1e-5)
 
 
@@ -268,7 +268,7 @@ def test_left_padded_rows_equal_each_row_alone(
     for chunk, positions in zip(padded.split(sizes, dim=1), position_ids.split(sizes, dim=1), strict=True):
         seen += chunk.shape[1]
         mask = attention_mask[:, :seen]
-        steps.append(tiny_model(chunk, attention_mask=mask, position_ids=positions, past_key_values=cache).logits)
+        steps.append(tiny_model(chunk, attention_mask=mask, position_ids=positions, cache=cache).logits)
     stepped = torch.cat(steps, dim=1)
 
     for row, length in enumerate(lengths):
