@@ -69,7 +69,10 @@ def save_notebook(notebook: NotebookNode, path: Path) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[1])
     parser.add_argument("notebooks", nargs="*", type=Path, default=sorted(HERE.glob("*.ipynb")))
-    for path in parser.parse_args().notebooks:
+    notebooks = parser.parse_args().notebooks
+    if not (HERE.parent / "out/demo/4-qat").is_dir():
+        raise SystemExit("out/demo/ has no checkpoints to look at. Run `make demo` first.")
+    for path in notebooks:
         started = time.perf_counter()
         notebook = run_notebook(path)
         save_notebook(notebook, path)
