@@ -243,9 +243,11 @@ def test_command_line_errors_are_one_line(arguments, message):
     assert message in str(error.value) and "\n" not in str(error.value)
 
 
-def test_readme_shows_what_the_command_prints(monkeypatch, capsys):
+def test_document_shows_what_the_command_prints(monkeypatch, capsys):
     monkeypatch.chdir(RECIPES.parent)
-    blocks = [block.split("```")[0] for block in Path("README.md").read_text().split("```\n$ mobilemoe plan ")[1:]]
+    blocks = [
+        block.split("```")[0] for block in Path("docs/scaling.md").read_text().split("```\n$ mobilemoe plan ")[1:]
+    ]
     assert len(blocks) == 2
     for block in blocks:
         command, _, shown = block.partition("\n")
