@@ -126,7 +126,9 @@ class LlamaCpp:
     def forward(self, tokens: list[int], start: int) -> int:
         if start == 0:
             self.library.llama_memory_clear(self.library.llama_get_memory(self.context), True)
-        batch = self.library.llama_batch_get_one((self.library.llama_token * len(tokens))(*tokens), len(tokens))
+        # The batch points to the array, so it has to live as long.
+        array = (self.library.llama_token * len(tokens))(*tokens)
+        batch = self.library.llama_batch_get_one(array, len(tokens))
         if self.library.llama_decode(self.context, batch) != 0:
             raise SystemExit("llama.cpp does not take the tokens.")
         logits = self.library.llama_get_logits_ith(self.context, -1)

@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, LlamaConfig
 
-from modeling_mobilemoe import MobileMoEConfig, bench, bench_worker
+from modeling_mobilemoe import MobileMoEConfig, bench, bench_programs, bench_worker
 from modeling_mobilemoe.cli import main
 from modeling_mobilemoe.costs import read_device
 from modeling_mobilemoe.quantization_mobilemoe import Int4Module
@@ -49,6 +49,31 @@ def test_random_model_is_packed_and_computes(tiny_config: MobileMoEConfig, input
     unread = sum(tensor.numel() * tensor.element_size() for tensors in experts for tensor in tensors) // 2
     frequencies = model.model.rotary_emb.inv_freq.nbytes
     assert bench_worker.weight_bytes_per_token(model) == size - unread + frequencies
+
+
+@pytest.mark.parametrize("dense", [False, pytest.param(True, marks=pytest.mark.slow)])
+def test_random_program_runs_and_is_profiled(tiny_config: MobileMoEConfig, tmp_path, dense: bool):
+    pytest.importorskip("executorch", reason="needs the `export` extra")
+    config = copy.deepcopy(tiny_config)
+    if dense:
+        sizes = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "vocab_size": 512}
+        config = LlamaConfig(**sizes, num_attention_heads=4, num_key_value_heads=2, head_dim=16)
+    bench_programs.write_random_program(config, tmp_path / "program", 40)
+    model, loaded = bench_worker.load(str(tmp_path / "program"))
+    tokens = list(range(5, 17))
+    whole = model.forward(tokens, 0)
+    for position, token in enumerate(tokens):
+        stepped = model.forward([token], position)
+    assert whole.isfinite().all() and whole.std() > 0
+    # The operators round the same however the tokens are batched, and so does all between them.
+    assert torch.equal(stepped, whole)
+    # The table once, as embedding and head; half of the experts, or none.
+    size = (tmp_path / "program" / "model.pte").stat().st_size
+    assert 0 < bench_worker.program_bytes_per_token(str(tmp_path / "program"), loaded) < size
+    times = bench_worker.profile(str(tmp_path / "program"), tokens, 9)
+    for phase in ("prefill", "decode"):
+        assert times[phase]["mobilemoe::mlp.out"] > 0 and times[phase]["mobilemoe::attention_inputs.out"] > 0
+        assert ("mobilemoe::moe_ffn.out" in times[phase]) != dense
 
 
 @pytest.fixture(scope="module")

@@ -54,6 +54,17 @@ def test_granularity_benchmark_prints_json_last():
 
 
 @pytest.mark.slow
+def test_llama_cpp_benchmark_prints_json_last(tmp_path):
+    pytest.importorskip("llama_cpp", reason="llama-cpp-python is not installed")
+    pytest.importorskip("gguf")
+    arguments = ("--shapes", "S", "--prompt-lengths", "4", "--new-tokens", "2", "--repeats", "1")
+    models = run_example("bench_llama_cpp.py", *arguments, "--directory", str(tmp_path))["models"]
+    assert list(models) == ["S", "S, llama.cpp"]
+    for model in models.values():
+        assert model["lengths"]["4"]["decode_tokens_per_s"]["median"] > 0
+
+
+@pytest.mark.slow
 def test_training_benchmark_prints_json_last():
     result = run_example("bench_train.py", "--layers", "1", "--length", "32", "--repeats", "3")
     for model in ("mobilemoe", "mobilemoe, capacity 1.5", "olmoe", "qwen3_moe"):
