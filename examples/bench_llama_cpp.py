@@ -2,7 +2,7 @@
 The same shapes in llama.cpp and as our `.pte` programs, measured in turns: random weights in 4 bits, the same tokens.
 
     pip install gguf && pip install --no-binary :all: llama-cpp-python
-    python examples/bench_llama_cpp.py [--shapes S MobileLLM-Pro] [--prompt-lengths 16 512] [--threads 2] [--json FILE]
+    python examples/bench_llama_cpp.py [--shapes S MobileLLM-Pro] [--prompt-lengths 16 512] [--threads 2] [--json FILE] [--picture FILE]
 
 llama.cpp has no MobileMoE: `bailingmoe2` is nearest (routed and shared experts, sigmoid scores with a bias, norms of
 queries and keys; the matrices have the same sizes), `llama` for the dense shape. Weights are Q4_0: an FP16 scale for
@@ -19,7 +19,7 @@ from pathlib import Path
 import numpy as np
 
 from modeling_mobilemoe import MobileMoEConfig
-from modeling_mobilemoe.bench import model_files, print_table, run_benchmark, worker_command
+from modeling_mobilemoe.bench import draw, model_files, print_table, run_benchmark, worker_command
 from modeling_mobilemoe.bench_programs import program_config, shapes, write_random_program
 
 
@@ -165,6 +165,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--directory", type=Path, default=Path("out/bench-llama-cpp"), help="of the models, kept")
     parser.add_argument("--json", type=Path, help="write the numbers here, too")
+    parser.add_argument("--picture", type=Path, help="and draw them here")
     parser.add_argument("--worker", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.worker:
@@ -198,6 +199,8 @@ def main() -> None:
     result["benchmark"] = "llama.cpp"
     if arguments.json:
         arguments.json.write_text(json.dumps(result, indent=2) + "\n")
+    if arguments.picture:
+        draw(result, arguments.picture)
     print(json.dumps(result))
 
 
