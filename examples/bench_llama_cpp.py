@@ -2,7 +2,7 @@
 The same shapes in llama.cpp and as our `.pte` programs, measured in turns: random weights in 4 bits, the same tokens.
 
     pip install gguf && pip install --no-binary :all: llama-cpp-python
-    python examples/bench_llama_cpp.py [--shapes S MobileLLM-Pro] [--prompt-lengths 16 512] [--threads 2] [--json FILE] [--picture FILE]
+    python examples/bench_llama_cpp.py [--shapes S MobileLLM-Pro] [--json FILE] [--picture FILE]
 
 llama.cpp has no MobileMoE: `bailingmoe2` is nearest (routed and shared experts, sigmoid scores with a bias, norms of
 queries and keys; the matrices have the same sizes), `llama` for the dense shape. Weights are Q4_0: an FP16 scale for
