@@ -53,7 +53,16 @@ struct Attention {
     }
     const float scale = 1.0f / std::sqrt(static_cast<float>(dim));
     const int64_t end = args.start + last;
+    // A head's keys lie a row of all heads apart, further than the machine looks ahead by itself.
+    const auto fetch = [&](const float* states, int64_t key) {
+      for (int64_t row = key; row < smaller(key + kKeys, end); ++row) {
+        for (int64_t d = 0; d < dim; d += 16) __builtin_prefetch(states + row * stride + kv_head * dim + d, 0, 2);
+      }
+    };
+    fetch(args.keys, 0);
     for (int64_t key = 0; key < end; key += kKeys) {
+      fetch(args.values, key);
+      fetch(args.keys, key + kKeys);
       const float *keys = args.keys + key * stride + kv_head * dim, *values = args.values + key * stride + kv_head * dim;
       isa().transpose_keys(keys, stride, static_cast<int>(smaller(end - key, kKeys)), dim, worker.keys);
       // Rows of the first tokens may be past their last key.

@@ -1,4 +1,4 @@
-// The kernels as ExecuTorch operators, on the threads of its pool.
+// The kernels as ExecuTorch operators.
 #include <executorch/extension/kernel_util/make_boxed_from_unboxed_functor.h>
 #include <executorch/runtime/kernel/kernel_includes.h>
 #include <executorch/runtime/kernel/thread_parallel_interface.h>
@@ -18,13 +18,9 @@ using executorch::runtime::Span;
 using executorch::runtime::internal::EventTracerProfileOpScope;
 using TensorList = executorch::aten::ArrayRef<Tensor>;
 
-void run_on_pool(void*, int64_t num_tasks, mobilemoe_task task, void* data) {
-  executorch::extension::parallel_for(0, num_tasks, 1, [task, data](int64_t begin, int64_t end) {
-    for (int64_t i = begin; i < end; ++i) task(data, i);
-  });
-}
-
-mobilemoe_threads pool() { return {run_on_pool, nullptr, executorch::extension::get_thread_count()}; }
+// As many threads as ExecuTorch's pool has, but not its own: they sleep between operators, which in decoding takes as
+// long as the operators. Beside PyTorch they would also wait for the cores on which OpenMP's threads spin.
+mobilemoe_threads pool() { return *mobilemoe_default_threads(executorch::extension::get_thread_count()); }
 
 // Whether a tensor is dense and of this type and shape.
 bool fits(const Tensor& tensor, ScalarType dtype, std::initializer_list<int64_t> shape) {

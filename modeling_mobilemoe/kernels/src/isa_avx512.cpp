@@ -241,32 +241,53 @@ inline __m128 add_up(const __m512* sums) {
   return _mm_add_ps(_mm_shuffle_ps(first, second, 0x88), _mm_shuffle_ps(first, second, 0xDD));
 }
 
-// 4 groups of 4 rows at a time; a register's 128-bit lanes are groups.
+// 4 rows at a time, whose scales are converted for 16 groups at once. A register's 128-bit lanes are groups.
 void multiply_rows(const uint8_t* qweight, const uint16_t* scale, int num_rows, int num_groups,
                    const LinearInputs& inputs, float* out) {
+  const int64_t row_bytes = static_cast<int64_t>(num_groups) * 16;
+  // Whole blocks of 4 rows ahead, so that lines arrive in the order in which they are read.
+  const int64_t ahead = ceil_div(kAhead, 4 * row_bytes) * 4 * row_bytes;
   for (int n = 0; n < num_rows; n += 4) {
     const int rows = num_rows - n < 4 ? num_rows - n : 4;
+    const uint8_t* of_row[4];
+    const uint16_t* scales[4];
     __m512 sums[4];
 #pragma GCC unroll 4
-    for (int i = 0; i < 4; ++i) sums[i] = _mm512_setzero_ps();
-    for (int g = 0; g < num_groups; g += 4) {
-      const int groups = num_groups - g < 4 ? num_groups - g : 4;
-      const __mmask64 bytes = ~0ull >> (64 - 16 * groups);
-      const __m512i even = _mm512_loadu_si512(inputs.even + g * 16), odd = _mm512_loadu_si512(inputs.odd + g * 16);
-      const __m512i offset = _mm512_loadu_si512(inputs.offset + g * 4);
-      const __m128 step = _mm_loadu_ps(inputs.step + g);
+    for (int i = 0; i < 4; ++i) {
+      // A missing row repeats the last one; its sum is dropped.
+      const int64_t row = n + (i < rows ? i : rows - 1);
+      of_row[i] = qweight + row * row_bytes;
+      scales[i] = scale + row * num_groups;
+      sums[i] = _mm512_setzero_ps();
+    }
+    for (int begin = 0; begin < num_groups; begin += 16) {
+      const int count = num_groups - begin < 16 ? num_groups - begin : 16;
+      const auto used = static_cast<__mmask16>((1u << count) - 1);
+      const __m512 step = _mm512_maskz_loadu_ps(used, inputs.step + begin);
+      __m512 steps[4];
 #pragma GCC unroll 4
       for (int i = 0; i < 4; ++i) {
-        // A missing row repeats the last one; its sum is dropped.
-        const int64_t at = static_cast<int64_t>(n + (i < rows ? i : rows - 1)) * num_groups + g;
-        const __m512i packed = _mm512_maskz_loadu_epi8(bytes, qweight + at * 16);
-        _mm_prefetch(reinterpret_cast<const char*>(qweight) + at * 16 + kAhead, _MM_HINT_T0);
-        __m512i products = offset;
-        add_products(products, low_nibbles(packed), even);
-        add_products(products, high_nibbles(packed), odd);
-        const __m128 scales = _mm_cvtph_ps(_mm_maskz_loadu_epi16((1 << groups) - 1, scale + at));
-        const __m512 steps = _mm512_castsi512_ps(spread(_mm_castps_si128(_mm_mul_ps(scales, step))));
-        sums[i] = _mm512_add_ps(sums[i], _mm512_mul_ps(_mm512_cvtepi32_ps(products), steps));
+        const __m512 converted = _mm512_cvtph_ps(_mm256_maskz_loadu_epi16(used, scales[i] + begin));
+        steps[i] = _mm512_mul_ps(converted, step);
+        _mm_prefetch(reinterpret_cast<const char*>(scales[i] + begin) + ahead / 8, _MM_HINT_T0);
+      }
+      __m512i lanes = _mm512_set_epi32(3, 3, 3, 3, 2, 2, 2, 2, 1, 1, 1, 1, 0, 0, 0, 0);
+      for (int g = begin; g < begin + count; g += 4) {
+        const __mmask64 bytes = begin + count - g < 4 ? ~0ull >> (64 - 16 * (begin + count - g)) : ~0ull;
+        const __m512i even = _mm512_loadu_si512(inputs.even + g * 16), odd = _mm512_loadu_si512(inputs.odd + g * 16);
+        const __m512i offset = _mm512_loadu_si512(inputs.offset + g * 4);
+#pragma GCC unroll 4
+        for (int i = 0; i < 4; ++i) {
+          const uint8_t* at = of_row[i] + g * 16;
+          const __m512i packed = _mm512_maskz_loadu_epi8(bytes, at);
+          _mm_prefetch(reinterpret_cast<const char*>(at) + ahead, _MM_HINT_T0);
+          __m512i products = offset;
+          add_products(products, low_nibbles(packed), even);
+          add_products(products, high_nibbles(packed), odd);
+          const __m512 of_lanes = _mm512_permutexvar_ps(lanes, steps[i]);
+          sums[i] = _mm512_add_ps(sums[i], _mm512_mul_ps(_mm512_cvtepi32_ps(products), of_lanes));
+        }
+        lanes = _mm512_add_epi32(lanes, _mm512_set1_epi32(4));
       }
     }
     _mm_mask_storeu_ps(out + n, (1 << rows) - 1, add_up(sums));
