@@ -1,12 +1,13 @@
 """
 The whole road at toy scale: four training stages, packed INT4, an INT4 `.pte`, and what each of them writes.
 
-    python examples/demo.py        # or: make demo
+    python examples/demo.py [--max-steps N]        # or: make demo
 
 Trains on the Python standard library and writes everything to `out/demo/`: checkpoints, `pte/`, `report.json` and
 `demo.png`.
 """
 
+import argparse
 import json
 import math
 import platform
@@ -132,6 +133,11 @@ def plot(path: Path) -> None:
 
 
 def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[1])
+    parser.add_argument("--max-steps", help="of every stage, for a try")
+    max_steps = parser.parse_args().max_steps
+    overrides = [] if max_steps is None else ["--max_steps", max_steps]
+
     started = time.perf_counter()
     shutil.rmtree(OUT, ignore_errors=True)
     print(f"Data and tokenizer from the standard library of Python {platform.python_version()}")
@@ -142,7 +148,7 @@ def main() -> None:
     train_tokenizer(texts, vocab_size).save_pretrained(OUT / "tokenizer")
 
     for stage, (script, _) in STAGES.items():
-        run(f"recipes/{script}.py", "--config", f"recipes/tiny/{stage.split('-')[1]}.yaml")
+        run(f"recipes/{script}.py", "--config", f"recipes/tiny/{stage.split('-')[1]}.yaml", *overrides)
     run("-m", "modeling_mobilemoe.cli", "export", "--model", str(OUT / "4-qat"), "--output", str(OUT / "pte"))
 
     print("\nHeld-out text", flush=True)

@@ -71,6 +71,34 @@ def text_agreement(
     return result
 
 
+def token_routes(model: CheckpointModel, tokens: list[int]) -> tuple[torch.Tensor, torch.Tensor]:
+    """
+    Which experts every token of a sequence visits.
+
+    Args:
+        model (`CheckpointModel`): full-precision or packed INT4.
+        tokens (`list[int]`): read at once.
+
+    Returns:
+        Two tensors of shape `(layers, tokens, top_k)`: expert ids in the order of selection, and the weights of their
+        outputs, which sum to `routed_scaling_factor`.
+    """
+    routes: list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]] = []
+
+    def hook(router, arguments, output: tuple[torch.Tensor, torch.Tensor, torch.Tensor]) -> None:
+        routes.append(output)
+
+    routers = [module for module in model.model.modules() if isinstance(module, MobileMoERouter)]
+    handles = [router.register_forward_hook(hook) for router in routers]
+    try:
+        model.all_logits(tokens)
+    finally:
+        for handle in handles:
+            handle.remove()
+    _, weights, experts = zip(*routes, strict=True)
+    return torch.stack(experts).cpu(), torch.stack(weights).cpu()
+
+
 def expert_utilisation(model: CheckpointModel, text: str, max_tokens: int = 4096) -> dict:
     """
     Which experts a text uses.
@@ -80,24 +108,12 @@ def expert_utilisation(model: CheckpointModel, text: str, max_tokens: int = 4096
         experts with any token, and `effective`, the exponential of the load's entropy over E: 1 when all experts are
         used evenly, 1/E when only one is.
     """
-    routers = [module for module in model.model.modules() if isinstance(module, MobileMoERouter)]
-    num_experts = model.model.config.num_local_experts
-    counts = torch.zeros(len(routers), num_experts, dtype=torch.int64)
-
-    def count(layer: int):
-        def hook(router, arguments, output: tuple[torch.Tensor, torch.Tensor, torch.Tensor]) -> None:
-            # The third output are the selected experts, (tokens, top_k).
-            counts[layer] += output[2].flatten().bincount(minlength=num_experts).cpu()
-
-        return hook
-
-    handles = [router.register_forward_hook(count(layer)) for layer, router in enumerate(routers)]
-    try:
-        for tokens in text_windows(model, text, max_tokens, min(WINDOW, model.max_seq_len)):
-            model.all_logits(tokens)
-    finally:
-        for handle in handles:
-            handle.remove()
+    config = model.model.config
+    num_experts = config.num_local_experts
+    counts = torch.zeros(config.num_hidden_layers, num_experts, dtype=torch.int64)
+    for tokens in text_windows(model, text, max_tokens, min(WINDOW, model.max_seq_len)):
+        experts = token_routes(model, tokens)[0].flatten(1)  # (layers, tokens * top_k)
+        counts.scatter_add_(1, experts, torch.ones_like(experts))
     load = counts / counts.sum(dim=1, keepdim=True)
     entropy = -torch.special.xlogy(load, load).sum(dim=1)
     return {

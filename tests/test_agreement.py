@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import nn
 
-from modeling_mobilemoe.agreement import WINDOW, expert_utilisation, text_agreement
+from modeling_mobilemoe.agreement import WINDOW, expert_utilisation, text_agreement, token_routes
 from modeling_mobilemoe.cli import main
 from modeling_mobilemoe.runtime import CheckpointModel
 
@@ -61,6 +61,28 @@ def test_a_long_text_is_read_in_windows_and_every_token_once(base):
         nats += nn.functional.cross_entropy(logits, torch.tensor(window), reduction="sum").item()
     num_bytes = len(base.decode(tokens[1:601]).encode())
     assert result["bits_per_byte"] == pytest.approx(nats / math.log(2) / num_bytes)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("checkpoint", ["base_checkpoint", "text_checkpoint"])
+def test_token_routes_select_by_score_and_bias_and_weigh_by_score(request, checkpoint, dtype):
+    # In BF16 a packed model computes a whole layer at once, unless something watches its router.
+    model = CheckpointModel(request.getfixturevalue(checkpoint), dtype=dtype)
+    tokens = model.encode(TEXT)
+    experts, weights = token_routes(model, tokens)
+    assert not any(module._forward_hooks for module in model.model.modules())
+    config = model.model.config
+    assert experts.shape == weights.shape == (config.num_hidden_layers, len(tokens), config.num_experts_per_tok)
+    with torch.inference_mode():
+        outputs = model.model(torch.tensor([tokens]), output_router_logits=True, use_cache=False)
+    for layer, logits in enumerate(outputs.router_logits):
+        scores = logits.sigmoid()
+        biased = scores + model.model.model.layers[layer].feed_forward.expert_bias
+        selected = torch.zeros_like(scores, dtype=torch.bool).scatter(1, experts[layer], True)
+        assert (biased[selected].view(len(tokens), -1).amin(1) >= biased.masked_fill(selected, -9).amax(1)).all()
+        expected = scores.gather(1, experts[layer])
+        expected = expected / expected.sum(dim=1, keepdim=True) * config.routed_scaling_factor
+        torch.testing.assert_close(weights[layer], expected)
 
 
 def test_expert_utilisation_counts_what_the_routers_select(base):

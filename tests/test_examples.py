@@ -1,6 +1,7 @@
-"""The example scripts run from their command lines; the demo itself is `make demo`."""
+"""The example scripts run from their command lines."""
 
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -136,6 +137,21 @@ def test_heldout_share_of_the_real_library(monkeypatch):
     share = sum(stdlib_data.is_heldout(name) for name in names) / len(names)
     assert len(names) > 100
     assert 0.02 < share < 0.1
+
+
+@pytest.mark.slow
+def test_demo_goes_the_whole_road(tmp_path):
+    shutil.copytree(EXAMPLES.parent / "recipes", tmp_path / "recipes")
+    command = [sys.executable, EXAMPLES / "demo.py", "--max-steps", "12"]
+    result = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr[-3000:]
+    report = json.loads((tmp_path / "out/demo/report.json").read_text())
+    pretraining = report["stages"]["1-pretrain"]
+    assert pretraining["bits_per_byte_at_end"] < pretraining["bits_per_byte_at_start"]
+    int4, pte = (report["models"][f"INT4 QAT, {name}"]["answers"] for name in ("PyTorch", ".pte"))
+    assert pte == pytest.approx(int4, rel=0.02)
+    assert (tmp_path / "out/demo/demo.png").read_bytes().startswith(b"\x89PNG")
+    assert report["sample"] in result.stdout
 
 
 @pytest.mark.slow
