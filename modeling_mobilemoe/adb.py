@@ -79,10 +79,16 @@ class Device:
     def _adb(self, *arguments: str, timeout: float | None) -> subprocess.CompletedProcess:
         try:
             return subprocess.run(
-                ["adb", "-s", self.serial, *arguments], capture_output=True, text=True, errors="replace", timeout=timeout
+                ["adb", "-s", self.serial, *arguments],
+                capture_output=True,
+                text=True,
+                errors="replace",
+                timeout=timeout,
             )
         except subprocess.TimeoutExpired as error:
-            raise DeviceLost(f"{self.serial} did not answer for {timeout:.0f} s. Look at its cable and screen.") from error
+            raise DeviceLost(
+                f"{self.serial} did not answer for {timeout:.0f} s. Look at its cable and screen."
+            ) from error
 
     def is_connected(self) -> bool:
         with suppress(DeviceLost):
@@ -148,7 +154,9 @@ class Device:
 
     def checksums(self, directory: str) -> dict[str, str]:
         """SHA-256 of the files below a directory, by their path in it."""
-        listing = self.shell("find", directory, "-type", "f", "-exec", "sha256sum", "{}", "+", check=False, timeout=600)
+        listing = self.shell(
+            "find", directory, "-type", "f", "-exec", "sha256sum", "{}", "+", check=False, timeout=600
+        )
         rows = (line.split(maxsplit=1) for line in listing.splitlines() if re.match(r"[0-9a-f]{64}\s", line))
         return {path.removeprefix(f"{directory}/"): digest for digest, path in rows}
 
@@ -176,7 +184,7 @@ class Device:
                 f"The device has {free / 1e6:,.0f} MB free in {directory} and {size / 1e6:,.0f} MB are to be copied. "
                 "Free space on it, or measure fewer models at once."
             )
-        for name, path in tqdm(missing.items(), desc="push", leave=False, disable=not missing):
+        for name, path in tqdm(missing.items(), desc="push", leave=False, disable=len(missing) < 2):
             target = f"{directory}/{name}"
             result = self._adb("push", str(path), f"{target}.partial", timeout=3600)
             if result.returncode:
@@ -273,7 +281,9 @@ def parse_minibench(text: str) -> dict:
     except (json.JSONDecodeError, KeyError, TypeError, ValueError) as error:
         raise ValueError(f"benchmark_results.json is damaged ({error!r}): {text[:300]}") from error
     if not metrics.get("token_per_sec"):
-        raise ValueError(f"benchmark_results.json has no token_per_sec, so the app generated nothing: {sorted(metrics)}")
+        raise ValueError(
+            f"benchmark_results.json has no token_per_sec, so the app generated nothing: {sorted(metrics)}"
+        )
     return metrics
 
 

@@ -21,6 +21,7 @@ from transformers import AutoConfig, AutoTokenizer
 
 from .adb import Device, find_device, parse_minibench, parse_observer
 from .bench import spread
+from .bench_programs import shapes, write_random_program
 from .bench_worker import cache_bits, program_bytes_per_token, random_tokens
 
 
@@ -159,7 +160,8 @@ def bench_phone(models: Sequence[str], options: PhoneOptions) -> dict:
     Measures `.pte` directories in turns on the connected device.
 
     Args:
-        models (`Sequence[str]`): directories that `mobilemoe export` wrote.
+        models (`Sequence[str]`): directories that `mobilemoe export` wrote, or S, M, L, MobileLLM-Pro: those shapes
+            with random weights, which are exported first.
         options (`PhoneOptions`): what to run.
 
     Returns:
@@ -173,8 +175,22 @@ def bench_phone(models: Sequence[str], options: PhoneOptions) -> dict:
     names = [Path(model).resolve().name for model in models]
     if len(set(names)) < len(names):
         raise ValueError(f"models={list(models)}: two have the same name. Rename a directory.")
-    programs = [Program(name, Path(model)) for name, model in zip(names, models, strict=True)]
     needed = max(options.prompt_lengths) + options.new_tokens
+    # Found first: to export a shape takes minutes.
+    device = find_device(options.serial)
+    with tempfile.TemporaryDirectory() as scratch:
+        programs = []
+        for name, model in zip(names, models, strict=True):
+            path = Path(model)
+            if model in shapes() and not path.exists():
+                path = Path(scratch, model)
+                write_random_program(shapes()[model], path, needed)
+            programs.append(Program(name, path))
+        return run_programs(device, programs, options, needed)
+
+
+def run_programs(device: Device, programs: list[Program], options: PhoneOptions, needed: int) -> dict:
+    """What is left of [`bench_phone`] once there are programs; `needed` is the context in tokens."""
     for program in programs:
         context = AutoConfig.from_pretrained(program.path).max_position_embeddings
         context = program.report.get("max_seq_len", context)
@@ -184,16 +200,20 @@ def bench_phone(models: Sequence[str], options: PhoneOptions) -> dict:
                 "lengths."
             )
     run = {"own": run_own, "llama_main": run_llama_main, "minibench": run_minibench}[options.runner]
-    device = find_device(options.serial)
     fingerprint = device.fingerprint()
     if options.runner == "minibench" and f"package:{APP}" not in device.shell("pm", "list", "packages", APP):
         raise ValueError(f"The benchmark app {APP} is not on the device. docs/phone.md says how to build it.")
-    inputs = {program.name: write_inputs(program, options) for program in programs}
+    inputs = {program.name: read_inputs(program, options) for program in programs}
+    files = {name: path for program in programs for name, path in program.files.items()}
+    files |= {"runner": Path(options.runner_binary)} if options.runner_binary is not None else {}
     finished = False
     try:
-        copied = device.push({name: path for program in programs for name, path in program.files.items()}, DIRECTORY)
+        with tempfile.TemporaryDirectory() as scratch:
+            for name, tokens in inputs.items() if options.runner == "own" else ():
+                path = files[f"{name}/tokens.txt"] = Path(scratch, name)
+                path.write_text(" ".join(map(str, tokens)))
+            copied = device.push(files, DIRECTORY)
         if options.runner_binary is not None:
-            device.push({"runner": Path(options.runner_binary)}, DIRECTORY)
             device.shell("chmod", "755", f"{DIRECTORY}/runner")
         with sampling(device) as samples:
             # Round -1 is the cold start, and says nothing of speed.
@@ -228,7 +248,7 @@ def bench_phone(models: Sequence[str], options: PhoneOptions) -> dict:
     }
 
 
-def write_inputs(program: Program, options: PhoneOptions) -> list[int] | str:
+def read_inputs(program: Program, options: PhoneOptions) -> list[int] | str:
     """Token ids for our runner, text for the others."""
     count = max(options.prompt_lengths) + options.new_tokens
     # As many again, so that rounds begin at different places.
@@ -251,8 +271,7 @@ def write_inputs(program: Program, options: PhoneOptions) -> list[int] | str:
 
 
 def run_own(device: Device, program: Program, options: PhoneOptions, tokens: list[int], repeat: int) -> None:
-    """One process of our runner, whose lines are read as they come."""
-    push_text(device, f"{program.name}/tokens.txt", " ".join(map(str, tokens)))
+    """One process of our runner on `tokens.txt`, whose lines are read as they come."""
     lengths = options.prompt_lengths if repeat >= 0 else options.prompt_lengths[:1]
     command = ["../runner", "--model", "model.pte", "--tokens", "tokens.txt", "--new-tokens", str(options.new_tokens)]
     command += ["--prompt-lengths", ",".join(map(str, lengths)), "--threads", str(options.num_threads)]
@@ -365,13 +384,6 @@ def wait_for(read: Callable[[], str], ended: Callable[[], bool], what: str, seco
             raise OSError(f"It crashed: {what} left no result. `adb logcat -d` has its last words.")
         time.sleep(0.5)
     raise OSError(f"{what} was not done after {seconds:.0f} s.")
-
-
-def push_text(device: Device, name: str, text: str) -> None:
-    with tempfile.TemporaryDirectory() as directory:
-        path = Path(directory, "text")
-        path.write_text(text)
-        device.push({name: path}, DIRECTORY)
 
 
 def cool_down(device: Device, options: PhoneOptions) -> None:

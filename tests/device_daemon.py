@@ -178,7 +178,10 @@ class Stream(threading.Thread):
         device.commands.append(command)
         for path in DEVICE_PATHS:
             command = command.replace(path, str(device.local(path)))
-        environment = os.environ | {"PATH": f"{device.root / 'bin'}:{os.environ['PATH']}", "DEVICE_ROOT": str(device.root)}
+        environment = os.environ | {
+            "PATH": f"{device.root / 'bin'}:{os.environ['PATH']}",
+            "DEVICE_ROOT": str(device.root),
+        }
         self.process = subprocess.Popen(
             ["/bin/sh", "-c", command],
             stdin=subprocess.DEVNULL,
