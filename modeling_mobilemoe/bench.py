@@ -14,7 +14,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from importlib.metadata import version
 from pathlib import Path
 
@@ -284,17 +284,20 @@ def cpu_name() -> str:
     return names[0] if names else platform.processor() or platform.machine()
 
 
-def print_table(result: dict) -> None:
+def print_table(result: dict, paper: bool = False) -> None:
+    """Prints the medians with their spread; with `paper`, the paper's phones below."""
     from rich.console import Console
     from rich.table import Table
 
-    def with_spread(row: dict) -> str:
+    def with_spread(row: dict | None) -> str:
+        if row is None:
+            return ""
         return f"{row['median']:.4g} ({row['p10']:.4g}-{row['p90']:.4g})"
 
     machine = result["machine"]
     table = Table(
         title=f"{machine['cpu']}, {machine['threads']} threads, {result['prompt']}: median (10-90 %)",
-        caption=f"Memory read rate {with_spread(result['read_gb_per_s'])} GB/s",
+        caption=f"Memory read rate {with_spread(result['read_gb_per_s'])} GB/s" if "read_gb_per_s" in result else None,
     )
     for column in ("model", "prompt", "prefill tok/s", "first token ms", "decode tok/s", "of limit", "load s", "MB"):
         table.add_column(column, justify="left" if column == "model" else "right", overflow="fold")
@@ -305,12 +308,10 @@ def print_table(result: dict) -> None:
             table.add_row(
                 name,
                 length,
-                with_spread(row["prefill_tokens_per_s"]),
-                with_spread(row["first_token_ms"]),
-                with_spread(row["decode_tokens_per_s"]),
+                *map(with_spread, map(row.get, ("prefill_tokens_per_s", "first_token_ms", "decode_tokens_per_s"))),
                 "" if share is None else f"{share:.0%}",
                 load,
-                f"{model['peak_memory_bytes'] / 1e6:,.0f}",
+                "" if model["peak_memory_bytes"] is None else f"{model['peak_memory_bytes'] / 1e6:,.0f}",
             )
             # Once per model.
             name, load = "", ""
@@ -325,10 +326,43 @@ def print_table(result: dict) -> None:
                 for operator, milliseconds in operators.items():
                     table.add_row(operator, f"{milliseconds:.3f}")
                 console.print(table)
+    if paper:
+        table = Table("the paper's", "model", "context", "prefill tok/s", "first token ms", "decode tok/s")
+        for device, name, length, row in published_speeds():
+            cells = (f"{row[key]:.4g}" if key in row else "" for key in MEASURES)
+            table.add_row(device, name, str(length), *cells)
+        console.print(table)
 
 
-def draw(result: dict, path: str | Path) -> None:
-    """Writes prefill and decode rates by length, with their spread, as a picture; its suffix names the format."""
+MEASURES = ("prefill_tokens_per_s", "first_token_ms", "decode_tokens_per_s")
+
+
+def published_speeds() -> Iterator[tuple[str, str, int, dict[str, float]]]:
+    """Device, model, tokens, and what the paper measured there; from `published.yaml`."""
+    import yaml
+
+    numbers = yaml.safe_load(Path(__file__).with_name("published.yaml").read_text())
+    for device, tables in numbers["devices"].items():
+        rows: dict[tuple[str, int], dict[str, float]] = {}
+        for key, factor, name in (
+            ("prefill_tokens_per_s", 1, "prefill_tokens_per_s"),
+            ("first_token_s", 1e3, "first_token_ms"),
+            ("decode_tokens_per_s", 1, "decode_tokens_per_s"),
+        ):
+            for model, values in tables.get(key, {}).items():
+                for length, value in values.items():
+                    rows.setdefault((model, length), {})[name] = factor * value
+                    if key == "first_token_s":
+                        rows[model, length]["prefill_tokens_per_s"] = length / value
+        for (model, length), row in sorted(rows.items()):
+            yield device, model, length, row
+
+
+def draw(result: dict, path: str | Path, paper: bool = False) -> None:
+    """
+    Writes prefill and decode rates by length, with their spread, as a picture; its suffix names the format. With
+    `paper`, those of the paper's phones for the same shapes are dashed lines.
+    """
     import matplotlib
 
     matplotlib.use("Agg")
@@ -338,16 +372,23 @@ def draw(result: dict, path: str | Path) -> None:
     panels = (("prefill_tokens_per_s", "prompt, tokens"), ("decode_tokens_per_s", "context, tokens"))
     for axis, (key, label) in zip(axes, panels, strict=True):
         for name, model in result["models"].items():
-            lengths = [int(length) for length in model["lengths"]]
-            rows = [row[key] for row in model["lengths"].values()]
+            measured = {int(length): row[key] for length, row in model["lengths"].items() if key in row}
+            lengths, rows = list(measured), list(measured.values())
             medians = [row["median"] for row in rows]
             errors = [[row["median"] - row["p10"] for row in rows], [row["p90"] - row["median"] for row in rows]]
             axis.errorbar(lengths, medians, yerr=errors, marker="o", capsize=3, label=name)
+        published: dict[str, list[tuple[int, float]]] = {}
+        for device, name, length, row in published_speeds() if paper else ():
+            if key in row and name in ("S", "MobileLLM-Pro"):
+                published.setdefault(f"{name}, {device.split(' (')[0]}, paper", []).append((length, row[key]))
+        for name, points in published.items():
+            axis.plot(*zip(*points, strict=True), linestyle="--", marker=".", linewidth=1, label=name)
         axis.set_xscale("log", base=2)
         axis.set_ylim(bottom=0)
         axis.set_xlabel(label)
         axis.set_title(f"{key.split('_')[0]}, tokens/s")
-    axes[0].legend()
+    # Decoding has all lines; of prefill some sources say nothing.
+    axes[1].legend(fontsize=7)
     figure.suptitle(f"{result['machine']['cpu']}, {result['machine']['threads']} threads", fontsize=9)
     figure.savefig(path, dpi=150)
     plt.close(figure)

@@ -168,18 +168,18 @@ def run_generation(arguments: argparse.Namespace) -> None:
 
 
 def add_bench(commands) -> None:
-    bench = commands.add_parser("bench", help="speed and memory of models on this machine")
+    bench = commands.add_parser("bench", help="speed and memory of models on this machine or on a phone")
     bench.add_argument(
         "--model",
         nargs="+",
         required=True,
         help="checkpoints, directories with model.pte, or S, M, L, MobileLLM-Pro: shapes with random weights",
     )
-    bench.add_argument("--device", default="host", choices=("host",))
+    bench.add_argument("--device", default="host", choices=("host", "adb"), help="this machine, or a phone")
     bench.add_argument("--prompt-lengths", type=int, nargs="+", default=[128, 512], help="in tokens")
     bench.add_argument("--new-tokens", type=int, default=48, help="to decode after each prompt")
     bench.add_argument("--repeats", type=int, default=5)
-    bench.add_argument("--threads", type=int, default=os.cpu_count())
+    bench.add_argument("--threads", type=int, help="default: all of this machine, 4 on a phone")
     bench.add_argument("--prompt-file", help="text to take prompts from (default: random tokens)")
     bench.add_argument(
         "--runtime",
@@ -190,29 +190,54 @@ def add_bench(commands) -> None:
     bench.add_argument("--profile", action="store_true", help="milliseconds by operator, of programs")
     bench.add_argument("--json", help="file to write the result to")
     bench.add_argument("--picture", help="file to draw the result in, such as bench.png")
+    bench.add_argument("--paper", action="store_true", help="show the paper's phones in table and picture too")
+    phone = bench.add_argument_group("--device adb", "an Android phone with USB debugging, see docs/phone.md")
+    phone.add_argument("--serial", help="which of several devices, as in `adb devices`")
+    phone.add_argument("--runner", choices=("own", "llama_main", "minibench"), help="what runs there (default: own)")
+    phone.add_argument("--runner-binary", help="the runner, built for the phone")
+    phone.add_argument("--max-celsius", type=float, help="let the battery cool down to this first (default: 35)")
+    phone.add_argument("--sustained-seconds", type=int, help="then decode for so long, to see a hot phone")
+    phone.add_argument("--keep", action="store_true", help="leave models there for the next run")
     bench.set_defaults(function=run_bench, extra="bench")
 
 
 def run_bench(arguments: argparse.Namespace) -> None:
     from .bench import bench, draw, print_table
 
-    result = bench(
-        arguments.model,
-        arguments.prompt_lengths,
-        arguments.new_tokens,
-        arguments.repeats,
-        arguments.threads,
-        arguments.prompt_file,
-        arguments.runtime,
-        arguments.profile,
-    )
+    phone_names = ("serial", "runner", "runner_binary", "max_celsius", "sustained_seconds", "keep")
+    phone = {name: value for name in phone_names if (value := getattr(arguments, name))}
+    if arguments.device == "adb":
+        from .bench_phone import PhoneOptions, bench_phone
+
+        if arguments.profile or arguments.runtime != "pte":
+            raise ValueError(
+                "--profile and --runtime are of this machine, and --device adb is a phone. Leave them out."
+            )
+        phone |= {} if arguments.threads is None else {"num_threads": arguments.threads}
+        names = ("prompt_lengths", "new_tokens", "repeats", "prompt_file")
+        options = PhoneOptions(**{name: getattr(arguments, name) for name in names}, **phone)
+        result = bench_phone(arguments.model, options)
+    else:
+        if phone:
+            given = ", ".join(f"--{name.replace('_', '-')}" for name in phone)
+            raise ValueError(f"{given}: of a phone, and this machine is measured. Leave out, or set --device adb.")
+        result = bench(
+            arguments.model,
+            arguments.prompt_lengths,
+            arguments.new_tokens,
+            arguments.repeats,
+            os.cpu_count() if arguments.threads is None else arguments.threads,
+            arguments.prompt_file,
+            arguments.runtime,
+            arguments.profile,
+        )
     # First what was measured: a table or a picture that fails must not cost it.
     if arguments.json:
         Path(arguments.json).parent.mkdir(parents=True, exist_ok=True)
         Path(arguments.json).write_text(json.dumps(result, indent=2) + "\n")
-    print_table(result)
+    print_table(result, arguments.paper)
     if arguments.picture:
-        draw(result, arguments.picture)
+        draw(result, arguments.picture, arguments.paper)
     print(json.dumps(result))
 
 

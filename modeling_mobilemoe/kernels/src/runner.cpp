@@ -72,7 +72,7 @@ void check(Error error, const std::string& what) {
 struct Options {
   std::string model, data, tokens;
   std::vector<int> prompt_lengths;
-  int new_tokens = 48, repeats = 5, threads = 0;
+  int new_tokens = 48, repeats = 5, first_repeat = 0, threads = 0;
   double sustained = 0;
   bool cold = false;
 };
@@ -111,13 +111,15 @@ Options parse(int argc, char** argv) {
       options.new_tokens = static_cast<int>(whole_number(name, value, 1));
     } else if (name == "--repeats") {
       options.repeats = static_cast<int>(whole_number(name, value, 1));
+    } else if (name == "--first-repeat") {
+      options.first_repeat = static_cast<int>(whole_number(name, value, 0));
     } else if (name == "--threads") {
       options.threads = static_cast<int>(whole_number(name, value, 1));
     } else if (name == "--sustained") {
       options.sustained = static_cast<double>(whole_number(name, value, 0));
     } else {
       fail(name + " is no option. Known: --model --data --tokens --prompt-lengths --new-tokens --repeats --threads "
-                  "--sustained --cold");
+                  "--first-repeat --sustained --cold");
     }
   }
   if (options.model.empty() || options.tokens.empty() || options.prompt_lengths.empty()) {
@@ -287,7 +289,7 @@ int main(int argc, char** argv) {
   // Repeat -1 is the first pass after loading, which reads the weights: a warm-up, reported as such.
   for (int repeat = -1; repeat < options.repeats; ++repeat) {
     for (const int length : options.prompt_lengths) {
-      const size_t offset = (repeat + 1) * 97 % (tokens.size() - length - options.new_tokens + 1);
+      const size_t offset = (repeat + 1 + options.first_repeat) * 97 % (tokens.size() - length - options.new_tokens + 1);
       const Measurement result = measure(model, tokens.data() + offset, length, options.new_tokens);
       std::printf("{\"event\":\"measure\",\"repeat\":%d,\"prompt_length\":%d,\"offset\":%zu,\"first_token_s\":%.6f,"
                   "\"decode_s\":%s,\"tokens\":%s,\"peak_rss_bytes\":%lld,\"elapsed_s\":%.3f}\n",
