@@ -10,6 +10,7 @@ import re
 import shlex
 import shutil
 import subprocess
+import tempfile
 from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
@@ -124,27 +125,30 @@ class Device:
             DeviceLost, DeviceError: as [`shell`], when it ends in failure.
         """
         command = f"cd {shlex.quote(directory)} && {shlex.join(words)}"
-        process = subprocess.Popen(
-            ["adb", "-s", self.serial, "shell", command],
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-            errors="replace",
-        )
-        try:
-            # Programs log to stderr; a client that lacks the shell protocol's second version mixes it in.
-            yield from (line.rstrip("\r\n") for line in process.stdout)
-            errors = process.stderr.read()
-            if process.wait():
-                result = subprocess.CompletedProcess(words, process.returncode, "", errors)
-                raise self._failed(f"`{words[0]}`", result)
-        finally:
-            if process.poll() is None:
-                process.kill()
-            process.wait()
-            process.stdout.close()
-            process.stderr.close()
+        # What a program logs goes to a file: a second pipe could fill while the first one is read.
+        with tempfile.TemporaryFile("w+", errors="replace") as log:
+            process = subprocess.Popen(
+                ["adb", "-s", self.serial, "shell", command],
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.PIPE,
+                stderr=log,
+                text=True,
+                errors="replace",
+            )
+            last = ""
+            try:
+                for line in process.stdout:
+                    last = line.rstrip("\r\n")
+                    yield last
+                if process.wait():
+                    log.seek(0)
+                    result = subprocess.CompletedProcess(words, process.returncode, last, log.read())
+                    raise self._failed(f"`{words[0]}`", result)
+            finally:
+                if process.poll() is None:
+                    process.kill()
+                process.wait()
+                process.stdout.close()
 
     def free_bytes(self, directory: str) -> int:
         rows = self.shell("df", "-k", directory).splitlines()

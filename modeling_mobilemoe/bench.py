@@ -328,7 +328,8 @@ def print_table(result: dict, paper: bool = False) -> None:
                 console.print(table)
     if paper:
         table = Table("the paper's", "model", "context", "prefill tok/s", "first token ms", "decode tok/s")
-        for device, name, length, row in published_speeds():
+        measured = {"S", "MobileLLM-Pro", *result["models"]}
+        for device, name, length, row in (row for row in published_speeds() if row[1] in measured):
             cells = (f"{row[key]:.4g}" if key in row else "" for key in MEASURES)
             table.add_row(device, name, str(length), *cells)
         console.print(table)

@@ -366,7 +366,8 @@ def run_minibench(device: Device, program: Program, options: PhoneOptions, text:
         metrics = parse_minibench(output)
     except ValueError as error:
         raise OSError(f"{program.name}: {error}") from error
-    program.starts.setdefault("warm", {"load": metrics.get("llm_model_load_time(ms)", float("nan")) / 1e3})
+    if "llm_model_load_time(ms)" in metrics:
+        program.starts.setdefault("warm", {"load": metrics["llm_model_load_time(ms)"] / 1e3})
     if "ram_pss_usage(mb)" in metrics:
         program.pss_bytes = int(1e6 * metrics["ram_pss_usage(mb)"])
     program.add(max(options.prompt_lengths), decode_tokens_per_s=metrics["token_per_sec"])

@@ -13,6 +13,9 @@ import copy
 import inspect
 import json
 import shutil
+import subprocess
+import sys
+from importlib.metadata import version
 from pathlib import Path
 
 import pytest
@@ -21,6 +24,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from modeling_mobilemoe import MobileMoEConfig, MobileMoEForCausalLM, dequantize, quantize
 from modeling_mobilemoe.cli import main
+from modeling_mobilemoe.kernels import build_runner
 from modeling_mobilemoe.qat import convert, prepare
 from modeling_mobilemoe.quantization_mobilemoe import Int4Format
 from modeling_mobilemoe.toy_tokenizer import train_tokenizer
@@ -193,6 +197,40 @@ def pte_directory(text_checkpoint: Path, tmp_path_factory: pytest.TempPathFactor
     options = ["--max-seq-len", "64", "--moe-op", "llama"]
     main(["export", "--model", str(text_checkpoint), "--output", str(output), *options])
     return output
+
+
+@pytest.fixture(scope="session")
+def kernel_pte(text_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A program that is made of our operators; context 64."""
+    if shutil.which("c++") is None:
+        pytest.skip("needs a C++ compiler")
+    output = tmp_path_factory.mktemp("kernel") / "pte"
+    options = ["--max-seq-len", "64", "--moe-op", "mobilemoe"]
+    main(["export", "--model", str(text_checkpoint), "--output", str(output), *options])
+    return output
+
+
+@pytest.fixture(scope="session")
+def arm_runner(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
+    """The command that runs it; the libraries are those of executorch's own wheel for Arm."""
+    compiler, emulator = "aarch64-linux-gnu-g++", shutil.which("qemu-aarch64") or shutil.which("qemu-aarch64-static")
+    if shutil.which(compiler) is None or emulator is None:
+        pytest.skip("needs g++-aarch64-linux-gnu and qemu-user")
+
+    directory = tmp_path_factory.mktemp("arm")
+    package, platform = f"executorch=={version('executorch')}", "manylinux_2_28_aarch64"
+    download = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--only-binary=:all:",
+                "--dest", str(directory), "--platform", platform, package]  # fmt: skip
+    if subprocess.run(download).returncode:
+        pytest.skip("executorch's wheel for Arm could not be downloaded")
+    (wheel,) = directory.glob("*.whl")
+    shutil.unpack_archive(wheel, directory, "zip")
+    toolchain = directory / "toolchain.cmake"
+    toolchain.write_text(
+        f"set(CMAKE_SYSTEM_NAME Linux)\nset(CMAKE_SYSTEM_PROCESSOR aarch64)\nset(CMAKE_CXX_COMPILER {compiler})\n"
+    )
+    runner = build_runner(directory / "executorch", f"-DCMAKE_TOOLCHAIN_FILE={toolchain}")
+    return [emulator, "-L", "/usr/aarch64-linux-gnu", str(runner)]
 
 
 @pytest.fixture(scope="module")

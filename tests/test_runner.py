@@ -3,28 +3,15 @@
 import json
 import shutil
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
-from modeling_mobilemoe.cli import main
 from modeling_mobilemoe.kernels import build_runner
 
 
 pytest.importorskip("executorch.runtime", reason="executorch is not installed: make setup")
 pytestmark = pytest.mark.skipif(shutil.which("c++") is None, reason="needs a C++ compiler")
-
-COMPILER, EMULATOR = "aarch64-linux-gnu-g++", shutil.which("qemu-aarch64") or shutil.which("qemu-aarch64-static")
-
-
-@pytest.fixture(scope="session")
-def kernel_pte(text_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A program that is made of our operators; context 64."""
-    output = tmp_path_factory.mktemp("runner") / "pte"
-    options = ["--max-seq-len", "64", "--moe-op", "mobilemoe"]
-    main(["export", "--model", str(text_checkpoint), "--output", str(output), *options])
-    return output
 
 
 @pytest.fixture(scope="session")
@@ -102,29 +89,6 @@ def test_bad_requests_are_one_line(kernel_pte: Path, pte_directory: Path, tokens
     assert "an operator of the program is not in this binary" in message(
         *good, "--model", str(pte_directory / "model.pte")
     )
-
-
-@pytest.fixture(scope="session")
-def arm_runner(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
-    """The command that runs it; the libraries are those of executorch's own wheel for Arm."""
-    if shutil.which(COMPILER) is None or EMULATOR is None:
-        pytest.skip("needs g++-aarch64-linux-gnu and qemu-user")
-    from importlib.metadata import version
-
-    directory = tmp_path_factory.mktemp("arm")
-    package, platform = f"executorch=={version('executorch')}", "manylinux_2_28_aarch64"
-    download = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--only-binary=:all:",
-                "--dest", str(directory), "--platform", platform, package]  # fmt: skip
-    if subprocess.run(download).returncode:
-        pytest.skip("executorch's wheel for Arm could not be downloaded")
-    (wheel,) = directory.glob("*.whl")
-    shutil.unpack_archive(wheel, directory, "zip")
-    toolchain = directory / "toolchain.cmake"
-    toolchain.write_text(
-        f"set(CMAKE_SYSTEM_NAME Linux)\nset(CMAKE_SYSTEM_PROCESSOR aarch64)\nset(CMAKE_CXX_COMPILER {COMPILER})\n"
-    )
-    runner = build_runner(directory / "executorch", f"-DCMAKE_TOOLCHAIN_FILE={toolchain}")
-    return [EMULATOR, "-L", "/usr/aarch64-linux-gnu", str(runner)]
 
 
 @pytest.mark.slow
