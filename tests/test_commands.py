@@ -12,6 +12,7 @@ rule, first match wins:
     Rule(r"python recipes/sft\\.py .*", append="--max_steps 2")       with more options behind it: the last one wins
     Rule(r"mobilemoe export .*", without="out/pte", writes="out/pte/model.pte")
     Rule(r"mobilemoe bench .*", replace={"--model S": "--model out/demo/4-qat"})
+    Rule(r"adb devices", skip="needs a phone; test_bench_phone.py runs it against a device on loopback"),
     Rule(r"hf auth login", skip="needs an account of the Hub")
 
 A command runs in a copy of its own of `site`, which looks like a clone of the repository after `make demo`, with
@@ -101,11 +102,14 @@ RULES = [
         without="out/mobilemoe-s/pte",
         writes="out/mobilemoe-s/pte/model.pte",
     ),
-    Rule(r"mobilemoe export --expert-bits 4", skip="names a row of a table; export.json says what was run"),
     Rule(
         r"optimum-cli export executorch --model .*--output_dir out/pte-optimum",
         append="--max_seq_len 64",
         writes="out/pte-optimum/model.pte",
+    ),
+    Rule(
+        r"mobilemoe bench --device adb.*",
+        skip="needs a phone; test_bench_phone.py runs it against a device on loopback",
     ),
     Rule(
         r"mobilemoe bench .*",
@@ -124,7 +128,7 @@ RULES = [
     Rule(r"mobilemoe eval --model .*", append="--tasks piqa winogrande --limit 2", fast=True),
     Rule(r"mobilemoe card .*--output out/demo/4-qat/README.md", writes="out/demo/4-qat/README.md"),
     Rule(
-        r"python recipes/\w+\.py --config recipes/tiny/\S+", append=FEW_STEPS, writes="out/demo/*/trainer_state.json"
+        r"python recipes/\w+\.py --config recipes/tiny/\S+.*", append=FEW_STEPS, writes="out/demo/*/trainer_state.json"
     ),
     Rule(
         r"python recipes/\w+\.py --config recipes/mobilemoe-s/\S+ .*--lora_budget .*",
@@ -164,13 +168,17 @@ RULES = [
         append="--sizes 16x1 --tokens 2048 --seeds 0 --batch 2 --cache out/ablation --output out/ablation/runs.jsonl",
         writes="out/ablation/runs.md",
     ),
-    Rule(r"python -m modeling_mobilemoe\.kernels"),
+    Rule(r"python examples/bench_granularity\.py", append="--tokens 1 --repeats 3"),
+    Rule(r"python examples/notebooks\.py", skip="runs five notebooks; test_notebooks.py runs each on the tiny model"),
+    Rule(r"python -m modeling_mobilemoe\.kernels( runner)?"),
     Rule(r"make (\w|-)+", replace={"make ": "make --dry-run "}, fast=True),
     Rule(r"python -m pytest \S+", append="--collect-only --quiet"),
     Rule(r"ruff check \. && ruff format \.", append="--check", fast=True),
     Rule(r"source \.venv/bin/activate", skip="enters the environment that the tests run in"),
     Rule(r"hf auth login", skip="needs an account of the Hub"),
-    Rule(r"pip install .*", skip="needs the package index"),
+    Rule(r"pip (install|download) .*", skip="needs the package index"),
+    Rule(r"python -m zipfile .*", skip="unpacks what the line before it downloads; conftest.py does both"),
+    Rule(r"cmake .*build-arm .*", skip="needs the wheel that the line before it unpacks; test_runner.py builds it"),
     Rule(r"cmake .*", skip="needs Android's NDK; test_kernels.py builds the same targets for this machine"),
 ]
 # `code` in running text that names a command and does not call it.
