@@ -380,7 +380,7 @@ def test_results_of_minibench():
     for damaged in (MINIBENCH[:-40], MINIBENCH.replace("actualValue", "value"), "cat: no such file"):
         with pytest.raises(ValueError, match="benchmark_results.json is damaged"):
             parse_minibench(damaged)
-    with pytest.raises(ValueError, match="has no token_per_sec, the app generated nothing"):
+    with pytest.raises(ValueError, match="has no token_per_sec, so the app generated nothing"):
         parse_minibench(MINIBENCH.replace("token_per_sec", "other"))
 
 

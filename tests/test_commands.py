@@ -12,7 +12,6 @@ rule, first match wins:
     Rule(r"python recipes/sft\\.py .*", append="--max_steps 2")       with more options behind it: the last one wins
     Rule(r"mobilemoe export .*", without="out/pte", writes="out/pte/model.pte")
     Rule(r"mobilemoe bench .*", replace={"--model S": "--model out/demo/4-qat"})
-    Rule(r"adb devices", skip="needs a phone; test_bench_phone.py runs it against a device on loopback"),
     Rule(r"hf auth login", skip="needs an account of the Hub")
 
 A command runs in a copy of its own of `site`, which looks like a clone of the repository after `make demo`, with
@@ -175,6 +174,7 @@ RULES = [
     Rule(r"python -m pytest \S+", append="--collect-only --quiet"),
     Rule(r"ruff check \. && ruff format \.", append="--check", fast=True),
     Rule(r"source \.venv/bin/activate", skip="enters the environment that the tests run in"),
+    Rule(r"adb devices", skip="needs a phone; test_bench_phone.py runs it against a device on loopback"),
     Rule(r"hf auth login", skip="needs an account of the Hub"),
     Rule(r"pip (install|download) .*", skip="needs the package index"),
     Rule(r"python -m zipfile .*", skip="unpacks what the line before it downloads; conftest.py does both"),
