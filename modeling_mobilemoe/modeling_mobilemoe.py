@@ -430,6 +430,11 @@ class MobileMoEPreTrainedModel(PreTrainedModel):
         # FSDP2 gives a sharded model a class made in torch, whose file would be saved as the checkpoint's code.
         own_class = next(base for base in type(self).__mro__ if not base.__module__.startswith("torch."))
         sharded_class, self.__class__ = self.__class__, own_class
+        state_dict = kwargs.get("state_dict")
+        if state_dict is not None:
+            # It also gathers the tied head and the embedding apart, so that they no longer share memory, by which
+            # transformers would know that they are one.
+            kwargs["state_dict"] = {name: tensor for name, tensor in state_dict.items() if name != "lm_head.weight"}
         try:
             if kwargs.get("push_to_hub"):
                 super().save_pretrained(save_directory, **kwargs)

@@ -94,6 +94,8 @@ def test_fsdp2_equals_one_process_with_two_micro_batches(base_checkpoint, tmp_pa
     saved, plain = tmp_path / "two.json.saved", tmp_path / "one.json.saved"
     assert {path.name for path in saved.iterdir()} == {path.name for path in plain.iterdir()}
     assert (saved / "config.json").read_text() == (plain / "config.json").read_text()
+    # The head is the embedding, once.
+    assert load_file(saved / "model.safetensors").keys() == load_file(plain / "model.safetensors").keys()
     loaded = MobileMoEForCausalLM.from_pretrained(saved).state_dict()
     for name, values in two["weights"].items():
         assert loaded[name].tolist() == values
