@@ -168,6 +168,10 @@ RULES = [
         writes="out/ablation/runs.md",
     ),
     Rule(r"python examples/bench_granularity\.py", append="--tokens 1 --repeats 3"),
+    Rule(
+        r"python examples/bench_llama_cpp\.py .*",
+        skip="needs llama-cpp-python and two large exports; test_examples.py runs it where that is installed",
+    ),
     Rule(r"python examples/notebooks\.py", skip="runs five notebooks; test_notebooks.py runs each on the tiny model"),
     Rule(r"python -m modeling_mobilemoe\.kernels( runner)?"),
     Rule(r"make (\w|-)+", replace={"make ": "make --dry-run "}, fast=True),
