@@ -65,8 +65,8 @@ def test_random_program_runs_and_is_profiled(tiny_config: MobileMoEConfig, tmp_p
     for position, token in enumerate(tokens):
         stepped = model.forward([token], position)
     assert whole.isfinite().all() and whole.std() > 0
-    # The operators round the same however the tokens are batched, and so does all between them.
-    assert torch.equal(stepped, whole)
+    # All round in the same places; linears of more than three tokens add up in another order.
+    torch.testing.assert_close(stepped, whole, rtol=1e-5, atol=1e-6)
     # The table once, as embedding and head; half of the experts, or none.
     size = (tmp_path / "program" / "model.pte").stat().st_size
     assert 0 < bench_worker.program_bytes_per_token(str(tmp_path / "program"), loaded) < size
