@@ -1,4 +1,4 @@
-"""Two processes train as one does: DDP through the recipe, FSDP2 through a loop of its own."""
+"""Two processes train as one does: under DDP and under FSDP2."""
 
 import json
 import os
@@ -9,8 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
-
-from modeling_mobilemoe import MobileMoEForCausalLM
+from transformers import AutoModelForCausalLM
 
 
 ROOT = Path(__file__).parents[1]
@@ -76,26 +75,27 @@ def test_two_processes_equal_one_with_two_micro_batches(ddp_runs, name):
     assert biases.unique().numel() > 2
 
 
-def test_fsdp2_equals_one_process_with_two_micro_batches(base_checkpoint, tmp_path):
-    """
-    accelerate turns FSDP on for accelerators only (`AcceleratorState`: not for MULTI_CPU), so on a CPU the recipe
-    under `fsdp2.yaml` would silently be DDP. FSDP2 itself is tested here, with the hooks and the balancing step.
-    """
-    worker = ROOT / "tests/fsdp2_worker.py"
-    run([sys.executable, worker, base_checkpoint, "one.json"], tmp_path)
-    run([*TORCHRUN, worker, base_checkpoint, "two.json"], tmp_path)
-    one, two = (json.loads((tmp_path / f"{name}.json").read_text()) for name in ("one", "two"))
-    assert len(one["losses"]) == 20
-    torch.testing.assert_close(torch.tensor(two["losses"]), torch.tensor(one["losses"]), rtol=0, atol=1e-5)
-    assert two["biases"] == one["biases"] and len(set(sum(one["biases"], []))) > 2
-    for name, values in one["weights"].items():
-        torch.testing.assert_close(torch.tensor(two["weights"][name]), torch.tensor(values), rtol=0, atol=1e-5)
-    # A sharded model saves what a plain one does: no code of torch's wrapper class, and its own class in config.json.
-    saved, plain = tmp_path / "two.json.saved", tmp_path / "one.json.saved"
-    assert {path.name for path in saved.iterdir()} == {path.name for path in plain.iterdir()}
-    assert (saved / "config.json").read_text() == (plain / "config.json").read_text()
-    # The head is the embedding, once.
-    assert load_file(saved / "model.safetensors").keys() == load_file(plain / "model.safetensors").keys()
-    loaded = MobileMoEForCausalLM.from_pretrained(saved).state_dict()
-    for name, values in two["weights"].items():
-        assert loaded[name].tolist() == values
+@pytest.fixture(scope="module")
+def fsdp2_runs(ddp_runs):
+    """Output directories of two processes under the shipped `fsdp2.yaml`, and of two that were resumed."""
+    root = ddp_runs["one"].parent
+    config = ROOT / "recipes/accelerate/fsdp2.yaml"
+    recipe = [ROOT / "tests/fsdp2_recipe.py", config, ROOT / "recipes/pretrain.py", "--config", root / "recipe.json"]
+    run([*TORCHRUN, *recipe, "--output_dir", "sharded"], root)
+    (root / "sharded-resumed").mkdir()
+    (root / "sharded/checkpoint-9").rename(root / "sharded-resumed/checkpoint-9")
+    run([*TORCHRUN, *recipe, "--output_dir", "sharded-resumed", "--resume_from_checkpoint", "true"], root)
+    return {name: root / name for name in ("sharded", "sharded-resumed")}
+
+
+@pytest.mark.parametrize("name", ["sharded", "sharded-resumed"])
+def test_fsdp2_equals_one_process_with_two_micro_batches(ddp_runs, fsdp2_runs, name):
+    one, other = ddp_runs["one"], fsdp2_runs[name]
+    torch.testing.assert_close(losses(other), losses(one), rtol=0, atol=1e-5)
+    # A sharded model saves what a plain one does: its own class in config.json, and the tied head once.
+    assert (other / "config.json").read_text() == (one / "config.json").read_text()
+    expected, actual = load_file(one / "model.safetensors"), load_file(other / "model.safetensors")
+    assert actual.keys() == expected.keys()
+    for key, tensor in expected.items():
+        torch.testing.assert_close(actual[key], tensor, rtol=0, atol=0 if "expert_bias" in key else 1e-5, msg=key)
+    assert AutoModelForCausalLM.from_pretrained(other).num_parameters() > 0
