@@ -328,9 +328,10 @@ class Reader:
         self.mixture = mixture
         self.index = index
         self.parts = [source.part(index, mixture.num_readers) for source in mixture.sources]
-        # Sequences given out, and the last blocks that were begun: (sequences given before, the state before).
+        # Sequences given out, and the last blocks that were begun: (sequences given before, the state before). As many
+        # as the loader could be ahead by if every block were a single sequence.
         self.taken = 0
-        self.begun: deque[tuple[int, dict]] = deque(maxlen=4)
+        self.begun: deque[tuple[int, dict]] = deque(maxlen=256)
         self.current: deque[list[Document]] = deque()
         self.next: Future | None = None
         self.block = 0
@@ -349,9 +350,11 @@ class Reader:
 
     def next_sequence(self, executor: Executor) -> list[Document]:
         """The next sequence, while `executor` makes the block after the current one."""
-        # A block is empty where the one before it already held enough of every source.
         while not self.current:
             state, block = (self.next or executor.submit(self.next_block)).result()
+            # A block is empty where the ones before it already held enough of every source: the next takes its place.
+            if self.begun and self.begun[-1][0] == self.taken:
+                self.begun.pop()
             self.begun.append((self.taken, state))
             self.current.extend(block)
             self.next = executor.submit(self.next_block)

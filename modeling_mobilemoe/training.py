@@ -2,6 +2,7 @@
 
 import copy
 import json
+import os
 import shutil
 from dataclasses import dataclass, field
 from functools import partial
@@ -45,14 +46,10 @@ class RecipeArguments:
         data (`list[DataSource]`): the mixture.
         num_data_readers (`int`, defaults to 8): readers that share the mixture; a multiple of the processes.
         expert_bias_update_rate (`float`, *optional*): step of the balancing bias; 0 turns balancing off. 1e-3 when
-            absent, and 0 with LoRA: an adapter does not hold the biases.
+            absent; 0 with LoRA, whose adapters do not hold the biases, and in QAT, which packs them in BF16.
         router_z_loss_coef (`float`, defaults to 1e-4): weight of the router z-loss; 0 turns it off.
         capacity_factor (`float`, *optional*): drop what an expert gets beyond this multiple of an even share, as the
             paper does in pre- and mid-training; nothing is dropped when absent.
-        lora_scope (`str`, *optional*): train LoRA adapters on "attention", "experts", "dense" or "all" of the model in
-            place of all weights (`lora.py`).
-        lora_rank (`int`, *optional*): their rank.
-        lora_budget (`int`, *optional*): or the number of parameters that they may have.
     """
 
     model: str = field(metadata={"help": "Checkpoint directory or Hub id, or a directory with a config.json."})
@@ -63,9 +60,6 @@ class RecipeArguments:
     expert_bias_update_rate: float | None = field(default=None, metadata={"help": "Step of the balancing bias."})
     router_z_loss_coef: float = field(default=1e-4, metadata={"help": "Weight of the router z-loss."})
     capacity_factor: float | None = field(default=None, metadata={"help": "Tokens per expert over an even share."})
-    lora_scope: str | None = field(default=None, metadata={"help": "What gets LoRA adapters."})
-    lora_rank: int | None = field(default=None, metadata={"help": "Rank of the adapters."})
-    lora_budget: int | None = field(default=None, metadata={"help": "Or their number of parameters."})
 
     def __post_init__(self) -> None:
         for number, source in enumerate(self.data):
@@ -77,17 +71,6 @@ class RecipeArguments:
                         f"Entry {number} of `data` is {source}: {error}. Its keys are "
                         f"{', '.join(DataSource.__dataclass_fields__)}; path is needed."
                     ) from error
-        if self.lora_scope is None and (self.lora_rank or self.lora_budget):
-            raise ValueError(
-                "lora_rank or lora_budget is set without lora_scope, and would do nothing. Set lora_scope."
-            )
-        if self.lora_scope is not None and self.expert_bias_update_rate:
-            raise ValueError(
-                f"expert_bias_update_rate={self.expert_bias_update_rate} with lora_scope={self.lora_scope}: the "
-                "biases would move, but an adapter does not hold them. Set 0 or leave it out."
-            )
-        if self.expert_bias_update_rate is None:
-            self.expert_bias_update_rate = 1e-3 if self.lora_scope is None else 0.0
 
 
 def load_model(path: str, attn_implementation: str | None = None) -> MobileMoEForCausalLM:
@@ -99,6 +82,17 @@ def load_model(path: str, attn_implementation: str | None = None) -> MobileMoEFo
     return AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32, attn_implementation=attn_implementation)
 
 
+def refuse_fsdp(training_args: "SFTConfig", reason: str) -> None:
+    """
+    For what needs whole weights on one process; told before a model is loaded.
+
+    Raises:
+        ValueError: when accelerate or the trainer would shard them.
+    """
+    if training_args.fsdp or os.environ.get("ACCELERATE_USE_FSDP", "false").lower() in ("true", "1"):
+        raise ValueError(f"FSDP shards the weights, but {reason}. Launch with one_gpu.yaml or ddp.yaml.")
+
+
 def set_up_routing(
     model: PreTrainedModel, recipe: RecipeArguments, gradient_accumulation_steps: int
 ) -> ExpertBiasCallback:
@@ -107,7 +101,8 @@ def set_up_routing(
         set_capacity_factor(model, recipe.capacity_factor)
     if recipe.router_z_loss_coef:
         add_router_z_loss(model, recipe.router_z_loss_coef, gradient_accumulation_steps)
-    return ExpertBiasCallback(model, recipe.expert_bias_update_rate, recipe.capacity_factor)
+    rate = 1e-3 if recipe.expert_bias_update_rate is None else recipe.expert_bias_update_rate
+    return ExpertBiasCallback(model, rate, recipe.capacity_factor)
 
 
 class MixtureCallback(TrainerCallback, ExportableState):
@@ -145,7 +140,10 @@ class MixtureCallback(TrainerCallback, ExportableState):
         if not control.should_save:
             return
         if state.is_world_process_zero:
+            # A run that went on from an earlier step meets what was saved after it.
+            shutil.rmtree(Path(args.output_dir, f"checkpoint-{state.global_step}"), ignore_errors=True)
             check_disk_space(args.output_dir, model)
+        # The exchange also makes the others wait for that.
         place = self.mixture.state((state.global_step - self.first_step) * self.sequences_per_step)
         if torch.distributed.is_initialized():
             places: list[dict | None] = [None] * torch.distributed.get_world_size()
@@ -162,10 +160,12 @@ def check_disk_space(output_dir: str, model: PreTrainedModel) -> None:
     Refuses a checkpoint that the disk has no room for, before its first byte.
 
     Raises:
-        OSError: when weights and the two states of AdamW would not fit.
+        OSError: when weights, or LoRA's adapters, and the two states of AdamW would not fit.
     """
-    weights = sum(parameter.nbytes for parameter in model.parameters())
-    states = 2 * sum(parameter.nbytes for parameter in model.parameters() if parameter.requires_grad)
+    trained = sum(parameter.nbytes for parameter in model.parameters() if parameter.requires_grad)
+    is_adapter = hasattr(model, "peft_config")
+    weights = trained if is_adapter else sum(parameter.nbytes for parameter in model.parameters())
+    states = 2 * trained
     Path(output_dir).mkdir(parents=True, exist_ok=True)
     free = shutil.disk_usage(output_dir).free
     if free < weights + states:
@@ -250,7 +250,17 @@ def make_trainer(
             f"save_strategy={training_args.save_strategy.value}: only checkpoints of a step hold the place in the "
             "mixture. Set steps, or no."
         )
+    if training_args.save_only_model:
+        raise ValueError(
+            "save_only_model=true: a checkpoint without the optimizer's state would start AdamW again, and losses "
+            "would differ. Leave it out."
+        )
     checkpoint = find_checkpoint(training_args.output_dir, training_args.resume_from_checkpoint)
+    if checkpoint is None and any(Path(training_args.output_dir).glob("checkpoint-[0-9]*")):
+        raise ValueError(
+            f"output_dir={training_args.output_dir} holds checkpoints of another run, and a later resume could take "
+            "them for this one's. Set resume_from_checkpoint to true, name another directory, or remove them."
+        )
     routing = set_up_routing(model, recipe, training_args.gradient_accumulation_steps)
     # Base checkpoints have no chat template, but mid-training reads conversations too.
     reading = copy.deepcopy(tokenizer)

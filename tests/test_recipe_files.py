@@ -85,7 +85,8 @@ def test_effective_numbers_are_those_of_the_sources(stage: str):
     assert (args.weight_decay, args.max_grad_norm) == (0.1, 1.0)
     assert args.bf16 and args.torch_compile and args.report_to == []
     assert recipe.router_z_loss_coef == 1e-4
-    assert recipe.expert_bias_update_rate == (0 if stage == "qat" else 1e-3)
+    # 1e-3 where absent (test_training.py).
+    assert recipe.expert_bias_update_rate == (0 if stage == "qat" else None)
     assert recipe.capacity_factor == (1.5 if stage in ("pretrain", "midtrain") else None)
     # The comment's arithmetic, with the processes of ddp.yaml and fsdp2.yaml.
     num_sequences = 8 * args.per_device_train_batch_size * args.gradient_accumulation_steps

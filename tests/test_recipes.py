@@ -66,6 +66,11 @@ def test_lora_leaves_an_adapter_and_the_merged_model(workspace):
         torch.testing.assert_close(logits, adapted(input_ids).logits, rtol=1e-5, atol=1e-5)
         with adapted.disable_adapter():
             assert (logits - adapted(input_ids).logits).abs().max() > 1e-4
+    # QAT goes on from it.
+    options = ("--max_steps", "2", "--model", "out/lora", "--output_dir", "out/lora-qat")
+    result = run_recipe(workspace, "qat", ROOT / "recipes/tiny/qat.yaml", *options)
+    assert result.returncode == 0, result.stderr[-3000:]
+    assert AutoModelForCausalLM.from_pretrained(workspace / "out/lora-qat").config.quantization == INT4_BLOCK
 
 
 def test_lora_over_a_packed_model_leaves_the_adapter(workspace):

@@ -1,6 +1,7 @@
 """What a recipe is made of: models, checkpoints to go on from, room for them, and files that cannot work."""
 
 import importlib.util
+import inspect
 import json
 import os
 import shutil
@@ -12,10 +13,17 @@ import datasets
 import pytest
 import torch
 import yaml
-from trl import SFTConfig, TrlParser
+from trl import TrlParser
 
 from modeling_mobilemoe import training
-from modeling_mobilemoe.training import RecipeArguments, check_disk_space, find_checkpoint, load_model
+from modeling_mobilemoe.lora import add_lora
+from modeling_mobilemoe.training import (
+    RecipeArguments,
+    check_disk_space,
+    find_checkpoint,
+    load_model,
+    set_up_routing,
+)
 
 
 ROOT = Path(__file__).parents[1]
@@ -38,6 +46,11 @@ def test_load_model_starts_from_a_config_or_a_checkpoint(tmp_path, tiny_model, t
     assert loaded.dtype == torch.float32
     for name, parameter in tiny_model.named_parameters():
         assert torch.equal(loaded.get_parameter(name), parameter), name
+
+
+def test_balancing_is_on_where_nothing_is_said(tiny_model):
+    assert set_up_routing(tiny_model, RecipeArguments(""), 1).update_rate == 1e-3
+    assert set_up_routing(tiny_model, RecipeArguments("", expert_bias_update_rate=0.0), 1).update_rate == 0
 
 
 # Checkpoints
@@ -104,6 +117,11 @@ def test_disk_must_have_room_for_weights_and_optimizer(tmp_path, tiny_model, mon
     # What does not train has no optimizer state.
     tiny_model.get_input_embeddings().weight.requires_grad = False
     check_disk_space(str(tmp_path), tiny_model)
+    # A checkpoint of adapters does not hold what they adapt.
+    adapted = add_lora(tiny_model, "attention", rank=2)
+    free.free = 3 * sum(parameter.nbytes for parameter in adapted.parameters() if parameter.requires_grad)
+    check_disk_space(str(tmp_path), adapted)
+    assert free.free < weights
 
 
 # Recipes, run in this process
@@ -137,10 +155,12 @@ def load_script(script):
 def run(recipe, tmp_path, script="pretrain"):
     path = tmp_path / "recipe.yaml"
     path.write_text(yaml.safe_dump(recipe))
+    main = load_script(script).main
+    parts = [parameter.annotation for parameter in inspect.signature(main).parameters.values()]
     # Parsing leaves variables for accelerate in the environment.
     with mock.patch.dict(os.environ):
-        parser = TrlParser((RecipeArguments, SFTConfig))
-        load_script(script).main(*parser.parse_args_and_config(args=["--config", str(path)]))
+        parser = TrlParser(parts)
+        main(*parser.parse_args_and_config(args=["--config", str(path)]))
 
 
 def test_trainer_gives_the_model_what_separates_documents(recipe, tmp_path, monkeypatch):
@@ -229,6 +249,7 @@ BAD_FILES = {
         ["dataloader_num_workers=1", "would not have", "Leave it at 0"],
     ),
     "save strategy": ({"save_strategy": "epoch"}, ["save_strategy=epoch", "place in the mixture", "Set steps"]),
+    "weights without the optimizer": ({"save_only_model": True}, ["save_only_model=true", "AdamW", "Leave it out"]),
     "nothing to resume": ({"resume_from_checkpoint": True}, ["holds no complete checkpoint", "Leave it out"]),
 }
 
@@ -251,6 +272,52 @@ def test_bad_file_stops_before_any_step(recipe, tmp_path, script, name, monkeypa
     assert [part for part in parts if part not in str(raised.value)] == [], raised.value
     assert steps == []
     assert list(tmp_path.glob("out/**/*.safetensors")) == list(tmp_path.glob("out/checkpoint-*")) == []
+
+
+LORA_ERRORS = {
+    "rank alone": ({"lora_rank": 4}, "without lora_scope, and would do nothing"),
+    "balancing": ({"lora_scope": "all", "lora_rank": 4, "expert_bias_update_rate": 1e-3}, "Set 0 or leave it out"),
+    "sharded": (
+        {"lora_scope": "all", "lora_rank": 4},
+        "lora_scope=all merges them in one process. Launch with",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", LORA_ERRORS)
+def test_lora_that_cannot_work_stops_before_a_model_loads(recipe, tmp_path, name, monkeypatch):
+    changes, message = LORA_ERRORS[name]
+    if name == "sharded":
+        monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    del recipe["expert_bias_update_rate"]
+    with pytest.raises(ValueError, match=message):
+        run(recipe | changes | {"model": "no/model"}, tmp_path, "sft")
+
+
+def test_scripts_without_lora_do_not_take_its_fields(recipe, tmp_path):
+    with pytest.raises(ValueError, match="Unknown arguments from config file.*--lora_scope"):
+        run(recipe | {"lora_scope": "all", "model": "no/model"}, tmp_path)
+
+
+def test_new_run_does_not_mix_with_an_old_one(recipe, tmp_path):
+    saving = recipe | {"save_strategy": "steps", "save_steps": 1}
+    run(saving, tmp_path)
+    with pytest.raises(ValueError, match="holds checkpoints of another run.*Set resume_from_checkpoint to true"):
+        run(saving, tmp_path)
+    # From the first checkpoint again: the second one is written anew, not into the old one.
+    left = tmp_path / "out/checkpoint-2/left-over"
+    left.touch()
+    run(saving | {"resume_from_checkpoint": str(tmp_path / "out/checkpoint-1")}, tmp_path)
+    assert find_checkpoint(str(tmp_path / "out"), "true").name == "checkpoint-2" and not left.exists()
+
+
+def test_checkpoint_after_a_document_of_many_blocks(recipe, tmp_path):
+    """Blocks without a sequence of their own do not push out the place that a checkpoint needs."""
+    rows = [{"text": "x = 1\n" * (60_000 if i == 20 else 5)} for i in range(200)]
+    data = [{"path": "json", "data_files": write_jsonl(tmp_path / "long.jsonl", rows), "streaming": True}]
+    changes = {"data": data, "num_data_readers": 1, "max_steps": 8, "save_strategy": "steps", "save_steps": 1}
+    run(recipe | changes | {"per_device_train_batch_size": 2, "save_total_limit": 1}, tmp_path)
+    assert find_checkpoint(str(tmp_path / "out"), "true").name == "checkpoint-8"
 
 
 @pytest.mark.parametrize("name", ["unknown key", "unknown key of the data"])
