@@ -442,6 +442,20 @@ def test_resumed_mixture_goes_on_at_the_exact_sequence(repeating_sources, tokeni
         assert ids(take(fourth, 2)) == whole[cut + 6 : cut + 8], (cut, ahead)
 
 
+def test_place_is_kept_after_a_document_of_many_blocks(tmp_path, tokenizer):
+    """Such a document leaves blocks without a sequence of their own; the loader meanwhile is some sequences ahead."""
+    rows = [{"text": "x = 1\n" * (data.BLOCK_SEQUENCES * 100 if i == 20 else 5)} for i in range(200)]
+    path = tmp_path / "long.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    arguments = ([DataSource(path="json", data_files=str(path), streaming=True)], tokenizer, 32, 0, 1)
+    mixture, whole = Mixture(*arguments), []
+    for row in itertools.islice(mixture.sequences([0]), 1500):
+        whole.append(row)
+        mixture.state(max(0, len(whole) - 3))
+    again = Mixture(*arguments, state=round_trip(mixture.state(1490)))
+    assert ids(take(again, 10)) == ids(whole[1490:])
+
+
 def test_readers_that_were_not_asked_again_keep_their_place(two_sources, tokenizer):
     arguments = (two_sources, tokenizer, 64, 0, 3)
     whole = ids(take(Mixture(*arguments), 60))

@@ -311,15 +311,6 @@ def test_new_run_does_not_mix_with_an_old_one(recipe, tmp_path):
     assert find_checkpoint(str(tmp_path / "out"), "true").name == "checkpoint-2" and not left.exists()
 
 
-def test_checkpoint_after_a_document_of_many_blocks(recipe, tmp_path):
-    """Blocks without a sequence of their own do not push out the place that a checkpoint needs."""
-    rows = [{"text": "x = 1\n" * (60_000 if i == 20 else 5)} for i in range(200)]
-    data = [{"path": "json", "data_files": write_jsonl(tmp_path / "long.jsonl", rows), "streaming": True}]
-    changes = {"data": data, "num_data_readers": 1, "max_steps": 8, "save_strategy": "steps", "save_steps": 1}
-    run(recipe | changes | {"per_device_train_batch_size": 2, "save_total_limit": 1}, tmp_path)
-    assert find_checkpoint(str(tmp_path / "out"), "true").name == "checkpoint-8"
-
-
 @pytest.mark.parametrize("name", ["unknown key", "unknown key of the data"])
 def test_wrong_keys_show_before_a_model_loads(recipe, tmp_path, name):
     changes, _ = BAD_FILES[name]
