@@ -3,13 +3,14 @@ Training speed of the S shape, beside transformers' OLMoE and Qwen3-MoE at the s
 
     python examples/bench_train.py [--layers 2] [--length 512] [--batch 1] [--repeats 9] [--dtype float32] [--compile]
     python examples/bench_train.py --device cuda --layers 20 --vocab-size 128256 --length 2048 --batch 8 \
-        --dtype bfloat16 --compile
+        --dtype bfloat16 --compile --models mobilemoe
 
 A step is forward, backward and AdamW on packed documents, with FP32 weights; `--dtype bfloat16` computes under
 autocast, as the recipes do. MobileMoE runs as they run it: with the z-loss and counting hooks and the balancing
 step, dropless and with capacity 1.5. The models take turns in one run. Model FLOPs per token are 6 x active weights
-and 6 x layers x length x query width for causal attention; MFU is their rate over that of one large matrix
-multiplication, measured in the same run. Random weights; one JSON line last.
+and 6 x layers x document length x query width for causal attention; MFU is their rate over that of one large matrix
+multiplication, measured in the same run. Random weights; one JSON line last. All models stay in memory between their
+turns: with whole models on a GPU name one at a time, and the peak of memory is that one's.
 """
 
 import argparse
@@ -25,6 +26,15 @@ from tqdm import tqdm
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from modeling_mobilemoe.training import RecipeArguments, set_up_routing
+
+
+# The class, and the capacity factor.
+MODELS = {
+    "mobilemoe": ("mobilemoe", None),
+    "mobilemoe-capacity": ("mobilemoe", 1.5),
+    "olmoe": ("olmoe", None),
+    "qwen3_moe": ("qwen3_moe", None),
+}
 
 
 def active_parameters(model: PreTrainedModel) -> int:
@@ -87,16 +97,12 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=9)
     parser.add_argument("--dtype", default="float32", choices=("bfloat16", "float32"))
     parser.add_argument("--compile", action="store_true")
+    parser.add_argument("--models", nargs="+", choices=MODELS, default=list(MODELS))
     arguments = parser.parse_args()
 
     torch.manual_seed(0)
     configs = peer_configs(arguments.layers, arguments.vocab_size)
-    trainees = {
-        "mobilemoe": Trainee(configs["mobilemoe"], None, arguments),
-        "mobilemoe, capacity 1.5": Trainee(configs["mobilemoe"], 1.5, arguments),
-        "olmoe": Trainee(configs["olmoe"], None, arguments),
-        "qwen3_moe": Trainee(configs["qwen3_moe"], None, arguments),
-    }
+    trainees = {name: Trainee(configs[MODELS[name][0]], MODELS[name][1], arguments) for name in arguments.models}
     tokens = arguments.length * arguments.batch
     input_ids = torch.randint(3, arguments.vocab_size, (arguments.batch, arguments.length))
     # Two documents per sequence.
@@ -131,7 +137,7 @@ def main() -> None:
     for name, trainee in trainees.items():
         config = trainee.model.config
         width = config.num_attention_heads * 64
-        flops = 6 * active_parameters(trainee.model) + 6 * config.num_hidden_layers * arguments.length * width
+        flops = 6 * active_parameters(trainee.model) + 6 * config.num_hidden_layers * arguments.length // 2 * width
         rates = sorted(tokens / value for value in seconds[name])
         low, median, high = (rates[round(q * (len(rates) - 1))] for q in (0.1, 0.5, 0.9))
         result[name] = {"tokens_per_s": round(median, 1), "p10": round(low, 1), "p90": round(high, 1)}
@@ -139,7 +145,7 @@ def main() -> None:
         print(f"{name:24s} {median:9.0f} {low:8.0f} {high:8.0f} {result[name]['mfu']:7.1%}")
     if arguments.device == "cuda":
         result["peak_memory_gb"] = round(torch.cuda.max_memory_allocated() / 1e9, 2)
-        print(f"peak memory of all models together: {result['peak_memory_gb']} GB")
+        print(f"peak memory: {result['peak_memory_gb']} GB")
     print(json.dumps(result))
 
 

@@ -332,7 +332,7 @@ def test_options_go_with_the_kernels_too(kernel_directory, float_text_checkpoint
     assert report["moe_op"] == "mobilemoe::moe_ffn" and report["expert_axis"] == "output"
     assert report["parity"]["pte_to_pytorch_with_the_same_roundings"]["cosine_mean"] >= 0.999
     assert set(report["parity"]["sources"]) == {
-        *("INT4 weights", "BF16 scales", "INT8 activations", "INT8 expert activations", "INT8 KV cache")
+        *("INT4 weights", "INT8 activations", "INT8 expert activations", "INT8 KV cache")
     }
     # All experts are in the file beside the program.
     assert report["ptd_bytes"] > 2 * 8 * 3 * 64 * 32 * 0.5 and report["ptd_bytes"] + report["pte_bytes"] < 400_000
