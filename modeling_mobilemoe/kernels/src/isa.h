@@ -3,7 +3,8 @@
 // y[n] = sum_k x[k] * s[k, n / 32] * q[k, n] has its scale inside the reduction. So for every group of 32 outputs and
 // every block of 128 inputs, the activations are multiplied by that group's scales and rounded to INT8 with one step;
 // all products are then integers, and the blocks' sums are added in FP32, in order. Every path rounds in the same
-// places, so results do not depend on the machine, the number of threads, or how tokens are batched.
+// places, so results do not depend on the machine, the number of threads, or how tokens are batched. (Linears of up to
+// three tokens add their products up in another order than those of more.)
 #pragma once
 
 #include <cstdint>
