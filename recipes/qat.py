@@ -19,7 +19,7 @@ class QATArguments:
     expert_axis: str = field(
         default="output", metadata={"help": "Groups of experts: output (released) or input (ExecuTorch's kernels)."}
     )
-    quantize_activations: bool = field(default=True, metadata={"help": "Round inputs to INT8, as the kernels do."})
+    quantize_activations: bool = field(default=True, metadata={"help": "Round inputs to INT8 per token, coarser than our kernels."})
     quantize_from_step: int = field(default=0, metadata={"help": "Optimizer steps in full precision before that."})
 
 
