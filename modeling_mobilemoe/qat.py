@@ -190,9 +190,9 @@ def prepare(
     model: PreTrainedModel, int4_format: Int4Format | None = None, activations: bool = True
 ) -> PreTrainedModel:
     """
-    Makes every weight read as the packed checkpoint will hold it, and every input of a packed weight as INT8 per token,
-    the coarsest that kernels round (see the top); prints what became of every parameter. In place; end with
-    [`convert`].
+    Makes every weight read as the packed checkpoint will hold it, and every input of a packed weight as INT8 per
+    token, the coarsest that kernels round (see the top). The first process prints what became of every parameter.
+    In place; end with [`convert`].
 
     Linears become torchao's `FakeQuantizedLinear`. Parameters keep their names and full precision, so a checkpoint
     saved before [`convert`] is an ordinary one. Norms read as BF16, expert biases are rounded to it once, here. The
@@ -238,7 +238,8 @@ def prepare(
             linear.weight_fake_quantizer = Int4FakeQuantizer(int4_format)
             linear.activation_fake_quantizer = inputs()
             model.set_submodule(name, linear)
-    print(preparation_table(model))
+    if not torch.distributed.is_initialized() or torch.distributed.get_rank() == 0:
+        print(preparation_table(model))
     return model
 
 
