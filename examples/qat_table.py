@@ -6,7 +6,8 @@ What INT4 quantization-aware training wins back, on the demo's data: held-out lo
 Needs the fine-tuned checkpoint of `make demo`. Per seed that checkpoint is trained on by `recipes/sft.py` in full
 precision and by `recipes/qat.py` in INT4, same data, steps and schedule, so that what QAT gains by training longer
 counts for neither; rounding is applied to the former. Recovered is the share of the loss that rounding adds and QAT
-does not have. Every model is measured with its inputs as they are and rounded to INT8, as the kernels of a `.pte` do.
+does not have. Every model is measured with its inputs as they are, and rounded to INT8 per token, as `--moe-op llama`
+does; the `.pte` kernels of the default round in finer blocks.
 
 A cell that is done is not done again: interrupt and repeat the command. A markdown table, and one JSON line last.
 """

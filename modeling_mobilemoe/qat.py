@@ -1,9 +1,13 @@
 """
 INT4 quantization-aware training in two steps around any trainer, after torchao's idiom:
 
-    prepare(model)                      # weights read as they will be packed, inputs as the kernels will round them
+    prepare(model)                      # weights read as they will be packed, inputs as INT8
     trainer.train()                     # its checkpoints are ordinary full-precision ones
     convert(model).save_pretrained(directory)
+
+Inputs are rounded per token, asymmetric, as XNNPACK and `llama::quantized_moe_ffn` (`--moe-op llama`) round them. The
+package's own operators round in finer blocks: linears symmetric per 32 inputs, experts per 32 outputs x 128 inputs. So
+training sees the coarser of the two.
 """
 
 import re
@@ -98,7 +102,7 @@ class Int4FakeQuantizer(FakeQuantizerBase):
 
 
 class Int8FakeQuantizer(IntxFakeQuantizer):
-    """torchao's dynamic per-token INT8, the rounding of XNNPACK and of the MoE operator, in FP32 for any dtype."""
+    """torchao's dynamic per-token INT8, the rounding of XNNPACK and `--moe-op llama`, in FP32 for any dtype."""
 
     def __init__(self):
         super().__init__(IntxFakeQuantizeConfig(torch.int8, "per_token", is_symmetric=False))
@@ -186,8 +190,9 @@ def prepare(
     model: PreTrainedModel, int4_format: Int4Format | None = None, activations: bool = True
 ) -> PreTrainedModel:
     """
-    Makes every weight read as the packed checkpoint will hold it, and every input of a packed weight as INT8 kernels
-    will round it; prints what became of every parameter. In place; end with [`convert`].
+    Makes every weight read as the packed checkpoint will hold it, and every input of a packed weight as INT8 per
+    token, the coarsest that kernels round (see the top). The first process prints what became of every parameter.
+    In place; end with [`convert`].
 
     Linears become torchao's `FakeQuantizedLinear`. Parameters keep their names and full precision, so a checkpoint
     saved before [`convert`] is an ordinary one. Norms read as BF16, expert biases are rounded to it once, here. The
@@ -233,7 +238,8 @@ def prepare(
             linear.weight_fake_quantizer = Int4FakeQuantizer(int4_format)
             linear.activation_fake_quantizer = inputs()
             model.set_submodule(name, linear)
-    print(preparation_table(model))
+    if not torch.distributed.is_initialized() or torch.distributed.get_rank() == 0:
+        print(preparation_table(model))
     return model
 
 

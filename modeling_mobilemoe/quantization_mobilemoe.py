@@ -11,7 +11,8 @@ the model's dtype. In FP32 a packed model therefore equals its dequantised twin 
 matrix at a time, when they are used, and never kept.
 
 A BF16 model on the CPU is not expanded where the package's C++ kernels are at hand: they multiply the integers as they
-are with activations rounded to INT8, as in QAT. FP32 and training always take the exact path.
+are with activations rounded to INT8, in finer blocks than QAT rounds them. FP32 and training always take the exact
+path.
 """
 
 import re

@@ -2,6 +2,8 @@
 INT4 quantization-aware training of a fine-tuned checkpoint; ends in a packed checkpoint.
 
     python recipes/qat.py --config recipes/tiny/qat.yaml [--any_field value]
+
+On one GPU, or on several with `recipes/accelerate/ddp.yaml`.
 """
 
 from dataclasses import dataclass, field
@@ -11,7 +13,7 @@ from trl import SFTConfig, TrlParser
 
 from modeling_mobilemoe.qat import FakeQuantizationStart, convert, prepare
 from modeling_mobilemoe.quantization_mobilemoe import Int4Format
-from modeling_mobilemoe.training import RecipeArguments, load_model, make_trainer, train
+from modeling_mobilemoe.training import RecipeArguments, load_model, make_trainer, refuse_fsdp, train
 
 
 @dataclass
@@ -19,21 +21,40 @@ class QATArguments:
     expert_axis: str = field(
         default="output", metadata={"help": "Groups of experts: output (released) or input (ExecuTorch's kernels)."}
     )
-    quantize_activations: bool = field(default=True, metadata={"help": "Round inputs to INT8, as the kernels do."})
+    quantize_activations: bool = field(
+        default=True, metadata={"help": "Round inputs to INT8 per token, coarser than our kernels."}
+    )
     quantize_from_step: int = field(default=0, metadata={"help": "Optimizer steps in full precision before that."})
 
 
+def check_quantization(quantization: QATArguments, recipe: RecipeArguments, training_args: SFTConfig) -> None:
+    refuse_fsdp(training_args, "QAT packs them whole in one process")
+    if 0 < training_args.max_steps <= quantization.quantize_from_step:
+        raise ValueError(
+            f"quantize_from_step={quantization.quantize_from_step} with max_steps={training_args.max_steps}: no step "
+            "would see INT4 weights, and packing would only round them. Set a step below max_steps."
+        )
+    if recipe.expert_bias_update_rate is None:
+        # Biases are packed in BF16, whose spacing is wider than the usual step of 1e-3 from 0.25 on.
+        recipe.expert_bias_update_rate = 0.0
+
+
 def main(recipe: RecipeArguments, quantization: QATArguments, training_args: SFTConfig) -> None:
+    check_quantization(quantization, recipe, training_args)
     tokenizer = AutoTokenizer.from_pretrained(recipe.tokenizer or recipe.model)
     int4_format = Int4Format(quantization.expert_axis)
     model = load_model(recipe.model, recipe.attn_implementation)
     model = prepare(model, int4_format, quantization.quantize_activations)
     trainer = make_trainer(model, tokenizer, recipe, training_args)
-    if trainer.is_fsdp_enabled:
-        raise ValueError("FSDP shards the weights, and they are packed by one process. Launch with ddp.yaml.")
     trainer.add_callback(FakeQuantizationStart(quantization.quantize_from_step))
     train(trainer)
     trainer.save_state()
+    if trainer.state.global_step <= quantization.quantize_from_step:
+        raise ValueError(
+            f"Training ended after {trainer.state.global_step} steps with quantize_from_step="
+            f"{quantization.quantize_from_step}: no step saw INT4 weights, and packing would only round them. Go on "
+            "from the last checkpoint with --resume_from_checkpoint true, or set an earlier step."
+        )
     if trainer.is_world_process_zero():
         convert(model).save_pretrained(training_args.output_dir)
         tokenizer.save_pretrained(training_args.output_dir)

@@ -134,6 +134,10 @@ RULES = [
         append=f"{ON_A_CPU} --lora_budget 40000",
     ),
     Rule(
+        r"python recipes/qat\.py --config recipes/mobilemoe-s/\S+ .*--quantize_from_step .*",
+        append=f"{ON_A_CPU} --quantize_from_step 1",
+    ),
+    Rule(
         r"python recipes/\w+\.py --config recipes/mobilemoe-s/\S+.*",
         append=ON_A_CPU,
         writes="out/mobilemoe-s/*/trainer_state.json",

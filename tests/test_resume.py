@@ -185,3 +185,26 @@ def test_killed_fine_tuning_ends_like_one_never_killed(workspace, tiny_checkpoin
     )
     finish(start(workspace, output_dir, "--resume_from_checkpoint", "true", script="sft"), output_dir)
     assert_same_outcome(output_dir, expected_dir)
+
+
+@pytest.mark.slow
+def test_resumed_quantization_ends_in_the_same_packed_checkpoint(workspace, tiny_checkpoint):
+    write(
+        workspace / "pairs.jsonl", [{"prompt": f"What is {i} plus 1?", "completion": f"{i + 1}."} for i in range(150)]
+    )
+    recipe = yaml.safe_load((ROOT / "recipes/tiny/qat.yaml").read_text()) | RECIPE
+    recipe |= {"model": str(tiny_checkpoint), "tokenizer": str(workspace / "tokenizer"), "quantize_from_step": 4}
+    recipe["data"] = [{"path": "json", "data_files": str(workspace / "pairs.jsonl")}]
+    (workspace / "qat.yaml").write_text(yaml.safe_dump(recipe))
+    expected_dir, output_dir = workspace / "qat", workspace / "qat-resumed"
+    finish(start(workspace, expected_dir, script="qat"), expected_dir)
+    # In the middle of what is trained in INT4.
+    output_dir.mkdir()
+    shutil.copytree(expected_dir / "checkpoint-10", output_dir / "checkpoint-10")
+    finish(start(workspace, output_dir, "--resume_from_checkpoint", "true", script="qat"), output_dir)
+    logs, place, weights = outcome(output_dir)
+    expected_logs, expected_place, expected_weights = outcome(expected_dir)
+    assert (logs, place) == (expected_logs, expected_place)
+    assert any(name.endswith("qweight") and tensor.dtype == torch.uint8 for name, tensor in weights.items())
+    assert weights.keys() == expected_weights.keys()
+    assert [name for name, tensor in weights.items() if not torch.equal(tensor, expected_weights[name])] == []
