@@ -22,7 +22,14 @@ struct Block {
   }
 };
 
-// out [columns] = a block of an expert times its inputs x. Prefetches `next` while it computes.
+// Asks for lines [first, last) of the weights to come, as many at once as a core can wait for.
+void fetch(const uint8_t* weights, int64_t first, int64_t last) {
+  for (int64_t line = first; line < last; ++line) __builtin_prefetch(weights + line * 64);
+}
+
+// out [columns] = a block of an expert times its inputs x. Prefetches `next` while it computes: a quarter of what it
+// reads itself in three portions around the rounding of inputs, or memory would rest meanwhile, the others in
+// `multiply_strip`.
 void multiply_block(const Experts& experts, Block at, Weights next, const float* x, float* out) {
   const int num_rows = rows_in_block(experts.rows, at.block);
   const int64_t row = at.block * kBlock;
@@ -30,14 +37,19 @@ void multiply_block(const Experts& experts, Block at, Weights next, const float*
   for (int64_t i = 0; i < num_rows * experts.num_groups() * 2; i += 64) __builtin_prefetch(next_scales + i);
   alignas(64) float scales[kBlock * kChunkGroups];
   Activations activations;
+  const int64_t early = num_rows / 2, by_strip = num_rows * 3 / 4;  // lines of 64 bytes
   for (int64_t group = 0; group < experts.num_groups(); group += kChunkGroups) {
     const Strip low = experts.strip(at.expert, row, group), high = experts.strip(at.expert, row, group + kStripGroups);
     const uint8_t* ahead = next.qweight + group * num_rows * kGroup / 2;
+    fetch(ahead, 0, early / 3);
     isa().load_scales(experts.scales(at.expert, row, low, group, high, group + kStripGroups), num_rows, scales);
+    fetch(ahead, early / 3, early * 2 / 3);
     isa().quantize(&x, 1, scales, num_rows, &activations);
+    fetch(ahead, early * 2 / 3, early);
+    ahead += early * 64;
     isa().multiply_strip(low, num_rows, activations, 0, ahead, out + group * kGroup);
     if (high.num_groups > 0) {
-      ahead += kStrip / 2 * num_rows;
+      ahead += by_strip * 64;
       isa().multiply_strip(high, num_rows, activations, kStripGroups, ahead, out + group * kGroup + kStrip);
     }
   }

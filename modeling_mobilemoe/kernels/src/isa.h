@@ -87,8 +87,8 @@ struct Isa {
   // out[token, 32] (+)= panel of one group times that group's lane of the tokens' activations.
   void (*multiply_panel)(const uint8_t* panel, int num_rows, const Activations* activations, int lane, int num_tokens,
                          bool accumulate, float* out, int64_t out_stride);
-  // out[128] = strip times lanes first_lane.. of one token's activations, straight from the packed rows. Prefetches as
-  // many bytes from `next` on as it reads.
+  // out[128] = strip times lanes first_lane.. of one token's activations, straight from the packed rows. Prefetches
+  // three quarters as many bytes from `next` on as it reads.
   void (*multiply_strip)(const Strip& strip, int num_rows, const Activations& activations, int first_lane,
                          const uint8_t* next, float* out);
 

@@ -121,7 +121,7 @@ void multiply_strip(const Strip& strip, int num_rows, const Activations& activat
       for (int c = 0; c < 4; ++c) {
         const int row = k + c * kCellBytes;
         const Cells cells = transpose_rows(strip.rows + row * strip.stride + g * 16, strip.stride, has_second);
-        const char* ahead = reinterpret_cast<const char*>(next) + (g / 2 * num_rows + row) * 32;
+        const char* ahead = reinterpret_cast<const char*>(next) + (g / 2 * num_rows + row) * 24;
         _mm_prefetch(ahead, _MM_HINT_T0);
         _mm_prefetch(ahead + 64, _MM_HINT_T0);
         for (int i = 0; i < 4; ++i) {

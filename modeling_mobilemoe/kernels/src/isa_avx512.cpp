@@ -213,7 +213,7 @@ void multiply_strip(const Strip& strip, int num_rows, const Activations& activat
       const Cells cells = transpose_rows(strip, row, mask);
 #pragma GCC unroll 4
       for (int i = 0; i < 4; ++i) {
-        _mm_prefetch(reinterpret_cast<const char*>(next) + (row + i) * 64, _MM_HINT_T0);
+        if (i < 3) _mm_prefetch(reinterpret_cast<const char*>(next) + (row / 4 * 3 + i) * 64, _MM_HINT_T0);
         add_products(even[i], low_nibbles(cells.byte[i]), x[c]);
         add_products(odd[i], high_nibbles(cells.byte[i]), x[c]);
       }

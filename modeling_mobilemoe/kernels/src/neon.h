@@ -69,7 +69,7 @@ void multiply_strip(const Strip& strip, int num_rows, const Activations& activat
     for (int i = 0; i < 4; ++i) even[i] = odd[i] = vdupq_n_s32(activations.offset[lane]);
     const auto add_rows = [&](int row, auto add) {
       const uint8x16x4_t cells = transpose_rows(strip.rows + row * strip.stride + g * 16, strip.stride);
-      __builtin_prefetch(next + (g * num_rows + row) * 16, 0, 2);
+      __builtin_prefetch(next + (g * num_rows + row) * 12, 0, 2);
       for (int i = 0; i < 4; ++i) {
         even[i] = add(even[i], low_nibbles(cells.val[i]));
         odd[i] = add(odd[i], high_nibbles(cells.val[i]));
