@@ -63,7 +63,7 @@ FEW_STEPS = "--max_steps 2 --logging_steps 1"
 ONE_PROCESS = "--cpu --num_processes 1 --num_machines 1 --mixed_precision no --dynamo_backend no"
 ON_A_CPU = (
     f"{FEW_STEPS} --max_length 128 --per_device_train_batch_size 2 --gradient_accumulation_steps 1 --use_cpu true "
-    "--bf16 false --torch_compile false --num_data_readers 2"
+    "--bf16 false --torch_compile false --num_data_readers 2 --save_strategy no"
 )
 FEW_TOKENS = "--prompt-lengths 8 16 --new-tokens 2 --repeats 1 --threads 1"
 
