@@ -630,21 +630,25 @@ def test_512_tokens_are_those_of_pytorch(kernel_pte: Path, text_checkpoint: Path
     model = AutoModelForCausalLM.from_pretrained(text_checkpoint, dtype=torch.float32).eval()
     tokens = program.encode(inspect.getsource(argparse))
 
-    def agreement(roundings: set[str]) -> tuple[float, float]:
-        equal, cosines = 0, []
+    def agreement(roundings: set[str], tie: float) -> tuple[float, float]:
+        """Share of positions whose top token is PyTorch's, or ties with it; mean cosine of the logits."""
+        gaps, cosines = [], []
         with rounded_as(model, roundings, 4, on_kernels=True), torch.inference_mode():
             for window in range(16):
                 path = tokens[1000 + 64 * window :][:32]
                 path = model.generate(torch.tensor([path]), max_new_tokens=32, min_new_tokens=32, do_sample=False)[0]
                 expected = model(path[None, :-1]).logits[0, 31:]
                 actual = program.last_logits(path[:-1].tolist(), 0, 32)
-                equal += (actual.argmax(-1) == expected.argmax(-1)).sum().item()
-                cosines.append(torch.nn.functional.cosine_similarity(actual, expected, dim=-1))
-        return equal / 512, torch.cat(cosines).mean().item()
+                chosen = expected.gather(-1, actual.argmax(-1, keepdim=True))[:, 0]
+                gaps.append(expected.max(-1).values - chosen)
+                cosines.append(torch.cosine_similarity(actual, expected, dim=-1))
+        gaps = torch.cat(gaps)
+        assert len(gaps) == 512
+        return (gaps <= tie).float().mean().item(), torch.cat(cosines).mean().item()
 
-    # With the same roundings of activations to INT8 the two compute the same.
-    greedy, cosine = agreement({"INT8 activations", "INT8 expert activations"})
-    assert greedy >= 0.998 and cosine > 0.999999
-    # Without them this small model, unsure of most tokens, changes its mind at near-ties.
-    greedy, cosine = agreement(set())
-    assert greedy > 0.95 and cosine > 0.9999
+    # Logits of this small model, unsure of most tokens, have a standard deviation of 2.3. With the same roundings of
+    # activations to INT8 the two differ in the order of sums only, which moves some inputs across a rounding.
+    greedy, cosine = agreement({"INT8 activations", "INT8 expert activations"}, tie=0.01)
+    assert greedy >= 0.99 and cosine >= 0.9999
+    greedy, cosine = agreement(set(), tie=0.1)
+    assert greedy >= 0.98 and cosine >= 0.9998

@@ -63,7 +63,7 @@ def test_lora_leaves_an_adapter_and_the_merged_model(workspace):
     input_ids = torch.arange(2, 34)[None]
     with torch.no_grad():
         logits = merged(input_ids).logits
-        torch.testing.assert_close(logits, adapted(input_ids).logits, rtol=1e-5, atol=1e-5)
+        assert (logits - adapted(input_ids).logits).abs().max() <= 1e-5 * logits.abs().max()
         with adapted.disable_adapter():
             assert (logits - adapted(input_ids).logits).abs().max() > 1e-4
     # QAT goes on from it.
