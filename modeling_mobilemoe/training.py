@@ -162,9 +162,12 @@ def check_disk_space(output_dir: str, model: PreTrainedModel) -> None:
     Raises:
         OSError: when weights, or LoRA's adapters, and the two states of AdamW would not fit.
     """
+    from peft import PeftModel
+
     trained = sum(parameter.nbytes for parameter in model.parameters() if parameter.requires_grad)
-    is_adapter = hasattr(model, "peft_config")
-    weights = trained if is_adapter else sum(parameter.nbytes for parameter in model.parameters())
+    weights = trained
+    if not isinstance(model, PeftModel):
+        weights = sum(parameter.nbytes for parameter in model.parameters())
     states = 2 * trained
     Path(output_dir).mkdir(parents=True, exist_ok=True)
     free = shutil.disk_usage(output_dir).free
@@ -173,6 +176,11 @@ def check_disk_space(output_dir: str, model: PreTrainedModel) -> None:
             f"A checkpoint needs about {(weights + states) / 1e9:.2f} GB, and {output_dir} has {free / 1e9:.2f} GB "
             "left. Free space and go on from the last checkpoint with --resume_from_checkpoint true."
         )
+
+
+def saved_checkpoints(output_dir: str) -> list[Path]:
+    """Those of a run, complete or not, the last one first."""
+    return sorted(Path(output_dir).glob("checkpoint-[0-9]*"), key=lambda path: -int(path.name.split("-")[1]))
 
 
 def find_checkpoint(output_dir: str, resume_from_checkpoint: str | bool | None) -> Path | None:
@@ -193,8 +201,7 @@ def find_checkpoint(output_dir: str, resume_from_checkpoint: str | bool | None) 
                 "trainer_state.json is missing or cut off. Name another one, or set true for the last complete one."
             )
         return Path(resume_from_checkpoint)
-    found = sorted(Path(output_dir).glob("checkpoint-[0-9]*"), key=lambda path: -int(path.name.split("-")[1]))
-    for checkpoint in found:
+    for checkpoint in saved_checkpoints(output_dir):
         if _mixture_state(checkpoint) is not None:
             return checkpoint
         logger.warning(f"{checkpoint} was not completed and is passed over.")
@@ -256,7 +263,7 @@ def make_trainer(
             "would differ. Leave it out."
         )
     checkpoint = find_checkpoint(training_args.output_dir, training_args.resume_from_checkpoint)
-    if checkpoint is None and any(Path(training_args.output_dir).glob("checkpoint-[0-9]*")):
+    if checkpoint is None and saved_checkpoints(training_args.output_dir):
         raise ValueError(
             f"output_dir={training_args.output_dir} holds checkpoints of another run, and a later resume could take "
             "them for this one's. Set resume_from_checkpoint to true, name another directory, or remove them."

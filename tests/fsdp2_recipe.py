@@ -11,10 +11,11 @@ import os
 import runpy
 import sys
 
-from accelerate import state
+from accelerate import accelerator, state
 from accelerate.commands.launch import _validate_launch_command, launch_command_parser
 from accelerate.utils import DistributedType
 from accelerate.utils.launch import prepare_multi_gpu_env
+from torch.distributed.tensor import DTensor
 
 
 def main(config: str, script: str, *arguments: str) -> None:
@@ -33,9 +34,18 @@ def main(config: str, script: str, *arguments: str) -> None:
             self.distributed_type = DistributedType.FSDP
             state.PartialState._shared_state["distributed_type"] = DistributedType.FSDP
 
+    prepare, prepared = accelerator.fsdp2_prepare_model, []
+
+    def prepare_sharded(*args, **kwargs):
+        prepared.append(prepare(*args, **kwargs))
+        return prepared[-1]
+
     state.AcceleratorState.__init__ = initialize_sharded
+    accelerator.fsdp2_prepare_model = prepare_sharded
     sys.argv = [script, *arguments]
     runpy.run_path(script, run_name="__main__")
+    (model,) = prepared
+    assert all(isinstance(parameter, DTensor) for parameter in model.parameters())
 
 
 if __name__ == "__main__":

@@ -1,22 +1,17 @@
 """Quantization-aware training: what the loss sees, what moves, what is refused, and what comes out."""
 
 import copy
-import importlib.util
 import json
-import os
 import types
 from pathlib import Path
-from unittest import mock
 
-import datasets
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 from torch import nn
 from torch.nn import functional as F
 from torchao.quantization.qat import FakeQuantizedLinear, IntxFakeQuantizeConfig, IntxFakeQuantizer
-from transformers import AutoModelForCausalLM, Trainer, TrainerCallback, TrainingArguments
-from trl import SFTConfig
+from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
 from trl.trainer.utils import add_fused_lm_head
 
 from modeling_mobilemoe import MobileMoEConfig, MobileMoEForCausalLM, dequantize, qat, quantize, training
@@ -31,10 +26,9 @@ from modeling_mobilemoe.qat import (
 )
 from modeling_mobilemoe.quantization_mobilemoe import Int4Format, dequantize_tensor, pack_int4, quantize_tensor
 from modeling_mobilemoe.routing import set_capacity_factor
-from modeling_mobilemoe.training import RecipeArguments, load_model
+from modeling_mobilemoe.training import load_model
 
 
-ROOT = Path(__file__).parents[1]
 AXES = ["output", "input"]
 IMPLEMENTATIONS = ["eager", "batched_mm", "grouped_mm", "capacity"]
 
@@ -145,18 +139,30 @@ def test_gradients_are_those_at_the_rounded_weights(tiny_model, input_ids, axis,
         torch.testing.assert_close(parameter.grad, expected.grad, rtol=1e-5, atol=1e-7, msg=lambda m, n=name: n + m)
 
 
+def prepared_experts(model, axis):
+    """The experts of a layer, ready for training, and the weights that they should read."""
+    experts = model.model.layers[0].feed_forward.experts
+    expected = [
+        packed_values(weight, Int4Format(axis).expert_dim) for weight in (experts.gate_up_proj, experts.down_proj)
+    ]
+    prepare(model, Int4Format(axis))
+    return experts, *expected
+
+
+def routed_tokens():
+    """Tokens, four experts for each, and their weights."""
+    generator = torch.Generator().manual_seed(0)
+    tokens = torch.randn(6, 64, generator=generator)
+    index = torch.stack([torch.randperm(8, generator=generator)[:4] for _ in range(6)])
+    return tokens, index, torch.rand(6, 4, generator=generator)
+
+
 @pytest.mark.parametrize("axis", AXES)
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 def test_experts_round_both_inputs(tiny_model, axis, implementation):
     set_implementation(tiny_model, implementation)
-    experts = tiny_model.model.layers[0].feed_forward.experts
-    gate_up = packed_values(experts.gate_up_proj, Int4Format(axis).expert_dim)
-    down = packed_values(experts.down_proj, Int4Format(axis).expert_dim)
-    prepare(tiny_model, Int4Format(axis))
-    generator = torch.Generator().manual_seed(0)
-    tokens = torch.randn(6, 64, generator=generator)
-    index = torch.stack([torch.randperm(8, generator=generator)[:4] for _ in range(6)])
-    weights = torch.rand(6, 4, generator=generator)
+    experts, gate_up, down = prepared_experts(tiny_model, axis)
+    tokens, index, weights = routed_tokens()
     int8, expected = Int8FakeQuantizer(), torch.zeros(6, 64)
     for token in range(6):
         for expert, weight in zip(index[token].tolist(), weights[token], strict=True):
@@ -171,19 +177,13 @@ def test_experts_round_both_inputs(tiny_model, axis, implementation):
 def test_gradients_of_experts_are_those_by_hand(tiny_model, axis, implementation):
     """Straight through all four roundings: products with rounded factors, as if nothing had been rounded between."""
     set_implementation(tiny_model.train(), implementation)
-    experts = tiny_model.model.layers[0].feed_forward.experts
     # As large as trained ones, or the gradients would be too small to compare.
     with torch.no_grad():
-        for parameter in experts.parameters():
+        for parameter in tiny_model.model.layers[0].feed_forward.experts.parameters():
             parameter.copy_(torch.randn(parameter.shape, generator=torch.Generator().manual_seed(0)) / 8)
-    gate_up_proj = packed_values(experts.gate_up_proj, Int4Format(axis).expert_dim)
-    down_proj = packed_values(experts.down_proj, Int4Format(axis).expert_dim)
-    prepare(tiny_model, Int4Format(axis))
-    generator = torch.Generator().manual_seed(0)
-    tokens = torch.randn(6, 64, generator=generator)
-    index = torch.stack([torch.randperm(8, generator=generator)[:4] for _ in range(6)])
-    weights = torch.rand(6, 4, generator=generator)
-    upstream = torch.randn(6, 64, generator=generator)
+    experts, gate_up_proj, down_proj = prepared_experts(tiny_model, axis)
+    tokens, index, weights = routed_tokens()
+    upstream = torch.randn(6, 64, generator=torch.Generator().manual_seed(1))
     int8 = Int8FakeQuantizer()
     d_gate_up, d_down = torch.zeros_like(gate_up_proj), torch.zeros_like(down_proj)
     d_tokens, d_weights = torch.zeros_like(tokens), torch.zeros_like(weights)
@@ -413,87 +413,6 @@ def test_training_resumes_in_the_middle_from_an_ordinary_checkpoint(tiny_checkpo
         assert torch.equal(parameter, expected), name
     # The tie survived the loading.
     assert resumed.lm_head._parameters["weight"] is resumed.model.embed_tokens.weight
-
-
-@pytest.fixture
-def recipe_script():
-    specification = importlib.util.spec_from_file_location("qat_recipe", ROOT / "recipes/qat.py")
-    module = importlib.util.module_from_spec(specification)
-    specification.loader.exec_module(module)
-    return module
-
-
-@pytest.fixture
-def training_args(tmp_path):
-    # It leaves variables for accelerate in the environment.
-    with mock.patch.dict(os.environ):
-        yield SFTConfig(
-            str(tmp_path / "out"),
-            max_steps=2,
-            max_length=64,
-            per_device_train_batch_size=2,
-            save_strategy="no",
-            report_to="none",
-            disable_tqdm=True,
-            use_cpu=True,
-            bf16=False,
-        )
-
-
-@pytest.mark.parametrize("fsdp", ["launcher", "argument"])
-def test_fsdp_is_refused_before_a_model_loads(recipe_script, training_args, fsdp, monkeypatch):
-    if fsdp == "launcher":
-        monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
-    else:
-        training_args.fsdp = True
-    with pytest.raises(ValueError, match=r"FSDP shards .* QAT packs them whole .*one_gpu\.yaml or ddp\.yaml"):
-        recipe_script.main(RecipeArguments("no/model"), recipe_script.QATArguments(), training_args)
-
-
-@pytest.mark.parametrize("step", [2, 3])
-def test_quantization_after_the_last_step_is_refused_before_a_model_loads(recipe_script, training_args, step):
-    quantization = recipe_script.QATArguments(quantize_from_step=step)
-    with pytest.raises(ValueError, match=rf"quantize_from_step={step} with max_steps=2.*Set a step below max_steps"):
-        recipe_script.main(RecipeArguments("no/model"), quantization, training_args)
-
-
-@pytest.mark.parametrize(("rate", "expected"), [(None, 0.0), (1e-3, 1e-3)])
-def test_balancing_is_off_where_nothing_is_said(recipe_script, training_args, rate, expected):
-    recipe = RecipeArguments("no/model", expert_bias_update_rate=rate)
-    recipe_script.check_quantization(recipe_script.QATArguments(quantize_from_step=1), recipe, training_args)
-    assert recipe.expert_bias_update_rate == expected
-
-
-class StopAfterOneStep(TrainerCallback):
-    def on_step_end(self, args, state, control, **kwargs) -> None:
-        control.should_training_stop = True
-
-
-@pytest.mark.parametrize("step", [0, 1])
-def test_training_that_saw_no_int4_is_not_packed(
-    recipe_script, training_args, tiny_checkpoint, tokenizer, tmp_path, step, monkeypatch
-):
-    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
-    monkeypatch.setattr(
-        recipe_script, "train", lambda trainer: trainer.add_callback(StopAfterOneStep) or training.train(trainer)
-    )
-    tokenizer.save_pretrained(tmp_path / "tokenizer")
-    rows = tmp_path / "texts.jsonl"
-    rows.write_text("".join(json.dumps({"text": f"def function_{i}():\n    return {i}\n"}) + "\n" for i in range(99)))
-    recipe = RecipeArguments(
-        str(tiny_checkpoint),
-        data=[{"path": "json", "data_files": str(rows)}],
-        tokenizer=str(tmp_path / "tokenizer"),
-        num_data_readers=1,
-    )
-    quantization = recipe_script.QATArguments(quantize_from_step=step)
-    if step == 0:
-        recipe_script.main(recipe, quantization, training_args)
-        assert AutoModelForCausalLM.from_pretrained(tmp_path / "out").config.quantization == Int4Format().block
-        return
-    with pytest.raises(ValueError, match="ended after 1 steps with quantize_from_step=1: no step saw INT4"):
-        recipe_script.main(recipe, quantization, training_args)
-    assert list((tmp_path / "out").glob("*.safetensors")) == []
 
 
 def test_merged_lora_is_accepted_and_adapters_are_refused(tiny_model, input_ids):

@@ -13,10 +13,12 @@ import datasets
 import pytest
 import torch
 import yaml
+from transformers import AutoModelForCausalLM, TrainerCallback
 from trl import TrlParser
 
 from modeling_mobilemoe import training
 from modeling_mobilemoe.lora import add_lora
+from modeling_mobilemoe.quantization_mobilemoe import Int4Format
 from modeling_mobilemoe.training import (
     RecipeArguments,
     check_disk_space,
@@ -309,6 +311,54 @@ def test_new_run_does_not_mix_with_an_old_one(recipe, tmp_path):
     left.touch()
     run(saving | {"resume_from_checkpoint": str(tmp_path / "out/checkpoint-1")}, tmp_path)
     assert find_checkpoint(str(tmp_path / "out"), "true").name == "checkpoint-2" and not left.exists()
+
+
+# QAT through its script
+
+
+@pytest.mark.parametrize("fsdp", ["launcher", "argument"])
+def test_quantization_refuses_fsdp_before_a_model_loads(recipe, tmp_path, fsdp, monkeypatch):
+    if fsdp == "launcher":
+        monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    else:
+        recipe["fsdp"] = True
+    with pytest.raises(ValueError, match=r"FSDP shards .* QAT packs them whole .*one_gpu\.yaml or ddp\.yaml"):
+        run(recipe | {"model": "no/model"}, tmp_path, "qat")
+
+
+@pytest.mark.parametrize("step", [2, 3])
+def test_quantization_after_the_last_step_is_refused_before_a_model_loads(recipe, tmp_path, step):
+    with pytest.raises(ValueError, match=rf"quantize_from_step={step} with max_steps=2.*Set a step below max_steps"):
+        run(recipe | {"quantize_from_step": step, "model": "no/model"}, tmp_path, "qat")
+
+
+@pytest.mark.parametrize(("rate", "expected"), [(None, 0.0), (1e-3, 1e-3)])
+def test_quantization_balances_only_where_it_is_said(rate, expected):
+    script, arguments = load_script("qat"), RecipeArguments("no/model", expert_bias_update_rate=rate)
+    script.check_quantization(
+        script.QATArguments(quantize_from_step=1), arguments, SimpleNamespace(max_steps=2, fsdp=None)
+    )
+    assert arguments.expert_bias_update_rate == expected
+
+
+class StopAfterOneStep(TrainerCallback):
+    def on_step_end(self, args, state, control, **kwargs) -> None:
+        control.should_training_stop = True
+
+
+@pytest.mark.parametrize("step", [0, 1])
+def test_training_that_saw_no_int4_is_not_packed(recipe, tmp_path, step, monkeypatch):
+    script = load_script("qat")
+    script.train = lambda trainer: trainer.add_callback(StopAfterOneStep) or training.train(trainer)
+    monkeypatch.setitem(globals(), "load_script", lambda name: script)
+    recipe["quantize_from_step"] = step
+    if step == 0:
+        run(recipe, tmp_path, "qat")
+        assert AutoModelForCausalLM.from_pretrained(tmp_path / "out").config.quantization == Int4Format().block
+        return
+    with pytest.raises(ValueError, match="ended after 1 steps with quantize_from_step=1: no step saw INT4"):
+        run(recipe, tmp_path, "qat")
+    assert list((tmp_path / "out").glob("*.safetensors")) == []
 
 
 @pytest.mark.parametrize("name", ["unknown key", "unknown key of the data"])

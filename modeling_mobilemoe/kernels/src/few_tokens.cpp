@@ -23,8 +23,8 @@ struct Block {
 };
 
 // Asks for lines [first, last) of the weights to come, as many at once as a core can wait for.
-void fetch(const uint8_t* weights, int64_t first, int64_t last) {
-  for (int64_t line = first; line < last; ++line) __builtin_prefetch(weights + line * 64);
+void fetch(const void* weights, int64_t first, int64_t last) {
+  for (int64_t line = first; line < last; ++line) __builtin_prefetch(static_cast<const char*>(weights) + line * 64);
 }
 
 // out [columns] = a block of an expert times its inputs x. Prefetches `next` while it computes: a quarter of what it
@@ -33,8 +33,7 @@ void fetch(const uint8_t* weights, int64_t first, int64_t last) {
 void multiply_block(const Experts& experts, Block at, Weights next, const float* x, float* out) {
   const int num_rows = rows_in_block(experts.rows, at.block);
   const int64_t row = at.block * kBlock;
-  const auto* next_scales = reinterpret_cast<const char*>(next.scale);
-  for (int64_t i = 0; i < num_rows * experts.num_groups() * 2; i += 64) __builtin_prefetch(next_scales + i);
+  fetch(next.scale, 0, ceil_div(num_rows * experts.num_groups() * 2, 64));
   alignas(64) float scales[kBlock * kChunkGroups];
   Activations activations;
   const int64_t early = num_rows / 2, by_strip = num_rows * 3 / 4;  // lines of 64 bytes
