@@ -7,7 +7,7 @@ Pre-training and mid-training on raw text: two YAML files, one script.
 from transformers import AutoTokenizer, set_seed
 from trl import SFTConfig, TrlParser
 
-from modeling_mobilemoe.training import RecipeArguments, load_model, make_trainer, train
+from mobilemoe.train.recipe import RecipeArguments, load_model, make_trainer, train
 
 
 def main(recipe: RecipeArguments, training_args: SFTConfig) -> None:

@@ -11,9 +11,9 @@ from dataclasses import dataclass, field
 from transformers import AutoTokenizer
 from trl import SFTConfig, TrlParser
 
-from modeling_mobilemoe.qat import FakeQuantizationStart, convert, prepare
+from mobilemoe.train.qat import FakeQuantizationStart, convert, prepare
+from mobilemoe.train.recipe import RecipeArguments, load_model, make_trainer, refuse_fsdp, train
 from modeling_mobilemoe.quantization_mobilemoe import Int4Format
-from modeling_mobilemoe.training import RecipeArguments, load_model, make_trainer, refuse_fsdp, train
 
 
 @dataclass

@@ -13,8 +13,8 @@ from pathlib import Path
 from transformers import AutoTokenizer, set_seed
 from trl import SFTConfig, TrlParser
 
-from modeling_mobilemoe.lora import add_lora
-from modeling_mobilemoe.training import (
+from mobilemoe.train.lora import add_lora
+from mobilemoe.train.recipe import (
     CHAT_TEMPLATE,
     RecipeArguments,
     load_model,

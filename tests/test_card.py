@@ -15,11 +15,11 @@ from eval_stand_ins import write_stand_ins
 from huggingface_hub import ModelCard
 from stand_ins import bench_result
 
+from mobilemoe.bench.worker import shapes
+from mobilemoe.card.card import LICENSES, META_LICENSE
+from mobilemoe.cli import main
+from mobilemoe.eval.run import suite_file
 from modeling_mobilemoe import MobileMoEConfig, MobileMoEForCausalLM
-from modeling_mobilemoe.bench_worker import shapes
-from modeling_mobilemoe.card import LICENSES, META_LICENSE
-from modeling_mobilemoe.cli import main
-from modeling_mobilemoe.evaluation import suite_file
 
 
 CARDS = ROOT / "model_cards"
@@ -329,6 +329,6 @@ def test_an_existing_file_is_replaced_on_request_only(tmp_path, monkeypatch):
 def test_no_extra_is_needed(tmp_path, monkeypatch):
     for module in ("lm_eval", "trl", "peft", "datasets", "executorch", "torchao", "rich", "matplotlib"):
         monkeypatch.setitem(sys.modules, module, None)
-    for module in [name for name in sys.modules if name.startswith("modeling_mobilemoe.card")]:
+    for module in [name for name in sys.modules if name.startswith("mobilemoe.card.card")]:
         monkeypatch.delitem(sys.modules, module)
     assert "# MobileMoE-L" in card(tmp_path / "card.md", "--model", "L")

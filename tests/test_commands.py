@@ -40,8 +40,8 @@ from hub_server import HubServer
 from markdown_it import MarkdownIt
 from stand_ins import bench_result, localize
 
+from mobilemoe.cli import main
 from modeling_mobilemoe import MobileMoEConfig
-from modeling_mobilemoe.cli import main
 
 
 DOCUMENTS = [

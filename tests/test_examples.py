@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from modeling_mobilemoe.routing import read_routing
+from mobilemoe.train.routing import read_routing
 
 
 EXAMPLES = Path(__file__).parents[1] / "examples"

@@ -3,8 +3,7 @@
 import pytest
 import torch
 
-from modeling_mobilemoe import quantize
-from modeling_mobilemoe.exported_model import (
+from mobilemoe.export.program import (
     MOE_MODULES,
     DenseMoE,
     ExportEmbedding,
@@ -12,6 +11,7 @@ from modeling_mobilemoe.exported_model import (
     ProgramOptions,
     export_linear,
 )
+from modeling_mobilemoe import quantize
 from modeling_mobilemoe.quantization_mobilemoe import Int4Format, unpack_int4
 
 

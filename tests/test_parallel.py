@@ -17,8 +17,8 @@ from transformers import AutoModelForCausalLM
 from transformers.distributed import DistributedConfig
 from transformers.trainer_callback import TrainerState
 
+from mobilemoe.train.routing import ExpertBiasCallback, add_router_z_loss, read_routing, set_capacity_factor
 from modeling_mobilemoe import MobileMoEForCausalLM, MobileMoEModel
-from modeling_mobilemoe.routing import ExpertBiasCallback, add_router_z_loss, read_routing, set_capacity_factor
 
 
 LAYOUTS = {

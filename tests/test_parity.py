@@ -6,10 +6,8 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from modeling_mobilemoe import quantize
-from modeling_mobilemoe.exported_model import ProgramOptions
-from modeling_mobilemoe.packing import expand_rows, operator_rows
-from modeling_mobilemoe.parity import (
+from mobilemoe.export.packing import expand_rows, operator_rows
+from mobilemoe.export.parity import (
     MIN_COSINE,
     SOURCES,
     Reference,
@@ -18,6 +16,8 @@ from modeling_mobilemoe.parity import (
     reference_logits,
     rounded_as,
 )
+from mobilemoe.export.program import ProgramOptions
+from modeling_mobilemoe import quantize
 from modeling_mobilemoe.quantization_mobilemoe import dequantize_tensor
 
 

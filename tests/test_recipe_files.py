@@ -19,9 +19,10 @@ from stand_ins import STAND_INS, chat, localize
 from transformers import AutoConfig
 from trl import SFTConfig, TrlParser
 
-from modeling_mobilemoe import MobileMoEConfig, MobileMoEForCausalLM, data
-from modeling_mobilemoe.data import DataSource, Mixture, collate
-from modeling_mobilemoe.training import CHAT_TEMPLATE, RecipeArguments
+from mobilemoe.train import data
+from mobilemoe.train.data import DataSource, Mixture, collate
+from mobilemoe.train.recipe import CHAT_TEMPLATE, RecipeArguments
+from modeling_mobilemoe import MobileMoEConfig, MobileMoEForCausalLM
 
 
 ROOT = Path(__file__).parents[1]

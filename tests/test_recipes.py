@@ -10,9 +10,9 @@ import torch
 import yaml
 from transformers import AutoModelForCausalLM
 
-from modeling_mobilemoe.lora import load_lora
+from mobilemoe.train.lora import load_lora
+from mobilemoe.train.routing import read_routing
 from modeling_mobilemoe.quantization_mobilemoe import INT4_BLOCK
-from modeling_mobilemoe.routing import read_routing
 
 
 ROOT = Path(__file__).parents[1]

@@ -11,9 +11,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_callback import TrainerControl, TrainerState
 
-from modeling_mobilemoe import routing
-from modeling_mobilemoe.qat import prepare
-from modeling_mobilemoe.routing import (
+from mobilemoe.train import routing
+from mobilemoe.train.qat import prepare
+from mobilemoe.train.routing import (
     ExpertBiasCallback,
     add_router_z_loss,
     expert_capacity,

@@ -16,16 +16,16 @@ import yaml
 from transformers import AutoModelForCausalLM, TrainerCallback
 from trl import TrlParser
 
-from modeling_mobilemoe import training
-from modeling_mobilemoe.lora import add_lora
-from modeling_mobilemoe.quantization_mobilemoe import Int4Format
-from modeling_mobilemoe.training import (
+from mobilemoe.train import recipe as training
+from mobilemoe.train.lora import add_lora
+from mobilemoe.train.recipe import (
     RecipeArguments,
     check_disk_space,
     find_checkpoint,
     load_model,
     set_up_routing,
 )
+from modeling_mobilemoe.quantization_mobilemoe import Int4Format
 
 
 ROOT = Path(__file__).parents[1]
