@@ -288,9 +288,11 @@ def int8_per_token(states: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, to
 
 
 def int8_values(states: torch.Tensor) -> torch.Tensor:
-    """What INT8 per token keeps of `(..., n)`: the rounding of XNNPACK's linears and of an INT8 cache."""
-    quantized, scale, zero_point = int8_per_token(states.float())
-    return ((quantized.float() - zero_point.float()) * scale).to(states.dtype)
+    """What XNNPACK's dynamic INT8 per token keeps of the inputs of a linear, `(..., n)`."""
+    from torchao.quantization.qat import IntxFakeQuantizeConfig, IntxFakeQuantizer
+
+    rounding = IntxFakeQuantizer(IntxFakeQuantizeConfig(torch.int8, "per_token", is_symmetric=False))
+    return rounding(states.float()).to(states.dtype)
 
 
 class ExportLayer(nn.Module):
