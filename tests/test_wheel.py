@@ -84,7 +84,9 @@ def test_export_run_and_evaluate(run, site):
     assert run("mobilemoe", "run", "--model", "pte", "--prompt", "import", "--max-new-tokens", "8").strip()
     options = ["--tasks", "piqa", "--limit", "2", "--data-dir", "data", "--output", "report"]
     assert "PIQA" in run("mobilemoe", "eval", "--model", "int4", *options)
-    run("mobilemoe", "card", "--model", "int4", "--license", "mit", "--results", "report", "pte", "--output", "card.md")
+    run(
+        "mobilemoe", "card", "--model", "int4", "--license", "mit", "--results", "report", "pte", "--output", "card.md"
+    )
     assert "PIQA" in (site / "card.md").read_text()
 
 
