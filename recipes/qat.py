@@ -7,13 +7,14 @@ On one GPU, or on several with `recipes/accelerate/ddp.yaml`.
 """
 
 from dataclasses import dataclass, field
+from pathlib import Path
 
 from transformers import AutoTokenizer
-from trl import SFTConfig, TrlParser
+from trl import SFTConfig
 
 from modeling_mobilemoe.qat import FakeQuantizationStart, convert, prepare
 from modeling_mobilemoe.quantization_mobilemoe import Int4Format
-from modeling_mobilemoe.training import RecipeArguments, load_model, make_trainer, refuse_fsdp, train
+from modeling_mobilemoe.training import RecipeArguments, load_model, make_trainer, parse_arguments, refuse_fsdp, train
 
 
 @dataclass
@@ -61,4 +62,4 @@ def main(recipe: RecipeArguments, quantization: QATArguments, training_args: SFT
 
 
 if __name__ == "__main__":
-    main(*TrlParser((RecipeArguments, QATArguments, SFTConfig)).parse_args_and_config())
+    main(*parse_arguments(Path(__file__).parent, (RecipeArguments, QATArguments, SFTConfig)))

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from transformers import AutoTokenizer, set_seed
-from trl import SFTConfig, TrlParser
+from trl import SFTConfig
 
 from modeling_mobilemoe.lora import add_lora
 from modeling_mobilemoe.training import (
@@ -19,6 +19,7 @@ from modeling_mobilemoe.training import (
     RecipeArguments,
     load_model,
     make_trainer,
+    parse_arguments,
     refuse_fsdp,
     train,
 )
@@ -72,4 +73,4 @@ def main(recipe: RecipeArguments, lora: LoRAArguments, training_args: SFTConfig)
 
 
 if __name__ == "__main__":
-    main(*TrlParser((RecipeArguments, LoRAArguments, SFTConfig)).parse_args_and_config())
+    main(*parse_arguments(Path(__file__).parent, (RecipeArguments, LoRAArguments, SFTConfig)))
