@@ -6,6 +6,7 @@ import json
 import os
 import re
 import shlex
+import tomllib
 from pathlib import Path
 from unittest import mock
 
@@ -212,6 +213,16 @@ def test_first_batches_have_something_to_learn_from_every_source(file: str, toke
 def test_every_stand_in_is_used():
     named = {source["path"] for stage in STAGES for source in read(f"{stage}.yaml")["data"]}
     assert named == set(STAND_INS)
+
+
+def test_every_recipe_is_in_the_wheel():
+    settings = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]
+    assert ROOT / settings["package-dir"]["mobilemoe.recipes"] == RECIPES
+    assert "mobilemoe.recipes" in settings["packages"]
+    # An editable install finds a mapped package by this file only.
+    assert (RECIPES / "__init__.py").is_file()
+    shipped = {path for pattern in settings["package-data"]["mobilemoe.recipes"] for path in RECIPES.glob(pattern)}
+    assert {path for suffix in ("yaml", "json") for path in RECIPES.rglob(f"*.{suffix}")} <= shipped
 
 
 def test_every_data_set_is_in_the_table():
