@@ -127,15 +127,15 @@ RULES = [
         r"python recipes/\w+\.py --config recipes/tiny/\S+.*", append=FEW_STEPS, writes="out/demo/*/trainer_state.json"
     ),
     Rule(
-        r"python recipes/\w+\.py --config recipes/mobilemoe-s/\S+ .*--lora_budget .*",
+        r"python recipes/\w+\.py --config recipes/\w+\.yaml .*--lora_budget .*",
         append=f"{ON_A_CPU} --lora_budget 40000",
     ),
     Rule(
-        r"python recipes/qat\.py --config recipes/mobilemoe-s/\S+ .*--quantize_from_step .*",
+        r"python recipes/qat\.py --config recipes/qat\.yaml .*--quantize_from_step .*",
         append=f"{ON_A_CPU} --quantize_from_step 1",
     ),
     Rule(
-        r"python recipes/\w+\.py --config recipes/mobilemoe-s/\S+.*",
+        r"python recipes/\w+\.py --config recipes/\w+\.yaml .*",
         append=ON_A_CPU,
         writes="out/mobilemoe-s/*/trainer_state.json",
     ),
@@ -144,6 +144,13 @@ RULES = [
         r"accelerate launch --config_file recipes/accelerate/fsdp2\.yaml recipes/pretrain\.py .*",
         replace={"--config_file recipes/accelerate/fsdp2.yaml": ONE_PROCESS},
         append=ON_A_CPU,
+    ),
+    Rule(
+        # By name, as from an installed wheel, whose own files are not the clone's.
+        r"python -m mobilemoe\.recipes\.sft .*",
+        replace={"-m mobilemoe.recipes.sft": "recipes/sft.py"},
+        append=ON_A_CPU,
+        writes="out/mobilemoe-s/*/trainer_state.json",
     ),
     Rule(r"python examples/bench_load\.py .*", append="--directory out/demo/4-qat"),
     Rule(r"python examples/bench_forward\.py .*", append="--tokens 16 --layers 1 --repeats 3"),
@@ -285,11 +292,11 @@ def site(workspace, base_checkpoint, float_text_checkpoint, text_checkpoint) -> 
     data = workspace / "out/demo/data"
     for name in ("code", "docstrings", "chat"):
         shutil.copy(data / f"{name}.train.jsonl", data / f"{name}.heldout.jsonl")
-    # The recipes of S on rows in the schemas of their data sets, with a tiny model.
-    recipes = workspace / "recipes/mobilemoe-s"
+    # The recipes on rows in the schemas of their data sets, with a tiny model for S.
+    recipes = workspace / "recipes"
     for size in "sml":
-        shutil.copytree(ROOT / f"recipes/mobilemoe-{size}", recipes.with_name(f"mobilemoe-{size}"))
-    shutil.copy(workspace / "recipes/tiny/config.json", recipes)
+        shutil.copytree(ROOT / f"recipes/mobilemoe-{size}", recipes / f"mobilemoe-{size}")
+    shutil.copy(recipes / "tiny/config.json", recipes / "mobilemoe-s")
     rows = workspace / "rows"
     rows.mkdir()
     for path in recipes.glob("*.yaml"):
