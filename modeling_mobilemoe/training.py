@@ -1,4 +1,4 @@
-"""What a recipe is made of: its arguments, the model, the trainer, and checkpoints that a run can go on from."""
+"""What a recipe is made of: its arguments, the model, the trainer, and checkpoints to resume from."""
 
 import copy
 import json
@@ -207,7 +207,7 @@ class MixtureCallback(TrainerCallback, ExportableState):
         if not control.should_save:
             return
         if state.is_world_process_zero:
-            # A run that went on from an earlier step meets what was saved after it.
+            # A run resumed from an earlier step finds checkpoints that were saved after it.
             shutil.rmtree(Path(args.output_dir, f"checkpoint-{state.global_step}"), ignore_errors=True)
             check_disk_space(args.output_dir, model)
         # The exchange also makes the others wait for that.
@@ -241,7 +241,7 @@ def check_disk_space(output_dir: str, model: PreTrainedModel) -> None:
     if free < weights + states:
         raise OSError(
             f"A checkpoint needs about {(weights + states) / 1e9:.2f} GB, and {output_dir} has {free / 1e9:.2f} GB "
-            "left. Free space and go on from the last checkpoint with --resume_from_checkpoint true."
+            "left. Free space and resume from the last checkpoint with --resume_from_checkpoint true."
         )
 
 
@@ -252,7 +252,7 @@ def saved_checkpoints(output_dir: str) -> list[Path]:
 
 def find_checkpoint(output_dir: str, resume_from_checkpoint: str | bool | None) -> Path | None:
     """
-    The checkpoint to go on from: the one that is named, or for "true" the last complete one of the run.
+    The checkpoint to resume from: the one that is named, or for "true" the last complete one of the run.
 
     Raises:
         ValueError: when there is none, or the named one is not complete.
@@ -271,7 +271,7 @@ def find_checkpoint(output_dir: str, resume_from_checkpoint: str | bool | None) 
     for checkpoint in saved_checkpoints(output_dir):
         if _mixture_state(checkpoint) is not None:
             return checkpoint
-        logger.warning(f"{checkpoint} was not completed and is passed over.")
+        logger.warning(f"{checkpoint} is incomplete and skipped.")
     raise ValueError(
         f"resume_from_checkpoint is set, but {output_dir} holds no complete checkpoint. "
         "Leave it out to start from the beginning, and set save_steps to have checkpoints."

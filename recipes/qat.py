@@ -53,7 +53,7 @@ def main(recipe: RecipeArguments, quantization: QATArguments, training_args: SFT
     if trainer.state.global_step <= quantization.quantize_from_step:
         raise ValueError(
             f"Training ended after {trainer.state.global_step} steps with quantize_from_step="
-            f"{quantization.quantize_from_step}: no step saw INT4 weights, and packing would only round them. Go on "
+            f"{quantization.quantize_from_step}: no step saw INT4 weights, and packing would only round them. Resume "
             "from the last checkpoint with --resume_from_checkpoint true, or set an earlier step."
         )
     if trainer.is_world_process_zero():

@@ -4,7 +4,7 @@ Instruction fine-tuning on conversations, or on prompts and completions; the los
     python recipes/sft.py --config recipes/tiny/sft.yaml [--any_field value]
 
 With `--lora_scope attention --lora_rank 16`, adapters train in place of all weights: `output_dir/adapter` holds them,
-and `output_dir` the merged model, from which QAT or export go on. Over a packed INT4 base there is only the adapter.
+and `output_dir` the merged model, for QAT or export. Over a packed INT4 base there is only the adapter.
 """
 
 from dataclasses import dataclass, field

@@ -1,4 +1,4 @@
-"""What a recipe is made of: models, checkpoints to go on from, room for them, and files that cannot work."""
+"""What a recipe is made of: models, checkpoints to resume from, room for them, and files that cannot work."""
 
 import importlib.util
 import inspect
@@ -153,7 +153,7 @@ def test_last_complete_checkpoint_is_found(tmp_path, resume, caplog, monkeypatch
     shutil.copytree(expected, tmp_path / "checkpoint-best")
     assert find_checkpoint(str(tmp_path), resume) == expected
     for step in (12, 14, 100):
-        assert f"{tmp_path / f'checkpoint-{step}'} was not completed and is passed over" in caplog.text
+        assert f"{tmp_path / f'checkpoint-{step}'} is incomplete and skipped" in caplog.text
     assert "checkpoint-10 " not in caplog.text
 
 
@@ -181,7 +181,7 @@ def test_disk_must_have_room_for_weights_and_optimizer(tmp_path, tiny_model, mon
     monkeypatch.setattr(training.shutil, "disk_usage", lambda path: free)
     check_disk_space(str(tmp_path), tiny_model)
     free.free -= 1
-    with pytest.raises(OSError, match=r"needs about 0\.00 GB, and .* has 0\.00 GB left\. Free space and go on from"):
+    with pytest.raises(OSError, match=r"needs about 0\.00 GB, and .* has 0\.00 GB left\. Free space and resume from"):
         check_disk_space(str(tmp_path), tiny_model)
     # What does not train has no optimizer state.
     tiny_model.get_input_embeddings().weight.requires_grad = False
@@ -298,7 +298,7 @@ def test_full_disk_stops_a_run_before_anything_is_written(recipe, tmp_path, monk
 def test_disk_that_fills_up_keeps_the_last_checkpoint(recipe, tmp_path, monkeypatch):
     usage = iter([10**12, 10**12, 1000])
     monkeypatch.setattr(training.shutil, "disk_usage", lambda path: SimpleNamespace(free=next(usage)))
-    with pytest.raises(OSError, match="go on from the last checkpoint with --resume_from_checkpoint true"):
+    with pytest.raises(OSError, match="resume from the last checkpoint with --resume_from_checkpoint true"):
         run(recipe | {"save_strategy": "steps", "save_steps": 1}, tmp_path)
     monkeypatch.undo()
     assert [path.name for path in (tmp_path / "out").glob("checkpoint-*")] == ["checkpoint-1"]
