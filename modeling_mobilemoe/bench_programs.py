@@ -13,7 +13,7 @@ import torch
 from transformers import AutoModelForCausalLM, LlamaConfig, PretrainedConfig, PreTrainedModel
 
 from .configuration_mobilemoe import MobileMoEConfig
-from .modeling_mobilemoe import MobileMoEFeedForward
+from .fused_mobilemoe import Int4FeedForward
 from .quantization_mobilemoe import INT4_BLOCK, MobileMoEInt4Config, MobileMoEInt4Quantizer
 
 
@@ -67,7 +67,7 @@ def random_packed_model(config: PretrainedConfig, seed: int = 0) -> PreTrainedMo
     model.to_empty(device="cpu")
     # What `from_pretrained` keeps in FP32.
     for module in model.modules():
-        if isinstance(module, MobileMoEFeedForward):
+        if isinstance(module, Int4FeedForward):
             module.router.float()
             module.expert_bias = module.expert_bias.float()
     # Its frequencies are no weights, so they are computed again.

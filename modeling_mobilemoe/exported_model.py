@@ -12,6 +12,7 @@ import torch
 from torch import nn
 from tqdm.auto import tqdm
 
+from .fused_mobilemoe import Int4Embedding, Int4Format, Int4Linear, unpack_int4
 from .kernels.modules import AttentionInputs, MoEFFN, PackedEmbedding, PackedLinear, PackedMLP, RMSNorm
 from .modeling_mobilemoe import (
     MobileMoEDecoderLayer,
@@ -21,7 +22,6 @@ from .modeling_mobilemoe import (
     rms_normalize,
 )
 from .packing import pack_experts
-from .quantization_mobilemoe import Int4Embedding, Int4Format, Int4Linear, unpack_int4
 
 
 @dataclass(frozen=True)

@@ -347,7 +347,7 @@ class FakeQuantizationStart(TrainerCallback):
 
 def convert(model: PreTrainedModel) -> PreTrainedModel:
     """
-    Ends quantization-aware training: packs the weights in the format of [`prepare`], in place, and prints the result.
+    Ends quantization-aware training: packs the weights in the format of [`prepare`], in place.
 
     Raises:
         ValueError: when the model is not prepared, or training diverged.
@@ -361,5 +361,5 @@ def convert(model: PreTrainedModel) -> PreTrainedModel:
         elif isinstance(module, FakeQuantizedRMSNorm):
             del module.weight_fake_quantizer, module.activation_fake_quantizer
             module.__class__ = MobileMoERMSNorm
-    # The other modules are replaced by packed ones, which read `_parameters`.
+    # The other modules are replaced by packed ones, which read the stored parameters.
     return quantize(model, int4_format)

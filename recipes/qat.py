@@ -12,7 +12,7 @@ from transformers import AutoTokenizer
 from trl import SFTConfig, TrlParser
 
 from modeling_mobilemoe.qat import FakeQuantizationStart, convert, prepare
-from modeling_mobilemoe.quantization_mobilemoe import Int4Format
+from modeling_mobilemoe.quantization_mobilemoe import Int4Format, quantization_table
 from modeling_mobilemoe.training import RecipeArguments, load_model, make_trainer, refuse_fsdp, train
 
 
@@ -57,6 +57,7 @@ def main(recipe: RecipeArguments, quantization: QATArguments, training_args: SFT
         )
     if trainer.is_world_process_zero():
         convert(model).save_pretrained(training_args.output_dir)
+        print(quantization_table(model))
         tokenizer.save_pretrained(training_args.output_dir)
 
 
