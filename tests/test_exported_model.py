@@ -12,7 +12,7 @@ from modeling_mobilemoe.exported_model import (
     ProgramOptions,
     export_linear,
 )
-from modeling_mobilemoe.quantization_mobilemoe import Int4Format, unpack_int4
+from modeling_mobilemoe.fused_mobilemoe import Int4Format, unpack_int4
 
 
 pytest.importorskip("executorch.kernels.quantized", reason="executorch is not installed: make setup")
