@@ -14,7 +14,8 @@ from trl import SFTConfig
 
 from mobilemoe.train.qat import FakeQuantizationStart, convert, prepare
 from mobilemoe.train.recipe import RecipeArguments, load_model, make_trainer, parse_arguments, refuse_fsdp, train
-from modeling_mobilemoe.quantization_mobilemoe import Int4Format
+from modeling_mobilemoe.fused_mobilemoe import Int4Format
+from modeling_mobilemoe.quantization_mobilemoe import quantization_table
 
 
 @dataclass
@@ -58,6 +59,7 @@ def main(recipe: RecipeArguments, quantization: QATArguments, training_args: SFT
         )
     if trainer.is_world_process_zero():
         convert(model).save_pretrained(training_args.output_dir)
+        print(quantization_table(model))
         tokenizer.save_pretrained(training_args.output_dir)
 
 
