@@ -21,13 +21,13 @@ from pathlib import Path
 import matplotlib.pyplot as plt
 import torch
 from stdlib_data import is_heldout, standard_library_files, write_data
+from toy_tokenizer import train_tokenizer
 from transformers import AutoTokenizer
 
+from mobilemoe.runtime import CheckpointModel, LanguageModel, PteModel
+from mobilemoe.train.recipe import CHAT_TEMPLATE
+from mobilemoe.train.routing import read_routing
 from modeling_mobilemoe import MobileMoEConfig, MobileMoEForCausalLM, quantize
-from modeling_mobilemoe.routing import read_routing
-from modeling_mobilemoe.runtime import CheckpointModel, LanguageModel, PteModel
-from modeling_mobilemoe.toy_tokenizer import train_tokenizer
-from modeling_mobilemoe.training import CHAT_TEMPLATE
 
 
 OUT = Path("out/demo")
@@ -149,7 +149,7 @@ def main() -> None:
 
     for stage, (script, _) in STAGES.items():
         run(f"recipes/{script}.py", "--config", f"recipes/tiny/{stage.split('-')[1]}.yaml", *overrides)
-    run("-m", "modeling_mobilemoe.cli", "export", "--model", str(OUT / "4-qat"), "--output", str(OUT / "pte"))
+    run("-m", "mobilemoe.cli", "export", "--model", str(OUT / "4-qat"), "--output", str(OUT / "pte"))
 
     print("\nHeld-out text", flush=True)
     models = {

@@ -20,15 +20,15 @@ from pathlib import Path
 
 import pytest
 import torch
+from toy_tokenizer import train_tokenizer
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from mobilemoe.cli import main
+from mobilemoe.train.qat import convert, prepare
+from mobilemoe.train.recipe import CHAT_TEMPLATE
 from modeling_mobilemoe import MobileMoEConfig, MobileMoEForCausalLM, dequantize, quantize
-from modeling_mobilemoe.cli import main
+from modeling_mobilemoe.fused_mobilemoe import Int4Format
 from modeling_mobilemoe.kernels import build_runner
-from modeling_mobilemoe.qat import convert, prepare
-from modeling_mobilemoe.quantization_mobilemoe import Int4Format
-from modeling_mobilemoe.toy_tokenizer import train_tokenizer
-from modeling_mobilemoe.training import CHAT_TEMPLATE
 
 
 torch.set_num_threads(2)

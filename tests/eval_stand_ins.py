@@ -14,7 +14,7 @@ import lm_eval
 import yaml
 from datasets import ClassLabel, Dataset, Features, List, Value
 
-from modeling_mobilemoe.evaluation_data import CODE_EVAL, PUNKT, SITE, select_tasks, suite_file, write_record
+from mobilemoe.eval.data import CODE_EVAL, PUNKT, SITE, select_tasks, suite_file, write_record
 
 
 # What `prepare` installs beside the data of the advanced suite; `make setup` puts it here.

@@ -9,7 +9,7 @@ that reads the sets (see recipes/README.md); the contents are made up.
 import json
 from pathlib import Path
 
-from modeling_mobilemoe.bench import spread
+from mobilemoe.machine import spread
 
 
 def chat(question: str, answer: str, system: str | None = None, **extra) -> list[dict]:

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from modeling_mobilemoe.scaling import PAPER_LAW
+from mobilemoe.plan.law import PAPER_LAW
 
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))

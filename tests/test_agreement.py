@@ -7,9 +7,9 @@ import pytest
 import torch
 from torch import nn
 
-from modeling_mobilemoe.agreement import WINDOW, expert_utilisation, text_agreement, token_routes
-from modeling_mobilemoe.cli import main
-from modeling_mobilemoe.runtime import CheckpointModel
+from mobilemoe.cli import main
+from mobilemoe.eval.agreement import WINDOW, expert_utilisation, text_agreement, token_routes
+from mobilemoe.runtime import CheckpointModel
 
 
 TEXT = "def walk(steps):\n    return steps + 1\n" * 3

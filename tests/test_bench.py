@@ -10,10 +10,13 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, LlamaConfig
 
-from modeling_mobilemoe import MobileMoEConfig, bench, bench_programs, bench_worker
-from modeling_mobilemoe.cli import main
-from modeling_mobilemoe.costs import read_device
-from modeling_mobilemoe.quantization_mobilemoe import Int4Module
+from mobilemoe.bench import host as bench
+from mobilemoe.bench import worker as bench_worker
+from mobilemoe.cli import main
+from mobilemoe.costs import read_device
+from mobilemoe.export import random_program as bench_programs
+from modeling_mobilemoe import MobileMoEConfig
+from modeling_mobilemoe.fused_mobilemoe import Int4Module
 
 
 RECIPES = Path(__file__).parents[1] / "recipes"
@@ -83,7 +86,7 @@ def result(int4_checkpoint: Path, tiny_checkpoint: Path, pte_directory: Path, tm
     models = ["--model", str(int4_checkpoint), str(tiny_checkpoint), str(pte_directory), "--threads", "1"]
     sizes = ["--prompt-lengths", "8", "24", "--new-tokens", "3", "--repeats", "2"]
     files = ["--json", str(directory / "bench.json"), "--picture", str(directory / "bench.png")]
-    command = [sys.executable, "-m", "modeling_mobilemoe.cli", "bench", *models, *sizes, *files]
+    command = [sys.executable, "-m", "mobilemoe.cli", "bench", *models, *sizes, *files]
     completed = subprocess.run(command, capture_output=True, text=True)
     assert completed.returncode == 0, completed.stderr[-3000:]
     return completed.stdout, directory

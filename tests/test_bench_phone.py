@@ -16,12 +16,12 @@ from pathlib import Path
 import pytest
 from device_daemon import Device
 
-from modeling_mobilemoe import bench_phone
-from modeling_mobilemoe.adb import parse_battery, parse_minibench, parse_observer
-from modeling_mobilemoe.bench import published_speeds
-from modeling_mobilemoe.card_results import published
-from modeling_mobilemoe.cli import main
-from modeling_mobilemoe.costs import read_device
+from mobilemoe.bench import phone as bench_phone
+from mobilemoe.bench.adb import parse_battery, parse_minibench, parse_observer
+from mobilemoe.card.results import published
+from mobilemoe.cli import main
+from mobilemoe.costs import read_device
+from mobilemoe.shapes import published_speeds
 from modeling_mobilemoe.kernels import build_runner
 
 

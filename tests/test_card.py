@@ -15,11 +15,11 @@ from eval_stand_ins import write_stand_ins
 from huggingface_hub import ModelCard
 from stand_ins import bench_result
 
+from mobilemoe.bench.worker import shapes
+from mobilemoe.card.card import LICENSES, META_LICENSE
+from mobilemoe.cli import main
+from mobilemoe.eval.run import suite_file
 from modeling_mobilemoe import MobileMoEConfig, MobileMoEForCausalLM
-from modeling_mobilemoe.bench_worker import shapes
-from modeling_mobilemoe.card import LICENSES, META_LICENSE
-from modeling_mobilemoe.cli import main
-from modeling_mobilemoe.evaluation import suite_file
 
 
 CARDS = ROOT / "model_cards"
@@ -163,7 +163,7 @@ def test_scores_of_metas_models_stand_beside_the_papers(results, tmp_path):
 
 
 def test_card_of_a_fine_tune_shows_what_was_measured(results, text_checkpoint, float_text_checkpoint, tmp_path):
-    recipe = ROOT / "recipes/mobilemoe-s/qat.yaml"
+    recipe = ROOT / "recipes/qat.yaml"
     state = {
         "global_step": 3,
         "log_history": [{"loss": 5.5}, {"loss": 4.25, "num_tokens": 6144.0, "load_imbalance": 1.5}],
@@ -279,9 +279,7 @@ def test_licences_of_ones_own_and_of_what_came_from_meta(float_text_checkpoint, 
     assert check_metadata(text)["license_name"] == "my-licence"
     assert "## Licence\n\n[my-licence](https://example.org/licence)." in text
     # The recipe says where it came from.
-    recipe = yaml.safe_load((ROOT / "recipes/mobilemoe-s/sft.yaml").read_text()) | {
-        "model": "facebook/MobileMoE-S-SFT"
-    }
+    recipe = yaml.safe_load((ROOT / "recipes/sft.yaml").read_text()) | {"model": "facebook/MobileMoE-S-SFT"}
     (tmp_path / "sft.yaml").write_text(yaml.safe_dump(recipe))
     derived = [*model, "--recipe", tmp_path / "sft.yaml", "--license"]
     assert "under Meta's licence only" in failure(tmp_path / "derived.md", *derived, "apache-2.0")
@@ -329,6 +327,6 @@ def test_an_existing_file_is_replaced_on_request_only(tmp_path, monkeypatch):
 def test_no_extra_is_needed(tmp_path, monkeypatch):
     for module in ("lm_eval", "trl", "peft", "datasets", "executorch", "torchao", "rich", "matplotlib"):
         monkeypatch.setitem(sys.modules, module, None)
-    for module in [name for name in sys.modules if name.startswith("modeling_mobilemoe.card")]:
+    for module in [name for name in sys.modules if name.startswith("mobilemoe.card.card")]:
         monkeypatch.delitem(sys.modules, module)
     assert "# MobileMoE-L" in card(tmp_path / "card.md", "--model", "L")

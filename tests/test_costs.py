@@ -11,8 +11,7 @@ from safetensors import safe_open
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import DynamicCache
 
-from modeling_mobilemoe import MobileMoEConfig, MobileMoEForCausalLM, quantize
-from modeling_mobilemoe.costs import (
+from mobilemoe.costs import (
     Device,
     attention_flops,
     calibrate,
@@ -28,6 +27,7 @@ from modeling_mobilemoe.costs import (
     training_flops,
     weight_bytes_read,
 )
+from modeling_mobilemoe import MobileMoEConfig, MobileMoEForCausalLM, quantize
 
 
 RECIPES = Path(__file__).parents[1] / "recipes"
@@ -92,7 +92,7 @@ def test_kv_cache_of_the_paper(size, megabytes):
 
 
 def test_memory_equals_that_of_an_exported_program(tiny_config, tiny_model):
-    from modeling_mobilemoe.exported_model import MOE_MODULES, ExportModel, ProgramOptions
+    from mobilemoe.export.program import MOE_MODULES, ExportModel, ProgramOptions
 
     weights = sum(program_bytes(tiny_config, 32).values())
     for kv_cache, bits in (("fp32", 32), ("int8", 8)):
@@ -121,19 +121,18 @@ def test_flops_equal_those_that_torch_counts(tiny_config, tiny_model, input_ids)
 
 
 @pytest.mark.parametrize("size", SIZES)
-def test_program_bytes_are_what_the_export_says_before_it_starts(size):
-    """tests/test_export.py holds the export's own count, made from its modules, against real files."""
-    from modeling_mobilemoe import export
-    from modeling_mobilemoe.exported_model import MOE_MODULES, ProgramOptions
-
+def test_program_bytes_by_part(size):
+    """tests/test_export.py compares the sum with real files."""
     config = SIZES[size]
-    parts = program_bytes(config, 4096)
-    options = ProgramOptions(max_seq_len=4096, expert_bits=4)
-    said = export.program_bytes(config, options, MOE_MODULES["mobilemoe"])
-    # It leaves norms and expert biases out.
-    assert sum(parts.values()) - parts["norms_and_biases"] == said
+    parts, packed = program_bytes(config, 4096), int4_bytes(config)
     norms = (2 * config.num_hidden_layers + 1) * config.hidden_size
     assert parts["norms_and_biases"] == 4 * (norms + config.num_hidden_layers * config.num_local_experts)
+    assert parts["rotary"] == 4 * 4096 * config.head_dim
+    same = ("embedding", "attention", "experts", "shared_expert", "router")
+    assert [parts[name] for name in same] == [packed[name] for name in same] and "head" not in parts
+    # ExecuTorch's operator: 10 bits a weight in place of 4.5, and XNNPACK's copy of the head.
+    stock = program_bytes(config, 4096, expert_bits=8, moe_op="llama::quantized_moe_ffn")
+    assert stock["experts"] * 4.5 == parts["experts"] * 10 and stock["head"] == parts["embedding"]
 
 
 def test_bytes_of_a_decoded_token_are_those_of_the_tensors_it_reads(int4_checkpoint, tiny_config):

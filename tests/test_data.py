@@ -17,9 +17,9 @@ import pyarrow.parquet
 import pytest
 import torch
 
-from modeling_mobilemoe import data
-from modeling_mobilemoe.data import DataSource, Document, Mixture, Reader, collate, encode, pack, sequence
-from modeling_mobilemoe.training import CHAT_TEMPLATE
+from mobilemoe.train import data
+from mobilemoe.train.data import DataSource, Document, Mixture, Reader, collate, encode, pack, sequence
+from mobilemoe.train.recipe import CHAT_TEMPLATE
 
 
 PAD = 497

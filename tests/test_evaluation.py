@@ -23,10 +23,10 @@ from lm_eval.api.instance import Instance
 from lm_eval.models.huggingface import HFLM
 from lm_eval.tasks import TaskManager
 
-from modeling_mobilemoe import evaluation, quantize
-from modeling_mobilemoe.cli import main
-from modeling_mobilemoe.evaluation import group_file
-from modeling_mobilemoe.evaluation_data import (
+from mobilemoe.artifacts import describe_model
+from mobilemoe.cli import main
+from mobilemoe.eval import run as evaluation
+from mobilemoe.eval.data import (
     SITE,
     data_problem,
     select_tasks,
@@ -35,8 +35,11 @@ from modeling_mobilemoe.evaluation_data import (
     write_json,
     write_record,
 )
-from modeling_mobilemoe.evaluation_models import CheckpointLM, PteLM
-from modeling_mobilemoe.runtime import CheckpointModel
+from mobilemoe.eval.models import CheckpointLM, PteLM
+from mobilemoe.eval.report import mean_score
+from mobilemoe.eval.run import group_file
+from mobilemoe.runtime import CheckpointModel
+from modeling_mobilemoe import quantize
 
 
 ROOT = Path(__file__).parents[1]
@@ -202,7 +205,7 @@ def test_the_whole_suite_runs_for_int4_and_for_both_kinds_of_pte(
 def test_the_report_holds_what_repeats_it(bf16_report, checkpoints):
     assert bf16_report["model"]["kind"] == "checkpoint"
     assert len(bf16_report["model"]["sha256"]) == 64
-    assert bf16_report["model"]["sha256"] != evaluation.describe_model(checkpoints["fp32"])["sha256"]
+    assert bf16_report["model"]["sha256"] != describe_model(checkpoints["fp32"])["sha256"]
     assert bf16_report["settings"]["versions"]["lm_eval"] == suite_file()["lm_eval"]
     assert {"torch", "transformers", "datasets", "python"} <= set(bf16_report["settings"]["versions"])
     assert bf16_report["machine"]["cores"] == os.cpu_count()
@@ -218,7 +221,7 @@ def test_packed_int4_runs_and_is_compared(bf16_report, checkpoints, foundation_d
     # PIQA of S-Base, Table 2 of the paper.
     assert "paper, S-Base" in table and "75.4" in table
     few = {name: bf16_report["tasks"][name] for name in bf16_report["tasks"] if name in FEW}
-    write_json(tmp_path / "bf16/report.json", bf16_report | {"tasks": few} | evaluation.mean_score(list(few.values())))
+    write_json(tmp_path / "bf16/report.json", bf16_report | {"tasks": few} | mean_score(list(few.values())))
     output = str(tmp_path / "both")
     results = [str(tmp_path / "bf16"), str(tmp_path / "int4")]
     main(["eval", "compare", "--results", *results, "--output", output, "--paper", "S-Base"])
@@ -461,7 +464,7 @@ def test_prepare_downloads_once_and_what_it_wrote_runs(checkpoints, tmp_path, mo
     monkeypatch.undo()
     bbh(tmp_path / "hub")
     files = {str(path.relative_to(tmp_path / "hub")): path for path in (tmp_path / "hub").rglob("*") if path.is_file()}
-    command = [sys.executable, "-m", "modeling_mobilemoe.cli", "eval", "prepare", "--data-dir", tmp_path / "data"]
+    command = [sys.executable, "-m", "mobilemoe.cli", "eval", "prepare", "--data-dir", tmp_path / "data"]
 
     def prepare(*tasks):
         environment = {"HF_HUB_OFFLINE": "0", "HF_HUB_DISABLE_XET": "1", "NO_PROXY": "127.0.0.1,localhost"}
@@ -512,11 +515,11 @@ def test_the_mean_of_the_advanced_suite_is_that_of_its_categories():
         for number, task in enumerate(tasks.values())
     ]
     # MATH-500 | HumanEval, MBPP | IFEval | MMLU-Pro, GPQA.
-    assert evaluation.mean_score(results) == {
+    assert mean_score(results) == {
         "mean": pytest.approx((0.0 + (0.1 + 0.2) / 2 + 0.3 + (0.4 + 0.5) / 2) / 4),
         "mean_stderr": pytest.approx((0.005**2 + 0.01**2 + 0.03**2 + 0.02**2 + 0.025**2) ** 0.5 / 4),
     }
-    assert evaluation.mean_score([{"category": name, "score": 1, "stderr": None} for name in "ab"]) == {
+    assert mean_score([{"category": name, "score": 1, "stderr": None} for name in "ab"]) == {
         "mean": 1,
         "mean_stderr": None,
     }
@@ -524,7 +527,7 @@ def test_the_mean_of_the_advanced_suite_is_that_of_its_categories():
 
 def advanced(model, data, output, home, *arguments) -> dict:
     """In a process of its own: the harness loads the metric that runs code when it is imported."""
-    command = [sys.executable, "-m", "modeling_mobilemoe.cli", "eval", "--suite", "advanced", "--model", model]
+    command = [sys.executable, "-m", "mobilemoe.cli", "eval", "--suite", "advanced", "--model", model]
     command += ["--data-dir", data, "--output", output, *arguments]
     environment = os.environ | {"HF_HOME": str(home), "PYTHONPATH": os.pathsep.join([str(ROOT), *sys.path[1:]])}
     result = subprocess.run(command, env=environment, capture_output=True, text=True)

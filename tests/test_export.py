@@ -20,15 +20,17 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, LlamaConfig
 
+from mobilemoe.cli import main
+from mobilemoe.costs import program_bytes
+from mobilemoe.export import exporter as export_module
+from mobilemoe.export.exporter import export_checkpoint
+from mobilemoe.export.parity import rounded_as
+from mobilemoe.export.program import MOE_MODULES, ProgramOptions
+from mobilemoe.runtime import CheckpointModel, PteModel
 from modeling_mobilemoe import MobileMoEConfig, MobileMoEForCausalLM, quantize
-from modeling_mobilemoe import export as export_module
-from modeling_mobilemoe.cli import main
-from modeling_mobilemoe.export import export_checkpoint, program_bytes
-from modeling_mobilemoe.exported_model import MOE_MODULES, DenseMoE, ProgramOptions
+from modeling_mobilemoe.fused_mobilemoe import Int4Format
 from modeling_mobilemoe.kernels import BuildError
-from modeling_mobilemoe.parity import rounded_as
-from modeling_mobilemoe.quantization_mobilemoe import INT4_BLOCK, Int4Format
-from modeling_mobilemoe.runtime import CheckpointModel, PteModel
+from modeling_mobilemoe.quantization_mobilemoe import INT4_BLOCK
 
 
 EXPORT_FILES = {"model.pte", "export.json", "config.json", "tokenizer.json", "tokenizer_config.json"}
@@ -182,11 +184,9 @@ def test_bf16_program_computes_as_pytorch_in_bf16(bf16_directory, float_text_che
     assert report["weights"] == "bf16" and report["moe_op"] is None
     assert report["parity"]["pte_to_checkpoint"]["cosine_median"] > 0.9999
     config = AutoModelForCausalLM.from_pretrained(float_text_checkpoint).config
-    options = ProgramOptions(max_seq_len=256, weights="bf16")
     # Table and head are one tensor in the file.
-    assert (
-        0 < report["pte_bytes"] - program_bytes(config, options, DenseMoE) < 2 * config.vocab_size * config.hidden_size
-    )
+    said = sum(program_bytes(config, 256, weights="bf16", moe_op=None).values())
+    assert 0 < report["pte_bytes"] - said < 2 * config.vocab_size * config.hidden_size
     model = AutoModelForCausalLM.from_pretrained(float_text_checkpoint, dtype=torch.bfloat16)
     program = PteModel(bf16_directory)
     tokens = program.encode(TEXT)[:24]
@@ -370,15 +370,15 @@ def test_shortest_context(text_checkpoint, tmp_path):
 def test_size_is_what_was_said_before(
     pte_directory, kernel_directory, float_directory, text_checkpoint, float_text_checkpoint
 ):
-    for directory, checkpoint, moe_op in (
-        (pte_directory, text_checkpoint, "llama"),
-        (kernel_directory, text_checkpoint, "mobilemoe"),
-        (float_directory, float_text_checkpoint, "llama"),
+    for directory, checkpoint in (
+        (pte_directory, text_checkpoint),
+        (kernel_directory, text_checkpoint),
+        (float_directory, float_text_checkpoint),
     ):
         report = report_of(directory)
         config = AutoModelForCausalLM.from_pretrained(checkpoint).config
-        options = ProgramOptions(**{name: report[name] for name in ProgramOptions.__dataclass_fields__})
-        said = program_bytes(config, options, MOE_MODULES[moe_op])
+        widths = {name: report[name] for name in ("weights", "expert_bits", "embedding_bits")}
+        said = sum(program_bytes(config, report["max_seq_len"], **widths, moe_op=report["moe_op"]).values())
         assert said <= report["pte_bytes"] <= said + 2 * 40_000 + 20_000
 
 
@@ -573,7 +573,7 @@ def test_a_stop_while_writing_leaves_nothing(number, tmp_path):
     script = """
 import signal, sys, time
 from modeling_mobilemoe.checkpoint_mobilemoe import replace_when_complete
-from modeling_mobilemoe.export import stop_signal_as_exit
+from mobilemoe.export.exporter import stop_signal_as_exit
 
 # A shell that starts the tests in the background has them ignore it.
 signal.signal(signal.SIGINT, signal.default_int_handler)

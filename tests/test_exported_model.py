@@ -3,8 +3,7 @@
 import pytest
 import torch
 
-from modeling_mobilemoe import quantize
-from modeling_mobilemoe.exported_model import (
+from mobilemoe.export.program import (
     MOE_MODULES,
     DenseMoE,
     ExportEmbedding,
@@ -12,7 +11,8 @@ from modeling_mobilemoe.exported_model import (
     ProgramOptions,
     export_linear,
 )
-from modeling_mobilemoe.quantization_mobilemoe import Int4Format, unpack_int4
+from modeling_mobilemoe import quantize
+from modeling_mobilemoe.fused_mobilemoe import Int4Format, unpack_int4
 
 
 pytest.importorskip("executorch.kernels.quantized", reason="executorch is not installed: make setup")

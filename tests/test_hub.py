@@ -12,7 +12,7 @@ from hub_server import HubServer
 
 
 REPOSITORY_ROOT = Path(__file__).parents[1]
-CODE_FILES = {f"{name}_mobilemoe.py" for name in ("checkpoint", "configuration", "modeling", "quantization")}
+CODE_FILES = {f"{name}_mobilemoe.py" for name in ("checkpoint", "configuration", "fused", "modeling", "quantization")}
 PROLOGUE = """
 import json, os, sys
 
@@ -270,7 +270,7 @@ def test_a_download_that_breaks_is_resumed_or_can_be_repeated(hub, downloaded):
 
 
 OFFLINE = """
-from modeling_mobilemoe.cli import main
+from mobilemoe.cli import main
 
 packed, full, first = sys.argv[1:]
 result = {}
@@ -303,8 +303,8 @@ def test_a_cached_checkpoint_loads_offline(hub, uploaded, downloaded, text_check
 
 
 GATED = """
-from modeling_mobilemoe.cli import main
-from modeling_mobilemoe.runtime import CheckpointModel
+from mobilemoe.cli import main
+from mobilemoe.runtime import CheckpointModel
 
 def run(checkpoint):
     try:

@@ -7,8 +7,7 @@ import torch
 from peft.tuners.lora import LoraLayer, ParamWrapper
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
-from modeling_mobilemoe import MobileMoEConfig, MobileMoEForCausalLM, dequantize, quantize
-from modeling_mobilemoe.lora import (
+from mobilemoe.train.lora import (
     SCOPES,
     add_lora,
     check_adapters,
@@ -18,8 +17,9 @@ from modeling_mobilemoe.lora import (
     target_shapes,
     trainable_table,
 )
-from modeling_mobilemoe.qat import convert, prepare
-from modeling_mobilemoe.routing import ExpertBiasCallback, add_router_z_loss, read_routing
+from mobilemoe.train.qat import convert, prepare
+from mobilemoe.train.routing import ExpertBiasCallback, add_router_z_loss, read_routing
+from modeling_mobilemoe import MobileMoEConfig, MobileMoEForCausalLM, dequantize, quantize
 
 
 ATTENTION = {f"self_attn.{name}_proj" for name in "qkvo"}
@@ -227,7 +227,7 @@ def test_check_finds_what_is_missing_and_what_is_too_much(tiny_model, monkeypatc
     config.layers_to_transform = [0]
     config.target_parameters = None
     with monkeypatch.context() as patch:
-        patch.setattr("modeling_mobilemoe.lora.lora_config", lambda *args: config)
+        patch.setattr("mobilemoe.train.lora.lora_config", lambda *args: config)
         with pytest.raises(ValueError, match="scope='all': .* has no adapter, and 10 more"):
             add_lora(copy.deepcopy(tiny_model), "all", rank=4)
     model = add_lora(tiny_model, "dense", rank=4)
@@ -393,8 +393,8 @@ def test_road_from_base_to_packed_checkpoint(tiny_checkpoint, batch, input_ids, 
 
 @pytest.mark.slow
 def test_merged_adapters_run_on_the_device_runtime(tiny_config, tokenizer, batch, tmp_path):
-    from modeling_mobilemoe.export import export_checkpoint
-    from modeling_mobilemoe.runtime import CheckpointModel, PteModel
+    from mobilemoe.export.exporter import export_checkpoint
+    from mobilemoe.runtime import CheckpointModel, PteModel
 
     config = copy.deepcopy(tiny_config)
     config.bos_token_id, config.eos_token_id = 496, [497, 504]

@@ -6,10 +6,8 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from modeling_mobilemoe import quantize
-from modeling_mobilemoe.exported_model import ProgramOptions
-from modeling_mobilemoe.packing import expand_rows, operator_rows
-from modeling_mobilemoe.parity import (
+from mobilemoe.export.packing import expand_rows, operator_rows
+from mobilemoe.export.parity import (
     MIN_COSINE,
     SOURCES,
     Reference,
@@ -18,7 +16,9 @@ from modeling_mobilemoe.parity import (
     reference_logits,
     rounded_as,
 )
-from modeling_mobilemoe.quantization_mobilemoe import dequantize_tensor
+from mobilemoe.export.program import ProgramOptions
+from modeling_mobilemoe import quantize
+from modeling_mobilemoe.fused_mobilemoe import dequantize_tensor
 
 
 PROMPTS = [[3, 4, 5, 6], [7, 8, 9]]

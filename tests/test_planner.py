@@ -10,12 +10,14 @@ from pathlib import Path
 import pytest
 import torch
 
-from modeling_mobilemoe import MobileMoEConfig, cli, planner, quantize
-from modeling_mobilemoe.costs import Device, inference_flops, int4_bytes, memory_bytes, training_flops
-from modeling_mobilemoe.planner import Request, plan, plot_plan, print_plan, shape_config
-from modeling_mobilemoe.scaling import PAPER_LAW
-from modeling_mobilemoe.scaling_fit import fit_law
-from modeling_mobilemoe.training import load_model
+from mobilemoe import cli
+from mobilemoe.costs import Device, inference_flops, int4_bytes, memory_bytes, training_flops
+from mobilemoe.plan import planner
+from mobilemoe.plan.fit import fit_law
+from mobilemoe.plan.law import PAPER_LAW
+from mobilemoe.plan.planner import Request, plan, plot_plan, print_plan, shape_config
+from mobilemoe.train.recipe import load_model
+from modeling_mobilemoe import MobileMoEConfig, quantize
 
 
 RECIPES = Path(__file__).parents[1] / "recipes"
@@ -296,8 +298,8 @@ def test_a_planned_configuration_trains_and_packs_to_its_bytes(planned):
 @pytest.mark.slow
 def test_a_planned_configuration_goes_through_a_recipe_and_exports_to_its_bytes(planned, workspace, tmp_path):
     pytest.importorskip("executorch.exir", reason="needs mobilemoe[export]")
-    from modeling_mobilemoe.export import export_checkpoint
-    from modeling_mobilemoe.runtime import PteModel
+    from mobilemoe.export.exporter import export_checkpoint
+    from mobilemoe.runtime import PteModel
 
     command = [sys.executable, RECIPES / "pretrain.py", "--config", RECIPES / "tiny/pretrain.yaml"]
     command += ["--model", planned / "planned", "--output_dir", tmp_path / "trained", "--max_steps", "2"]

@@ -14,8 +14,10 @@ from torchao.quantization.qat import FakeQuantizedLinear, IntxFakeQuantizeConfig
 from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
 from trl.trainer.utils import add_fused_lm_head
 
-from modeling_mobilemoe import MobileMoEConfig, MobileMoEForCausalLM, dequantize, qat, quantize, training
-from modeling_mobilemoe.qat import (
+from mobilemoe.export.program import int8_values
+from mobilemoe.train import qat
+from mobilemoe.train import recipe as training
+from mobilemoe.train.qat import (
     FakeQuantizationStart,
     Int8FakeQuantizer,
     convert,
@@ -24,9 +26,10 @@ from modeling_mobilemoe.qat import (
     preparation_table,
     prepare,
 )
-from modeling_mobilemoe.quantization_mobilemoe import Int4Format, dequantize_tensor, pack_int4, quantize_tensor
-from modeling_mobilemoe.routing import set_capacity_factor
-from modeling_mobilemoe.training import load_model
+from mobilemoe.train.recipe import load_model
+from mobilemoe.train.routing import set_capacity_factor
+from modeling_mobilemoe import MobileMoEConfig, MobileMoEForCausalLM, dequantize, quantize
+from modeling_mobilemoe.fused_mobilemoe import Int4Format, dequantize_tensor, pack_int4, quantize_tensor
 
 
 AXES = ["output", "input"]
@@ -96,6 +99,8 @@ def test_activations_round_as_the_exported_linear_does(dtype):
     hidden_states[0, 1] = hidden_states[0, 1].abs() + 3
     expected = exported._apply_int8_act_asym_per_token_quant_dequant(hidden_states.float())
     assert torch.equal(Int8FakeQuantizer()(hidden_states), expected.to(dtype))
+    # The exporter has the same rounding, of its own.
+    assert torch.equal(int8_values(hidden_states), expected.to(dtype))
 
 
 def test_gradient_of_a_linear_is_the_one_by_hand(tiny_model):

@@ -29,7 +29,7 @@ def run(command: list, *arguments: str) -> list[dict]:
 
 
 def check_report(events: list[dict], directory: Path, tokens: Path) -> None:
-    from modeling_mobilemoe.runtime import PteModel
+    from mobilemoe.runtime import PteModel
 
     ids = list(map(int, tokens.read_text().split()))
     loaded, *measured, done = events

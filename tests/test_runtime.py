@@ -7,8 +7,8 @@ import sys
 import pytest
 import torch
 
-from modeling_mobilemoe.cli import main
-from modeling_mobilemoe.runtime import CheckpointModel, PteModel, check_operators, nucleus
+from mobilemoe.cli import main
+from mobilemoe.runtime import CheckpointModel, PteModel, check_operators, nucleus
 
 
 @pytest.fixture(scope="module")

@@ -7,7 +7,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from modeling_mobilemoe.scaling import (
+from mobilemoe.plan.fit import describe_fit, fit_law, heldout_error, plot_fit, read_table
+from mobilemoe.plan.law import (
     COEFFICIENTS,
     COLUMNS,
     PAPER_GRID,
@@ -15,7 +16,6 @@ from modeling_mobilemoe.scaling import (
     ScalingLaw,
     effective_experts,
 )
-from modeling_mobilemoe.scaling_fit import describe_fit, fit_law, heldout_error, plot_fit, read_table
 
 
 EXPANSIONS = np.array(PAPER_GRID["expansion"])
@@ -85,7 +85,7 @@ def test_fit_without_noise_is_exact(synthetic_table):
 
 
 def test_fit_recovers_coefficients_inside_its_intervals(synthetic_table):
-    # 100 trials are examples/bench_law.py; a trial misses the joint intervals about once in twenty.
+    # 100 trials are benchmarks/bench_law.py; a trial misses the joint intervals about once in twenty.
     hits, widths = 0, []
     for trial in range(4):
         fit = fit_law(synthetic_table(PAPER_LAW.rmse, trial), bootstrap=60, seed=trial)

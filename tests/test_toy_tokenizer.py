@@ -1,9 +1,9 @@
 """The toy tokenizer has the released shape."""
 
 import pytest
+from toy_tokenizer import SPECIAL_TOKENS, train_tokenizer
 
-from modeling_mobilemoe.toy_tokenizer import SPECIAL_TOKENS, train_tokenizer
-from modeling_mobilemoe.training import CHAT_TEMPLATE
+from mobilemoe.train.recipe import CHAT_TEMPLATE
 
 
 @pytest.fixture(scope="module")

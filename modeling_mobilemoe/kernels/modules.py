@@ -25,7 +25,6 @@ class MoEFFN(nn.Module):
     operator = "mobilemoe::moe_ffn"
     # As the releases group them, see `Int4Format`.
     expert_axis = "output"
-    scale_bits = 16
 
     def __init__(self, layer: nn.Module, options: object = None):
         super().__init__()

@@ -25,7 +25,7 @@ def install() -> None:
         if config.get("model_type") != "mobilemoe":
             stock_run(self)
             return
-        from modeling_mobilemoe.cli import main
+        from mobilemoe.cli import main
 
         main(["export", *export_arguments(self.args)])
 

@@ -1,0 +1,364 @@
+r"""
+Our own small test of the paper's three findings: real training runs on real text, and the law fitted to them.
+
+    python benchmarks/ablation.py [--sizes 24x2 32x2 48x2 --tokens 524288 1048576 2097152 --seeds 0 1 2]
+    python benchmarks/ablation.py --device cuda --sizes 128x4 192x6 256x8 --tokens 2e7 4e7 8e7 --batch 64 \
+        --output out/ablation/cuda.jsonl
+    python benchmarks/ablation.py --report
+
+One run per line of `docs/ablation.jsonl`; runs that are in the file are not repeated, so the command goes on where it
+stopped, and a cut-off last line is dropped. Runs with other settings belong in another file. At the end it fits the
+law and writes what the table says to `docs/ablation.md`; `--report` does only that.
+
+Text is the Python standard library, tokenized once; held-out files are never trained on. Three sweeps, one axis each,
+none of which changes the active parameters (the router's few rows apart):
+
+- E, expert expansion, in 1, 2, 4, 8, 16, 32 at granularity 2: 2E experts of half the dense width, top-2, no shared
+  expert; at every size and token count. Granularity 1 is left out: with one expert per token the normalised routing
+  weight is a constant, and no gradient of the loss reaches the router.
+- granularity 2, 4, 8, 16 at E = 8 without a shared expert: 8g experts, top-g; at the middle size and token count.
+- a shared expert at E = 8 and granularity 8: 60 experts, top-4, and one of four times their width; there too.
+
+The learning rate falls with the width, as Adam's best one does: 1.6e-2 at width 32, the best of three at E = 1 and at
+E = 8, and in inverse proportion elsewhere. All runs of a seed see the same sequences in the same order. The first seed
+trains the whole grid; the others train the middle size and token count, from which the error bars come.
+"""
+
+import argparse
+import hashlib
+import json
+import math
+import os
+import statistics
+import sys
+import time
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import torch
+from torch import nn
+from tqdm import tqdm
+
+from mobilemoe.plan.fit import describe_fit, fit_law, heldout_error, plot_fit
+from mobilemoe.plan.law import COEFFICIENTS, COLUMNS
+from mobilemoe.train.recipe import RecipeArguments, set_up_routing
+from modeling_mobilemoe import MobileMoEConfig, MobileMoEForCausalLM
+
+
+# The data and the tokenizer of the demo.
+sys.path.append(str(Path(__file__).parents[1] / "examples"))
+from stdlib_data import is_heldout, standard_library_files  # noqa: E402
+from toy_tokenizer import train_tokenizer  # noqa: E402
+
+
+VOCAB_SIZE, LENGTH = 512, 128
+EXPANSIONS, GRANULARITIES = (1, 2, 4, 8, 16, 32), (2, 4, 8, 16)
+NUM_HELDOUT_TOKENS = 2**16
+# Where the learning rate is that of the command line.
+RATE_WIDTH = 32
+# Of Student's t at 97.5 %, by degrees of freedom.
+T_QUANTILES = (math.inf, 12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228)
+# A claim, and the sum of losses that it says is below zero: weights of the arms (E, granularity, shared expert). A
+# gain that diminishes is a second step that gains less than the first.
+FINDINGS = (
+    ("1. experts help: E = 8 against dense", {(8, 2, False): 1, (1, 2, False): -1}),
+    (
+        "1. and saturate: E from 8 to 32 gains less than from 1 to 8",
+        {(8, 2, False): 2, (32, 2, False): -1, (1, 2, False): -1},
+    ),
+    ("2. finer experts help: granularity 8 against 2", {(8, 8, False): 1, (8, 2, False): -1}),
+    (
+        "2. less and less: granularity from 8 to 16 gains less than from 2 to 8",
+        {(8, 8, False): 2, (8, 16, False): -1, (8, 2, False): -1},
+    ),
+    ("3. a shared expert helps: one against none at granularity 8", {(8, 8, True): 1, (8, 8, False): -1}),
+)
+# What tells two runs apart.
+KEY = ("width", "layers", "expansion", "granularity", "shared", "tokens", "seed")
+
+
+class NoSharedExpert(nn.Module):
+    """Stands where the architecture, which always has one, has the shared expert."""
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        return torch.zeros_like(hidden_states)
+
+
+def plan_runs(sizes: list[tuple[int, int]], tokens: list[int], seeds: list[int]) -> list[dict]:
+    """The runs in order: those with error bars first, then the grid of the first seed. `sizes` and `tokens` ascend."""
+    arms = [(expansion, 2, False) for expansion in EXPANSIONS]
+    arms += [(8, granularity, False) for granularity in GRANULARITIES[1:]] + [(8, 8, True)]
+    middle = (sizes[len(sizes) // 2], tokens[len(tokens) // 2])
+    cells = [(*middle, arm, seed) for seed in seeds for arm in arms]
+    cells += [(size, count, arm, seeds[0]) for size in sizes for count in tokens for arm in arms[: len(EXPANSIONS)]]
+    runs = []
+    for (width, layers), count, (expansion, granularity, shared), seed in dict.fromkeys(cells):
+        values = (width, layers, expansion, granularity, shared, count, seed)
+        runs.append(dict(zip(KEY, values, strict=True)))
+    return runs
+
+
+def build_model(run: dict) -> tuple[MobileMoEForCausalLM, dict[str, int]]:
+    """The model of a run, and its parameter counts: active and total with the tied embedding once, and that alone."""
+    width, granularity = run["width"], run["granularity"]
+    unit = 4 * width // granularity
+    removed = 4 if run["shared"] else 0
+    top_k = granularity - removed
+    config = MobileMoEConfig(
+        vocab_size=VOCAB_SIZE,
+        hidden_size=width,
+        intermediate_size=unit,
+        intermediate_size_mlp=4 * unit,
+        num_hidden_layers=run["layers"],
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=width // 4,
+        max_position_embeddings=LENGTH,
+        num_local_experts=granularity * run["expansion"] - removed,
+        num_experts_per_tok=top_k,
+        bos_token_id=VOCAB_SIZE - 16,
+        # The mean weight of an expert as released, 2.5 / 4, whatever their number.
+        routed_scaling_factor=0.625 * top_k,
+        initializer_range=0.7 / math.sqrt(width),
+    )
+    torch.manual_seed(run["seed"])
+    model = MobileMoEForCausalLM(config)
+    counts = {
+        "active_parameters": config.num_active_parameters,
+        "total_parameters": config.num_total_parameters,
+        "embedding_parameters": VOCAB_SIZE * width,
+    }
+    if not run["shared"]:
+        for layer in model.model.layers:
+            layer.feed_forward.shared_expert = NoSharedExpert()
+        shared_expert = 3 * run["layers"] * width * config.intermediate_size_mlp
+        counts["active_parameters"] -= shared_expert
+        counts["total_parameters"] -= shared_expert
+    return model, counts
+
+
+def load_tokens(directory: Path) -> dict[str, torch.Tensor]:
+    """Token ids of the training and the held-out files, one after the other, int64; made on the first call."""
+    file = directory / "tokens.npz"
+    if not file.is_file():
+        directory.mkdir(parents=True, exist_ok=True)
+        texts: dict[str, list[str]] = {"train": [], "heldout": []}
+        for name, source in standard_library_files():
+            texts["heldout" if is_heldout(name) else "train"].append(source)
+        tokenizer = train_tokenizer(iter(texts["train"]), VOCAB_SIZE)
+        arrays = {
+            part: np.concatenate([np.array(ids, dtype=np.uint16) for ids in tokenizer(sources).input_ids])
+            for part, sources in texts.items()
+        }
+        partial = file.with_name("partial.npz")
+        np.savez(partial, **arrays)
+        os.replace(partial, file)
+    with np.load(file) as arrays:
+        return {part: torch.from_numpy(arrays[part].astype(np.int64)) for part in arrays}
+
+
+def sequences(tokens: torch.Tensor) -> torch.Tensor:
+    """Rows of `LENGTH + 1` ids that follow each other, overlapping by one: inputs and targets."""
+    return tokens[: (len(tokens) - 1) // LENGTH * LENGTH + 1].unfold(0, LENGTH + 1, LENGTH)
+
+
+def train(run: dict, text: dict[str, torch.Tensor], arguments: argparse.Namespace) -> dict:
+    """Trains one run and returns its row of the table: settings, counts, held-out loss in nats per token."""
+    model, counts = build_model(run)
+    model.to(arguments.device).train()
+    recipe = RecipeArguments(model="", expert_bias_update_rate=arguments.bias_rate)
+    routing = set_up_routing(model, recipe, gradient_accumulation_steps=1)
+    routing.totals = routing.totals.to(arguments.device)
+    rows = sequences(text["train"])
+    num_steps = run["tokens"] // (arguments.batch * LENGTH)
+    # The same for every model of a seed.
+    order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(run["seed"]))
+    optimizer = torch.optim.AdamW(
+        model.parameters(), run["learning_rate"], betas=(0.9, 0.95), weight_decay=0.1, fused=True
+    )
+    warmup = max(1, num_steps // 20)
+    schedule = torch.optim.lr_scheduler.LambdaLR(
+        optimizer,
+        lambda step: min((step + 1) / warmup, 0.55 + 0.45 * math.cos(math.pi * min(1.0, step / num_steps))),
+    )
+    started = time.perf_counter()
+    for step in tqdm(range(num_steps), desc=" ".join(f"{key[0]}{run[key]}" for key in KEY), leave=False):
+        first = step * arguments.batch
+        batch = rows[order[torch.arange(first, first + arguments.batch) % len(rows)]].to(arguments.device)
+        loss = token_loss(model, batch)
+        loss.backward()
+        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        routing.on_optimizer_step(None, SimpleNamespace(global_step=step), None)
+        # Nothing here writes them to a file.
+        routing.pending.clear()
+        optimizer.zero_grad()
+        schedule.step()
+    seconds = time.perf_counter() - started
+    load = routing.load
+    model.eval()
+    with torch.inference_mode():
+        heldout = sequences(text["heldout"])[: NUM_HELDOUT_TOKENS // LENGTH].to(arguments.device)
+        losses = [token_loss(model, part) * len(part) for part in heldout.split(64)]
+    return (
+        run
+        | counts
+        | {
+            "loss": sum(losses).item() / len(heldout),
+            "train_loss": loss.item(),
+            "imbalance": (load.amax(dim=1) / load.mean(dim=1)).max().item(),
+            "seconds": round(seconds, 1),
+        }
+    )
+
+
+def token_loss(model: MobileMoEForCausalLM, batch: torch.Tensor) -> torch.Tensor:
+    """Mean cross-entropy of the next token, in nats. `batch` is `(rows, LENGTH + 1)`."""
+    with torch.autocast(batch.device.type, torch.bfloat16, enabled=batch.device.type == "cuda"):
+        logits = model(batch[:, :-1], use_cache=False).logits
+    return nn.functional.cross_entropy(logits.flatten(0, 1).float(), batch[:, 1:].flatten())
+
+
+def read_rows(file: Path) -> list[dict]:
+    """Complete lines of the table; a run that was killed while it wrote leaves a line without an end."""
+    lines = file.read_text().splitlines(keepends=True) if file.is_file() else []
+    return [json.loads(line) for line in lines if line.endswith("\n")]
+
+
+def contrast(rows: list[dict], weights: dict[tuple, int]) -> tuple[float, float] | None:
+    """
+    Weighted sum of held-out losses per seed: its mean over the seeds that have all arms, and the half width of the
+    95 % interval of that mean (Student's t). `None` with fewer than two such seeds.
+    """
+    losses: dict[tuple, dict[int, float]] = {arm: {} for arm in weights}
+    for row in rows:
+        arm = (row["expansion"], row["granularity"], row["shared"])
+        if arm in losses:
+            losses[arm][row["seed"]] = row["loss"]
+    seeds = sorted(set.intersection(*(set(values) for values in losses.values())))
+    if len(seeds) < 2:
+        return None
+    sums = [sum(weight * losses[arm][seed] for arm, weight in weights.items()) for seed in seeds]
+    quantile = T_QUANTILES[min(len(seeds) - 1, len(T_QUANTILES) - 1)]
+    return statistics.mean(sums), quantile * statistics.stdev(sums) / math.sqrt(len(seeds))
+
+
+def judge(measured: tuple[float, float] | None) -> str:
+    """Whether a sum is below zero, beyond its 95 % interval."""
+    if measured is None:
+        return "not measured: fewer than two seeds"
+    mean, width = measured
+    if abs(mean) <= width:
+        return "not resolved"
+    return "holds" if mean < 0 else "does not hold"
+
+
+def report(rows: list[dict], num_planned: int, output: Path) -> tuple[str, dict]:
+    """
+    The losses with error bars, the paper's three findings here, and the fitted law: as Markdown and as a record.
+
+    Args:
+        rows (`list[dict]`): the table.
+        num_planned (`int`): runs of the whole plan.
+        output (`Path`): beside it, the plot of the law is written.
+    """
+    if not rows:
+        raise SystemExit("ablation: the table has no complete run. Leave out --report to train.")
+    lines: list[str] = []
+    seeds: dict[tuple, set] = {}
+    for row in rows:
+        seeds.setdefault((row["width"], row["layers"], row["tokens"]), set()).add(row["seed"])
+    cell = max(seeds, key=lambda key: (len(seeds[key]), key))
+    repeated = [row for row in rows if (row["width"], row["layers"], row["tokens"]) == cell]
+    arms: dict[tuple, list[dict]] = {}
+    for row in repeated:
+        arms.setdefault((row["expansion"], row["granularity"], row["shared"]), []).append(row)
+    hours = sum(row["seconds"] for row in rows) / 3600
+    lines.append(f"{len(rows)} of {num_planned} runs of the plan are done, in {hours:.1f} hours of training.")
+    lines.append(f"\n## Losses\n\nNats per held-out token, width {cell[0]}, {cell[1]} layers, {cell[2]:,} tokens.\n")
+    lines.append(
+        "| E | granularity | shared expert | active | total | loss, mean ± sd | seeds |\n|---|---|---|---|---|---|---|"
+    )
+    for (expansion, granularity, shared), members in arms.items():
+        losses = [row["loss"] for row in members]
+        spread = f" ± {statistics.stdev(losses):.4f}" if len(losses) > 1 else ""
+        counts = f"{members[0]['active_parameters']:,} | {members[0]['total_parameters']:,}"
+        arm = f"{expansion} | {granularity} | {'yes' if shared else 'no'}"
+        lines.append(f"| {arm} | {counts} | {statistics.mean(losses):.4f}{spread} | {len(losses)} |")
+
+    result: dict = {"benchmark": "ablation", "runs": len(rows), "findings": {}}
+    lines.append(
+        "\n## Findings\n\n| finding of the paper | below zero if it holds (95 % interval) | verdict |\n|---|---|---|"
+    )
+    for claim, weights in FINDINGS:
+        measured = contrast(repeated, weights)
+        text = "" if measured is None else f"{measured[0]:+.4f} ± {measured[1]:.4f}"
+        result["findings"][claim] = {"measured": measured, "verdict": judge(measured)}
+        lines.append(f"| {claim} | {text} | {judge(measured)} |")
+
+    sweep = [row for row in rows if row["granularity"] == 2 and not row["shared"]]
+    table = {name: np.array([float(row[name]) for row in sweep]) for name in COLUMNS}
+    try:
+        # Millions: in billions, the law of models of a tenth of a million has numbers that nobody can read.
+        fit = fit_law(table, unit=1e6)
+    except ValueError as error:
+        lines.append(f"\n## The law\n\nNone yet. {error}")
+        return "\n".join(lines), result
+    intervals = fit.intervals()
+    lines.append(f"\n## The law\n\nOf the sweep over E. {describe_fit(fit, table)}")
+    result["law"] = {name: [fit.law.__dict__[name], *intervals[name]] for name in COEFFICIENTS}
+    result |= {"rmse": fit.law.rmse, "heldout_rmse": heldout_error(table, unit=1e6)}
+    plot_fit(fit, table, output.with_suffix(".png"))
+    lines.append(f"\n![Losses over E and the fitted law]({output.with_suffix('.png').name})")
+    return "\n".join(lines), result
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[1])
+    parser.add_argument("--output", type=Path, default=Path("docs/ablation.jsonl"), help="beside it: .md and .png")
+    parser.add_argument("--cache", type=Path, default=Path("out/ablation"), help="tokenized text")
+    parser.add_argument("--sizes", nargs="+", default=["24x2", "32x2", "48x2"], help="width x layers, ascending")
+    parser.add_argument("--tokens", type=lambda text: int(float(text)), nargs="+", default=[2**19, 2**20, 2**21])
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--batch", type=int, default=8, help=f"sequences of {LENGTH} tokens in a step")
+    parser.add_argument("--learning-rate", type=float, default=1.6e-2, help=f"at width {RATE_WIDTH}")
+    parser.add_argument("--bias-rate", type=float, default=5e-3, help="of load balancing; five times the paper's")
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--report", action="store_true", help="train nothing")
+    arguments = parser.parse_args()
+
+    sizes = [tuple(map(int, size.split("x"))) for size in arguments.sizes]
+    plan = plan_runs(sizes, arguments.tokens, arguments.seeds)
+    rows = read_rows(arguments.output)
+    if not arguments.report:
+        text = load_tokens(arguments.cache)
+        digest = hashlib.sha256(b"".join(text[part].numpy().tobytes() for part in sorted(text))).hexdigest()[:12]
+        settings = {"bias_rate": arguments.bias_rate, "batch": arguments.batch, "text": digest}
+        for run in plan:
+            run |= {"learning_rate": arguments.learning_rate * RATE_WIDTH / run["width"]} | settings
+        done = {tuple(row[key] for key in plan[0]) for row in rows}
+        runs = [run for run in plan if tuple(run.values()) not in done]
+        arguments.output.parent.mkdir(parents=True, exist_ok=True)
+        partial = arguments.output.with_suffix(".partial")
+        partial.write_text("".join(json.dumps(row) + "\n" for row in rows))
+        os.replace(partial, arguments.output)
+        for run in tqdm(runs, desc="ablation", unit="run"):
+            rows.append(train(run, text, arguments))
+            with arguments.output.open("a") as file:
+                file.write(json.dumps(rows[-1]) + "\n")
+    markdown, result = report(rows, len(plan), arguments.output)
+    print(markdown)
+    command = f"python benchmarks/ablation.py --sizes {' '.join(arguments.sizes)} "
+    command += f"--tokens {' '.join(map(str, arguments.tokens))} --seeds {' '.join(map(str, arguments.seeds))}"
+    partial = arguments.output.with_suffix(".partial")
+    partial.write_text(
+        f"# Our ablation\n\n`{command}`\n\nWritten by that script from {arguments.output.name}; what the "
+        f"sweeps are is said in it.\n\n{markdown}\n"
+    )
+    os.replace(partial, arguments.output.with_suffix(".md"))
+    print(json.dumps(result))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,82 @@
+"""
+What finer experts cost the kernel: one S layer's routed experts cut into ever more and narrower ones, in turns.
+
+    python benchmarks/bench_granularity.py [--tokens 1 128 512] [--threads 2] [--repeats 15]
+
+Granularity g cuts each of the E = 8 experts, four times as wide as the model, into g: 8g of them, of which the shared
+expert takes the place of g / 2, and a token takes g / 2. Parameters, bytes and FLOPs stay, the router's rows apart; 8
+is the paper's choice. One JSON line last.
+"""
+
+import argparse
+import json
+import statistics
+import time
+
+import torch
+from torch import nn
+from tqdm import tqdm
+
+from modeling_mobilemoe import kernels
+from modeling_mobilemoe.fused_mobilemoe import Int4Experts
+
+
+HIDDEN, EXPANSION = 768, 8
+GRANULARITIES = (2, 4, 8, 16)
+# As many as the model has: together they are larger than any cache, as in decoding.
+NUM_LAYERS = 20
+
+
+def random_layer(granularity: int, generator: torch.Generator) -> tuple:
+    """Arguments of `moe_ffn` after the activations: router, expert bias, packed experts, top-k, scale."""
+    top_k = granularity // 2
+    num_experts = granularity * EXPANSION - top_k
+    experts = Int4Experts(num_experts, HIDDEN, 4 * HIDDEN // granularity, nn.SiLU())
+    for buffer in experts.buffers():
+        if buffer.dtype == torch.uint8:
+            buffer.random_(generator=generator)
+        else:
+            buffer.uniform_(0.002, 0.006, generator=generator)
+    router = torch.randn(num_experts, HIDDEN, generator=generator) * 0.05
+    return router, torch.zeros(num_experts), *experts.buffers(), top_k, 2.5
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[1])
+    parser.add_argument("--tokens", type=int, nargs="+", default=[1, 128, 512])
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--repeats", type=int, default=15)
+    arguments = parser.parse_args()
+    torch.set_num_threads(arguments.threads)
+    if not kernels.available():
+        raise SystemExit("The kernels are not available; the warning above says why.")
+    generator = torch.Generator().manual_seed(0)
+    layers = {g: [random_layer(g, generator) for _ in range(NUM_LAYERS)] for g in GRANULARITIES}
+    result: dict = {"benchmark": "granularity", "threads": arguments.threads, "us_per_token": {}}
+    print(f"| tokens | {' | '.join(f'g = {g}' for g in GRANULARITIES)} |\n|---{'|---' * len(GRANULARITIES)}|")
+    with torch.inference_mode():
+        for num_tokens in arguments.tokens:
+            hidden_states = torch.randn(num_tokens, HIDDEN, generator=generator)
+            times: dict[int, list[float]] = {g: [] for g in GRANULARITIES}
+            # A long prompt computes for longer than it reads: fewer layers do.
+            used = NUM_LAYERS if num_tokens < 64 else 3
+            # The first two rounds warm up.
+            for repeat in tqdm(range(arguments.repeats + 2), desc=f"{num_tokens} tokens", leave=False):
+                for g, members in layers.items():
+                    started = time.perf_counter()
+                    for layer in members[:used]:
+                        torch.ops.mobilemoe.moe_ffn(hidden_states, *layer)
+                    if repeat >= 2:
+                        times[g].append(1e6 * (time.perf_counter() - started) / used / num_tokens)
+            rows = {
+                g: [statistics.median(values), *(sorted(values)[round(q * (len(values) - 1))] for q in (0.1, 0.9))]
+                for g, values in times.items()
+            }
+            result["us_per_token"][num_tokens] = {g: [round(value, 2) for value in row] for g, row in rows.items()}
+            cells = [f"{median:.1f} ({low:.1f}-{high:.1f})" for median, low, high in rows.values()]
+            print(f"| {num_tokens} | {' | '.join(cells)} |")
+    print(json.dumps(result))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,120 @@
+"""
+One S layer's routed experts: the kernel, the memory floor, and PyTorch expanding the same packed weights.
+
+    python benchmarks/bench_kernel.py [--tokens 1 128 512] [--threads 2] [--repeats 15]
+
+Decode reads weights from memory, as in a model: the calls walk through 20 layers, more than any cache holds. The floor
+is the time to read the router's and the selected experts' bytes once, at the rate of a plain sum measured in the same
+run. Ways take turns. One JSON line last.
+"""
+
+import argparse
+import json
+import platform
+import time
+
+import torch
+from torch import nn
+from tqdm import tqdm
+
+from modeling_mobilemoe import kernels
+from modeling_mobilemoe.fused_mobilemoe import Int4Experts, Int4Format
+
+
+DIM, EXPERT_DIM, NUM_EXPERTS, TOP_K = 768, 384, 60, 4
+NUM_LAYERS = 20
+
+
+def random_experts(generator: torch.Generator) -> Int4Experts:
+    experts = Int4Experts(NUM_EXPERTS, DIM, EXPERT_DIM, nn.SiLU())
+    for name, buffer in experts.named_buffers():
+        if name.endswith("qweight"):
+            buffer.random_(generator=generator)
+        else:
+            buffer.uniform_(0.002, 0.006, generator=generator)
+    return experts
+
+
+def expert_bytes(num_experts: int) -> int:
+    weights = 3 * DIM * EXPERT_DIM
+    return num_experts * (weights // 2 + weights // Int4Format.group_size * 2)
+
+
+def seconds(function) -> float:
+    started = time.perf_counter()
+    function()
+    return time.perf_counter() - started
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[1])
+    parser.add_argument("--tokens", type=int, nargs="+", default=[1, 128, 512])
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--repeats", type=int, default=15)
+    arguments = parser.parse_args()
+    torch.set_num_threads(arguments.threads)
+    if not kernels.available():
+        raise SystemExit("The kernels are not available; the warning above says why.")
+
+    generator = torch.Generator().manual_seed(0)
+    layers = [random_experts(generator) for _ in range(NUM_LAYERS)]
+    weights = [tuple(layer.buffers()) for layer in layers]
+    router = torch.randn(NUM_EXPERTS, DIM, generator=generator) * 0.05
+    bias = torch.randn(NUM_EXPERTS, generator=generator) * 0.1
+    # 512 MB, as FP64: few and wide additions for every byte.
+    memory = torch.zeros(2**26, dtype=torch.float64)
+    result = {
+        "benchmark": "kernel",
+        "threads": arguments.threads,
+        "machine": platform.machine(),
+        "torch": torch.__version__,
+        "ms_per_layer": {},
+    }
+    columns = ("kernel", "10 %", "90 %", "floor", "of floor", "packed torch")
+    print("tokens" + "".join(f"{column:>14s}" for column in columns) + "   ms per layer")
+    with torch.inference_mode():
+        for num_tokens in arguments.tokens:
+            x = torch.randn(num_tokens, DIM, generator=generator)
+            scores = (x @ router.T).sigmoid()
+            top_k_index = torch.sort(scores + bias, dim=-1, descending=True, stable=True).indices[:, :TOP_K]
+            top_k_weights = scores.gather(1, top_k_index)
+            top_k_weights = top_k_weights / top_k_weights.sum(dim=-1, keepdim=True) * 2.5
+            used = weights if num_tokens < 64 else weights[:3]
+
+            def kernel(x=x, used=used):
+                for packed in used:
+                    torch.ops.mobilemoe.moe_ffn(x, router, bias, *packed, TOP_K, 2.5)
+
+            times: dict[str, list[float]] = {"kernel": [], "read": [], "packed": []}
+            for repeat in tqdm(range(arguments.repeats + 2), desc=f"{num_tokens} tokens", leave=False):
+                rounds = {"kernel": seconds(kernel) / len(used), "read": seconds(memory.sum)}
+                if repeat < 4:
+                    rounds["packed"] = seconds(lambda: layers[0](x, top_k_index, top_k_weights))  # noqa: B023
+                # The first two rounds warm up.
+                if repeat >= 2:
+                    for way, value in rounds.items():
+                        times[way].append(value)
+            kernel_times = sorted(times["kernel"])
+            p10, median, p90 = (1e3 * kernel_times[round(q * (len(kernel_times) - 1))] for q in (0.1, 0.5, 0.9))
+            bandwidth = memory.nbytes / sorted(times["read"])[len(times["read"]) // 2]
+            num_used = top_k_index.unique().numel()
+            floor = 1e3 * (expert_bytes(num_used) + router.nbytes) / bandwidth
+            packed = 1e3 * min(times["packed"])
+            result["ms_per_layer"][num_tokens] = {
+                "kernel": round(median, 4),
+                "min": round(1e3 * kernel_times[0], 4),
+                "p10": round(p10, 4),
+                "p90": round(p90, 4),
+                "memory_floor": round(floor, 4),
+                "read_gb_per_s": round(bandwidth / 1e9, 1),
+                "packed_torch": round(packed, 2),
+                "multiply_adds_per_s": round(num_tokens * TOP_K * 3 * DIM * EXPERT_DIM / median * 1e3),
+            }
+            print(
+                f"{num_tokens:6d}{median:14.3f}{p10:14.3f}{p90:14.3f}{floor:14.3f}{floor / median:14.2f}{packed:14.2f}"
+            )
+    print(json.dumps(result))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,73 @@
+"""
+Does the fit of the scaling law find what made the data? Synthetic tables of the paper's grid, with its noise.
+
+    python benchmarks/bench_law.py [--trials 100] [--bootstrap 200] [--noise 0.0076]
+
+Every trial draws the 90 losses of the published sweep (6 expansions, 3 sizes, 5 token counts) from the published law,
+adds normal noise of the published RMSE, fits, and asks whether the coefficients that made the table lie inside the
+95 % intervals: each in its own, in percentiles of the bootstrap, and all nine at once in the joint ones. Prints one
+JSON line last.
+"""
+
+import argparse
+import itertools
+import json
+import statistics
+import time
+
+import numpy as np
+from tqdm import tqdm
+
+from mobilemoe.plan.fit import fit_law
+from mobilemoe.plan.law import COEFFICIENTS, COLUMNS, PAPER_GRID, PAPER_LAW
+
+
+def synthetic_table(noise: float, seed: int) -> dict[str, np.ndarray]:
+    """The paper's grid with losses of the published law and normal noise, nats per token."""
+    cells = np.array(list(itertools.product(*(PAPER_GRID[name] for name in COLUMNS[:3]))))  # (90, 3)
+    loss = PAPER_LAW.loss(*cells.T) + np.random.default_rng(seed).normal(0, noise, len(cells))
+    return dict(zip(COLUMNS, [*cells.T, loss], strict=True))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[1])
+    parser.add_argument("--trials", type=int, default=100)
+    parser.add_argument("--bootstrap", type=int, default=200)
+    parser.add_argument("--noise", type=float, default=PAPER_LAW.rmse)
+    arguments = parser.parse_args()
+
+    truth = {name: PAPER_LAW.__dict__[name] for name in COEFFICIENTS}
+    inside, inside_percentiles = dict.fromkeys(COEFFICIENTS, 0), dict.fromkeys(COEFFICIENTS, 0)
+    estimates: dict[str, list[float]] = {name: [] for name in COEFFICIENTS}
+    joint, errors, seconds = 0, [], []
+    for trial in tqdm(range(arguments.trials), unit="trial"):
+        table = synthetic_table(arguments.noise, trial)
+        started = time.perf_counter()
+        fit = fit_law(table, bootstrap=arguments.bootstrap, seed=trial)
+        seconds.append(time.perf_counter() - started)
+        own, together = fit.intervals(), fit.intervals(joint=True)
+        percentiles = np.quantile(fit.samples, [0.025, 0.975], axis=0)
+        for (name, value), (low, high) in zip(truth.items(), percentiles.T, strict=True):
+            inside_percentiles[name] += bool(low <= value <= high)
+            inside[name] += own[name][0] <= value <= own[name][1]
+            estimates[name].append(fit.law.__dict__[name])
+        joint += all(together[name][0] <= value <= together[name][1] for name, value in truth.items())
+        grid = [table[name] for name in COLUMNS[:3]]
+        errors.append(float(np.abs(fit.law.loss(*grid) - PAPER_LAW.loss(*grid)).max()))
+
+    count = len(errors)
+    print(f"Inside a 95 % interval, of {count} trials\n")
+    print("| coefficient | published | median fit | profile interval | bootstrap percentiles |\n|---|---|---|---|---|")
+    for name, value in truth.items():
+        fitted = statistics.median(estimates[name])
+        print(f"| {name} | {value:.4f} | {fitted:.4f} | {inside[name]} | {inside_percentiles[name]} |")
+    print(f"\nAll nine inside the joint 95 % intervals: {joint} of {count}")
+    error = statistics.median(errors)
+    print(f"Largest error of the fitted loss on the grid, median of trials: {error:.4f}; noise {arguments.noise}")
+    result = {"benchmark": "law", "trials": count, "inside": inside, "inside_percentiles": inside_percentiles}
+    result |= {"joint": joint, "max_loss_error": error, "seconds_per_fit": statistics.median(seconds)}
+    print(json.dumps(result))
+
+
+if __name__ == "__main__":
+    main()

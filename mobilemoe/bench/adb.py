@@ -1,0 +1,292 @@
+"""
+An Android device through the `adb` client: find it, run on it, copy what changed, read what it is and how hot.
+
+Commands are lists of words. The device's shell gets them quoted, this machine's shell never sees them.
+"""
+
+import json
+import re
+import shlex
+import shutil
+import subprocess
+import tempfile
+from collections.abc import Iterator
+from contextlib import suppress
+from pathlib import Path
+
+from tqdm import tqdm
+
+from ..artifacts import file_sha256
+
+
+class DeviceLost(OSError):
+    """The connection to the device ended in the middle of something."""
+
+
+class DeviceError(OSError):
+    """A command failed on the device."""
+
+
+def find_device(serial: str | None = None) -> "Device":
+    """
+    The device that is connected, or the one of several that `serial` names.
+
+    Raises:
+        ValueError: without `adb`, without a device, with several, or with one that cannot be used yet.
+    """
+    if shutil.which("adb") is None:
+        raise ValueError(
+            "adb is not on the PATH, and a phone is reached through nothing else. Install Android's platform tools "
+            "(Debian: apt install adb)."
+        )
+    listed = subprocess.run(["adb", "devices"], capture_output=True, text=True)
+    if listed.returncode:
+        raise ValueError(f"`adb devices` failed: {listed.stderr.strip()} Run `adb kill-server` and try again.")
+    rows = [line.split("\t") for line in listed.stdout.splitlines() if "\t" in line]
+    devices = {name: state.strip() for name, state in rows}
+    if serial is None:
+        if not devices:
+            raise ValueError(
+                "No device is connected. Switch USB debugging on in the phone's developer options, connect it, and "
+                "look at `adb devices`; over the network, `adb connect ADDRESS` first."
+            )
+        if len(devices) > 1:
+            raise ValueError(f"{len(devices)} devices are connected: {', '.join(devices)}. Name one with --serial.")
+        (serial,) = devices
+    if serial not in devices:
+        raise ValueError(
+            f"serial={serial} is not connected; connected are: {', '.join(devices) or 'none'}. Name one of these."
+        )
+    remedies = {
+        "unauthorized": "The phone has not allowed this computer. Unlock it and accept the question on its screen",
+        "offline": "The phone does not answer. Reconnect it, or run `adb reconnect`",
+        "no permissions": "This user may not open the USB device. Add the udev rules of Android's documentation",
+    }
+    state = devices[serial]
+    if state != "device":
+        remedy = next((text for key, text in remedies.items() if state.startswith(key)), "Reconnect it")
+        raise ValueError(f"{serial} is {state.split(';')[0]}. {remedy}, then run this again.")
+    return Device(serial)
+
+
+class Device:
+    """
+    Args:
+        serial (`str`): as in `adb devices`.
+    """
+
+    def __init__(self, serial: str):
+        self.serial = serial
+
+    def _adb(self, *arguments: str, timeout: float | None) -> subprocess.CompletedProcess:
+        try:
+            return subprocess.run(
+                ["adb", "-s", self.serial, *arguments],
+                capture_output=True,
+                text=True,
+                errors="replace",
+                timeout=timeout,
+            )
+        except subprocess.TimeoutExpired as error:
+            raise DeviceLost(
+                f"{self.serial} did not answer for {timeout:.0f} s. Look at its cable and screen."
+            ) from error
+
+    def is_connected(self) -> bool:
+        with suppress(DeviceLost):
+            return self._adb("get-state", timeout=20).stdout.strip() == "device"
+        return False
+
+    def _failed(self, what: str, result: subprocess.CompletedProcess) -> OSError:
+        if not self.is_connected():
+            return DeviceLost(f"{self.serial} is gone during {what}. Connect it and run the same command again.")
+        said = (result.stderr or result.stdout).strip()[-500:]
+        if "No space left" in said:
+            return DeviceError(f"The device is full during {what}: {said} Free space on it and run this again.")
+        return DeviceError(f"{what} failed on {self.serial} with status {result.returncode}: {said}")
+
+    def shell(self, *words: str, check: bool = True, timeout: float | None = 120) -> str:
+        """
+        Output of a command on the device.
+
+        Raises:
+            DeviceLost: when the device does not answer or is gone.
+            DeviceError: when the command fails and `check` is set.
+        """
+        result = self._adb("shell", shlex.join(words), timeout=timeout)
+        if result.returncode and (check or not self.is_connected()):
+            raise self._failed(f"`{words[0]}`", result)
+        return result.stdout
+
+    def lines(self, *words: str, directory: str) -> Iterator[str]:
+        """
+        Runs a long command in a directory of the device and yields the lines of its output as they come.
+
+        Raises:
+            DeviceLost, DeviceError: as [`shell`], when it ends in failure.
+        """
+        command = f"cd {shlex.quote(directory)} && {shlex.join(words)}"
+        # What a program logs goes to a file: a second pipe could fill while the first one is read.
+        with tempfile.TemporaryFile("w+", errors="replace") as log:
+            process = subprocess.Popen(
+                ["adb", "-s", self.serial, "shell", command],
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.PIPE,
+                stderr=log,
+                text=True,
+                errors="replace",
+            )
+            last = ""
+            try:
+                for line in process.stdout:
+                    last = line.rstrip("\r\n")
+                    yield last
+                if process.wait():
+                    log.seek(0)
+                    result = subprocess.CompletedProcess(words, process.returncode, last, log.read())
+                    raise self._failed(f"`{words[0]}`", result)
+            finally:
+                if process.poll() is None:
+                    process.kill()
+                process.wait()
+                process.stdout.close()
+
+    def free_bytes(self, directory: str) -> int:
+        rows = self.shell("df", "-k", directory).splitlines()
+        # The device name may stand on a line of its own.
+        fields = " ".join(rows[1:]).split()
+        return 1024 * int(fields[3])
+
+    def checksums(self, directory: str) -> dict[str, str]:
+        """SHA-256 of the files below a directory, by their path in it."""
+        listing = self.shell(
+            "find", directory, "-type", "f", "-exec", "sha256sum", "{}", "+", check=False, timeout=600
+        )
+        rows = (line.split(maxsplit=1) for line in listing.splitlines() if re.match(r"[0-9a-f]{64}\s", line))
+        return {path.removeprefix(f"{directory}/"): digest for digest, path in rows}
+
+    def push(self, files: dict[str, Path], directory: str) -> list[str]:
+        """
+        Copies those files that the device does not have already, each under a temporary name until it is whole.
+
+        Args:
+            files (`dict[str, Path]`): by their path in the directory.
+            directory (`str`): on the device; made where it is missing.
+
+        Returns:
+            `list[str]`: what was copied.
+
+        Raises:
+            ValueError: when the device has too little room, before anything is copied.
+            DeviceLost, DeviceError: when the copy fails; whole files stay, and the next call goes on behind them.
+        """
+        self.shell("mkdir", "-p", *sorted({str(Path(directory, name).parent) for name in files}))
+        present = self.checksums(directory)
+        missing = {name: path for name, path in files.items() if present.get(name) != file_sha256(path)}
+        size, free = sum(path.stat().st_size for path in missing.values()), self.free_bytes(directory)
+        if size > free:
+            raise ValueError(
+                f"The device has {free / 1e6:,.0f} MB free in {directory} and {size / 1e6:,.0f} MB are to be copied. "
+                "Free space on it, or measure fewer models at once."
+            )
+        for name, path in tqdm(missing.items(), desc="push", leave=False, disable=len(missing) < 2):
+            target = f"{directory}/{name}"
+            result = self._adb("push", str(path), f"{target}.partial", timeout=3600)
+            if result.returncode:
+                error = self._failed(f"the copy of {name}", result)
+                if not isinstance(error, DeviceLost):
+                    self.shell("rm", "-f", f"{target}.partial", check=False)
+                raise error
+            self.shell("mv", f"{target}.partial", target)
+        return list(missing)
+
+    def properties(self) -> dict[str, str]:
+        return dict(re.findall(r"^\[(.+?)\]: \[(.*)\]", self.shell("getprop"), re.MULTILINE))
+
+    def fingerprint(self) -> dict:
+        """What the device is: model, SoC, cores with their clocks in MHz, memory in bytes, system, battery, heat."""
+        properties = self.properties()
+        clocks = self.shell("sh", "-c", "cat /sys/devices/system/cpu/cpu*/cpufreq/cpuinfo_max_freq", check=False)
+        memory = re.search(r"MemTotal:\s+(\d+)", self.shell("cat", "/proc/meminfo"))
+        soc = " ".join(properties.get(f"ro.soc.{name}", "") for name in ("manufacturer", "model")).strip()
+        return {
+            "model": " ".join(properties.get(f"ro.product.{name}", "") for name in ("manufacturer", "model")).strip(),
+            "soc": soc or properties.get("ro.board.platform", "unknown"),
+            "abi": properties.get("ro.product.cpu.abi"),
+            "max_mhz": [int(clock) // 1000 for clock in clocks.split() if clock.isdigit()],
+            "memory_bytes": 1024 * int(memory[1]) if memory else None,
+            "android": properties.get("ro.build.version.release"),
+            "build": properties.get("ro.build.fingerprint"),
+            **self.condition(),
+        }
+
+    def condition(self) -> dict:
+        """Battery level in percent and temperature in degrees Celsius, thermal status 0 (none) to 6, clocks in MHz."""
+        battery = parse_battery(self.shell("dumpsys", "battery", check=False))
+        thermal = re.search(r"Thermal Status: (\d+)", self.shell("dumpsys", "thermalservice", check=False))
+        clocks = self.shell("sh", "-c", "cat /sys/devices/system/cpu/cpu*/cpufreq/scaling_cur_freq", check=False)
+        return {
+            **battery,
+            "thermal_status": int(thermal[1]) if thermal else None,
+            "mhz": [int(clock) // 1000 for clock in clocks.split() if clock.isdigit()],
+        }
+
+
+def parse_battery(text: str) -> dict:
+    """Of `dumpsys battery`, whose temperature is in tenths of a degree; `None` for what it does not say."""
+    level = re.search(r"^\s*level: (\d+)", text, re.MULTILINE)
+    temperature = re.search(r"^\s*temperature: (-?\d+)", text, re.MULTILINE)
+    return {
+        "battery_percent": int(level[1]) if level else None,
+        "battery_celsius": int(temperature[1]) / 10 if temperature else None,
+    }
+
+
+def parse_observer(text: str) -> dict:
+    """
+    The measurements in the output of ExecuTorch's `llama_main` (extension/llm/runner/stats.h), times in seconds.
+
+    Raises:
+        ValueError: when the line that starts with `PyTorchObserver` is missing, cut off, or without tokens.
+    """
+    line = next((line for line in text.splitlines() if line.startswith("PyTorchObserver ")), None)
+    if line is None:
+        raise ValueError(f"llama_main printed no PyTorchObserver line; it ended with:\n{text[-1000:]}")
+    try:
+        stats = json.loads(line.removeprefix("PyTorchObserver "))
+        second = stats["SCALING_FACTOR_UNITS_PER_SECOND"]
+        first, prefill_end, end = (
+            stats[name] for name in ("first_token_ms", "prompt_eval_end_ms", "inference_end_ms")
+        )
+        measured = {
+            "prompt_tokens": stats["prompt_tokens"],
+            "new_tokens": stats["generated_tokens"],
+            "load": (stats["model_load_end_ms"] - stats["model_load_start_ms"]) / second,
+            "first_token": (first - stats["inference_start_ms"]) / second,
+            "prefill": (prefill_end - stats["inference_start_ms"]) / second,
+            "decode": (end - prefill_end) / second,
+        }
+    except (json.JSONDecodeError, KeyError, TypeError, ZeroDivisionError) as error:
+        raise ValueError(f"The PyTorchObserver line of llama_main is damaged ({error!r}): {line[:300]}") from error
+    if min(measured["prompt_tokens"], measured["new_tokens"]) < 1 or min(measured["prefill"], measured["decode"]) <= 0:
+        raise ValueError(f"llama_main measured nothing: {line[:300]} Give a longer prompt or more new tokens.")
+    return measured
+
+
+def parse_minibench(text: str) -> dict:
+    """
+    The metrics in `benchmark_results.json` of ExecuTorch's benchmark app, by their names.
+
+    Raises:
+        ValueError: for a file that is cut off or no list of metrics.
+    """
+    try:
+        rows = json.loads(text)
+        metrics = {row["metric"]: float(row["actualValue"]) for row in rows}
+    except (json.JSONDecodeError, KeyError, TypeError, ValueError) as error:
+        raise ValueError(f"benchmark_results.json is damaged ({error!r}): {text[:300]}") from error
+    if not metrics.get("token_per_sec"):
+        raise ValueError(
+            f"benchmark_results.json has no token_per_sec, so the app generated nothing: {sorted(metrics)}"
+        )
+    return metrics

@@ -1,0 +1,205 @@
+"""
+One model in a process of its own, measured on request: python -m mobilemoe.bench.worker MODEL --threads N
+
+A process per model keeps peak memory and load time apart, and lets models take turns. Requests are JSON lines on
+standard input, `{"prompt_length": 128, "new_tokens": 48, "seed": 0, "text": null}`; so are the answers on standard
+output: first what loading took, then of every request the seconds of the prompt and of each token after it. With
+`"profile": true` in it, a request asks where a program spends its time instead.
+"""
+
+import argparse
+import json
+import os
+import sys
+import time
+from contextlib import suppress
+from pathlib import Path
+
+import torch
+from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache, PretrainedConfig, PreTrainedModel
+
+from modeling_mobilemoe import kernels
+from modeling_mobilemoe.configuration_mobilemoe import MobileMoEConfig
+from modeling_mobilemoe.fused_mobilemoe import Int4Experts
+from modeling_mobilemoe.modeling_mobilemoe import MobileMoEExperts
+
+from ..costs import weight_bytes_read
+from ..export.random_program import random_packed_model
+from ..machine import peak_memory
+from ..runtime import CheckpointModel, LanguageModel, PteModel
+from ..shapes import shapes
+
+
+class ModelWithoutText(CheckpointModel):
+    """A model in memory, token ids in and logits out."""
+
+    def __init__(self, model: PreTrainedModel):
+        self.model = model
+        self.max_seq_len = model.config.max_position_embeddings
+        self.eos_ids = []
+        self._cache = DynamicCache(config=model.config)
+
+
+def load(name: str) -> tuple[LanguageModel, PretrainedConfig]:
+    """A built-in shape in PyTorch, a directory with `model.pte`, or a checkpoint, in BF16."""
+    if name in shapes():
+        config = shapes()[name]
+        return ModelWithoutText(random_packed_model(config)), config
+    if (Path(name) / "model.pte").is_file():
+        return PteModel(name), AutoConfig.from_pretrained(name)
+    if (Path(name) / "tokenizer.json").is_file() or not Path(name).is_dir():
+        model = CheckpointModel(name, dtype=torch.bfloat16)
+    else:
+        model = ModelWithoutText(AutoModelForCausalLM.from_pretrained(name, dtype=torch.bfloat16).eval())
+    return model, model.model.config
+
+
+def weight_bytes_per_token(model: nn.Module) -> int:
+    """Bytes of weights that decoding one token reads: all but the experts that it is not routed to."""
+    total = 0
+    for module in model.modules():
+        tensors = [*module._parameters.values(), *module._buffers.values()]
+        size = sum(tensor.numel() * tensor.element_size() for tensor in tensors if tensor is not None)
+        if isinstance(module, (Int4Experts, MobileMoEExperts)):
+            size = size * model.config.num_experts_per_tok // module.num_experts
+        total += size
+    # A tied full-precision head holds the embedding's parameter once more.
+    head, embedding = model.get_output_embeddings(), model.get_input_embeddings()
+    if head._parameters.get("weight") is not None and head.weight is embedding.weight:
+        total -= head.weight.numel() * head.weight.element_size()
+    return total
+
+
+def program_bytes_per_token(directory: str, config: MobileMoEConfig) -> int:
+    """As [`weight_bytes_per_token`], of a program with packed weights."""
+    report = json.loads(Path(directory, "export.json").read_text())
+    return int(weight_bytes_read(config, expert_bits=report["expert_bits"], moe_op=report["moe_op"]))
+
+
+def cache_bits(directory: str) -> int:
+    """Bits of a key or value in the cache of a program."""
+    report = json.loads(Path(directory, "export.json").read_text())
+    return 8 if report["kv_cache"] == "int8" else 32
+
+
+def random_tokens(vocab_size: int, count: int, seed: int) -> list[int]:
+    return torch.randint(vocab_size, (count,), generator=torch.Generator().manual_seed(seed)).tolist()
+
+
+def choose_tokens(model: LanguageModel, vocab_size: int, count: int, seed: int, text: str | None) -> list[int]:
+    """Random ids, or a stretch of a text that begins elsewhere for every seed."""
+    if text is None:
+        return random_tokens(vocab_size, count, seed)
+    generator = torch.Generator().manual_seed(seed)
+    tokens = model.encode(text)
+    if len(tokens) < count:
+        raise ValueError(
+            f"The prompt file has {len(tokens)} tokens and {count} are needed. Give a longer text, or shorter lengths."
+        )
+    start = int(torch.randint(len(tokens) - count + 1, (1,), generator=generator))
+    return tokens[start : start + count]
+
+
+def measure(model: LanguageModel, tokens: list[int], prompt_length: int) -> dict:
+    """Seconds of the prompt up to its first new token, and of every token that follows; those are given, not drawn."""
+    seconds = []
+    started = time.perf_counter()
+    model.forward(tokens[:prompt_length], 0).argmax().item()
+    first_token = time.perf_counter() - started
+    for position in range(prompt_length, len(tokens)):
+        started = time.perf_counter()
+        model.forward([tokens[position]], position).argmax().item()
+        seconds.append(time.perf_counter() - started)
+    return {"first_token": first_token, "decode": seconds}
+
+
+def profile(directory: str, tokens: list[int], prompt_length: int) -> dict[str, dict[str, float]]:
+    """
+    Milliseconds by operator, summed over the layers, of a prompt and of a token after it, from ExecuTorch's ETDump.
+
+    Each is run in a program of its own, whose first run does not count. The token's cache has the prompt's length and
+    is empty, which costs the same.
+    """
+    import tempfile
+
+    from executorch.devtools import Inspector
+    from executorch.runtime import Runtime
+
+    times = {}
+    rest = [([token], prompt_length + i) for i, token in enumerate(tokens[prompt_length:])]
+    for name, calls in (("prefill", [(tokens[:prompt_length], 0)] * 3), ("decode", rest)):
+        program = Runtime.get().load_program(Path(directory, "model.pte"), enable_etdump=True)
+        method = program.load_method("forward")
+        for ids, start in calls:
+            method.execute((torch.tensor([ids]), torch.tensor([start])))
+        with tempfile.TemporaryDirectory() as scratch:
+            dump = Path(scratch, "etdump")
+            program.write_etdump_result_to_file(str(dump), str(Path(scratch, "debug")))
+            blocks = Inspector(etdump_path=str(dump)).event_blocks
+        times[name] = {}
+        for event in (event for block in blocks if block.name == "Execute" for event in block.events):
+            # A call of an operator also counts as one, without its name.
+            if event.perf_data is not None and event.name != "OPERATOR_CALL":
+                operator = event.name.removeprefix("native_call_")
+                times[name][operator] = times[name].get(operator, 0.0) + event.perf_data.p50
+        times[name] = {key: round(value, 4) for key, value in sorted(times[name].items(), key=lambda item: -item[1])}
+    return times
+
+
+def set_threads(num_threads: int, is_pte: bool) -> None:
+    torch.set_num_threads(num_threads)
+    if is_pte:
+        from executorch.extension.pybindings.portable_lib import _unsafe_reset_threadpool
+
+        _unsafe_reset_threadpool(num_threads)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[1])
+    parser.add_argument("model")
+    parser.add_argument("--threads", type=int, required=True)
+    arguments = parser.parse_args()
+    # Libraries print; the answers keep a stream of their own.
+    answers = os.fdopen(os.dup(1), "w", buffering=1)
+    os.dup2(2, 1)
+    try:
+        is_pte = (Path(arguments.model) / "model.pte").is_file()
+        set_threads(arguments.threads, is_pte)
+        # Compiles them where that was not done yet, which is no part of loading. A program that needs them and cannot
+        # have them says so itself.
+        if is_pte:
+            with suppress(kernels.BuildError):
+                kernels.load_executorch()
+        else:
+            kernels.available()
+        started = time.perf_counter()
+        model, config = load(arguments.model)
+        answer = {
+            "load": time.perf_counter() - started,
+            "context": model.max_seq_len,
+            "runtime": "executorch" if isinstance(model, PteModel) else "pytorch",
+            "weight_bytes_per_token": (
+                program_bytes_per_token(arguments.model, config)
+                if isinstance(model, PteModel)
+                else weight_bytes_per_token(model.model)
+            ),
+            "kv_bits": cache_bits(arguments.model) if isinstance(model, PteModel) else 16,
+            "config": json.loads(config.to_json_string()),
+        }
+        print(json.dumps(answer), file=answers)
+        for line in sys.stdin:
+            request = json.loads(line)
+            count = request["prompt_length"] + request["new_tokens"]
+            tokens = choose_tokens(model, config.vocab_size, count, request["seed"], request["text"])
+            if request.get("profile"):
+                print(json.dumps(profile(arguments.model, tokens, request["prompt_length"])), file=answers)
+                continue
+            answer = measure(model, tokens, request["prompt_length"])
+            print(json.dumps(answer | {"peak_memory_bytes": peak_memory()}), file=answers)
+    except (ValueError, OSError, ModuleNotFoundError) as error:
+        print(json.dumps({"error": f"{arguments.model}: {error}"}), file=answers)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,1 @@
+"""The benchmark suites of the paper, and quick checks without benchmarks."""

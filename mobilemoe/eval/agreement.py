@@ -1,0 +1,171 @@
+"""Quick checks without benchmarks: bits per byte, agreement of two models, and which experts a domain uses."""
+
+import json
+import math
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+from tqdm import tqdm
+
+from modeling_mobilemoe.modeling_mobilemoe import MobileMoERouter
+
+from ..artifacts import describe_model, is_pte, write_json
+from ..machine import machine
+from ..runtime import CheckpointModel, LanguageModel, PteModel
+
+
+# Tokens that a model sees at once, one BOS included; less where the context is shorter.
+WINDOW = 512
+
+
+def text_windows(model: LanguageModel, text: str, max_tokens: int, window: int) -> Iterator[list[int]]:
+    """Token ids in windows that each begin with BOS; every other token of the text occurs once."""
+    bos, *tokens = model.encode(text)
+    tokens = tokens[:max_tokens]
+    for start in range(0, len(tokens), window - 1):
+        yield [bos, *tokens[start : start + window - 1]]
+
+
+def text_agreement(
+    model: LanguageModel, reference: LanguageModel | None, text: str, max_tokens: int = 4096
+) -> dict[str, float]:
+    """
+    Held-out loss of a model on a text, and how far it is from a reference.
+
+    Args:
+        model (`LanguageModel`): a checkpoint or a `.pte`.
+        reference (`LanguageModel`, *optional*): with the same vocabulary.
+        text (`str`): read in windows of 512 tokens.
+        max_tokens (`int`, defaults to 4096): where to stop.
+
+    Returns:
+        `bits_per_byte` of the model; with a reference also its `reference_bits_per_byte`, `kl`, the mean over
+        positions of the divergence KL(reference || model) in nats, and `top1`, the share of positions where both find
+        the same token most probable.
+
+    Raises:
+        ValueError: for an empty text or another vocabulary.
+    """
+    window = min(WINDOW, *(other.max_seq_len for other in (model, reference) if other is not None))
+    windows = list(text_windows(model, text, max_tokens, window))
+    if not windows:
+        raise ValueError("The text is empty. Give one with at least one token.")
+    if reference is not None and reference.encode(text) != model.encode(text):
+        raise ValueError("The two models cut the text into different tokens. Compare models with the same tokenizer.")
+    loss = reference_loss = divergence = agreeing = num_tokens = num_bytes = 0
+    for tokens in tqdm(windows, desc="windows"):
+        targets = torch.tensor(tokens[1:])
+        log_probs = model.all_logits(tokens)[:-1].log_softmax(dim=-1).cpu()  # (T, vocab)
+        loss -= log_probs.gather(1, targets[:, None]).sum().item()
+        num_tokens += len(targets)
+        num_bytes += len(model.decode(tokens[1:]).encode())
+        if reference is not None:
+            expected = reference.all_logits(tokens)[:-1].log_softmax(dim=-1).cpu()
+            reference_loss -= expected.gather(1, targets[:, None]).sum().item()
+            divergence += (expected.exp() * (expected - log_probs)).sum().item()
+            agreeing += (expected.argmax(dim=-1) == log_probs.argmax(dim=-1)).sum().item()
+    result = {"bits_per_byte": loss / math.log(2) / num_bytes, "num_tokens": num_tokens}
+    if reference is not None:
+        result["reference_bits_per_byte"] = reference_loss / math.log(2) / num_bytes
+        result["kl"] = divergence / num_tokens
+        result["top1"] = agreeing / num_tokens
+    return result
+
+
+def token_routes(model: CheckpointModel, tokens: list[int]) -> tuple[torch.Tensor, torch.Tensor]:
+    """
+    Which experts every token of a sequence visits.
+
+    Args:
+        model (`CheckpointModel`): full-precision or packed INT4.
+        tokens (`list[int]`): read at once.
+
+    Returns:
+        Two tensors of shape `(layers, tokens, top_k)`: expert ids in the order of selection, and the weights of their
+        outputs, which sum to `routed_scaling_factor`.
+    """
+    routes: list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]] = []
+
+    def hook(router, arguments, output: tuple[torch.Tensor, torch.Tensor, torch.Tensor]) -> None:
+        routes.append(output)
+
+    routers = [module for module in model.model.modules() if isinstance(module, MobileMoERouter)]
+    handles = [router.register_forward_hook(hook) for router in routers]
+    try:
+        model.all_logits(tokens)
+    finally:
+        for handle in handles:
+            handle.remove()
+    _, weights, experts = zip(*routes, strict=True)
+    return torch.stack(experts).cpu(), torch.stack(weights).cpu()
+
+
+def expert_utilisation(model: CheckpointModel, text: str, max_tokens: int = 4096) -> dict:
+    """
+    Which experts a text uses.
+
+    Returns:
+        `load`, per layer the share of assignments of every expert, `(layers, E)`; and per layer `used`, the share of
+        experts with any token, and `effective`, the exponential of the load's entropy over E: 1 when all experts are
+        used evenly, 1/E when only one is.
+    """
+    config = model.model.config
+    num_experts = config.num_local_experts
+    counts = torch.zeros(config.num_hidden_layers, num_experts, dtype=torch.int64)
+    for tokens in text_windows(model, text, max_tokens, min(WINDOW, model.max_seq_len)):
+        experts = token_routes(model, tokens)[0].flatten(1)  # (layers, tokens * top_k)
+        counts.scatter_add_(1, experts, torch.ones_like(experts))
+    load = counts / counts.sum(dim=1, keepdim=True)
+    entropy = -torch.special.xlogy(load, load).sum(dim=1)
+    return {
+        "load": load.tolist(),
+        "used": (counts > 0).float().mean(dim=1).tolist(),
+        "effective": (entropy.exp() / num_experts).tolist(),
+    }
+
+
+def load_language_model(path: str | Path) -> LanguageModel:
+    return PteModel(path) if is_pte(path) else CheckpointModel(path)
+
+
+def check_models(
+    model_path: str, reference_path: str | None, texts: list[str], max_tokens: int, json_path: str | None
+) -> dict:
+    """
+    Prints and returns the checks for texts given as `DOMAIN=FILE`; expert utilisation for checkpoints only.
+
+    Raises:
+        ValueError: for a text in another form, or models that cannot be compared.
+        OSError: for a file that cannot be read.
+    """
+    files = {}
+    for text in texts:
+        domain, separator, file = text.partition("=")
+        if not (domain and separator and file):
+            raise ValueError(f"--text {text} does not name a domain. Give DOMAIN=FILE, as in code=held_out.py.")
+        files[domain] = Path(file).read_text()
+    model = load_language_model(model_path)
+    reference = load_language_model(reference_path) if reference_path is not None else None
+    paths = {"model": model_path, "reference": reference_path}
+    result = {
+        **paths,
+        "texts": texts,
+        "max_tokens": max_tokens,
+        "descriptions": {name: describe_model(path) for name, path in paths.items() if path is not None},
+        "machine": machine(),
+        "domains": {},
+    }
+    for domain, text in files.items():
+        row = text_agreement(model, reference, text, max_tokens)
+        if isinstance(model, CheckpointModel):
+            row["experts"] = expert_utilisation(model, text, max_tokens)
+        result["domains"][domain] = row
+    if json_path is not None:
+        write_json(Path(json_path), result)
+    for domain, row in result["domains"].items():
+        experts = row.pop("experts", None)
+        if experts:
+            row |= {key: sum(experts[key]) / len(experts[key]) for key in ("used", "effective")}
+        print(domain, json.dumps({key: round(value, 5) for key, value in row.items()}))
+    return result

@@ -1,0 +1,197 @@
+"""What a benchmark suite needs: its settings in `suites.yaml`, its packages, and its data sets, pinned and offline."""
+
+import contextlib
+import importlib.util
+import json
+import shutil
+import subprocess
+import sys
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+from ..artifacts import write_json
+from .suites import select_tasks, suite_file
+
+
+PUNKT = "tokenizers/punkt_tab"
+# The script behind the harness's two code tasks, a Space on the Hub; it is run, not only read.
+CODE_EVAL = "evaluate-metric/code_eval"
+# Of packages in a data directory.
+SITE = "python"
+
+
+def check_requirements(tasks: dict[str, dict], data_dir: Path | None) -> None:
+    """
+    Raises:
+        ValueError: naming the tasks whose packages are missing or of another release, and how to get them.
+    """
+    problems = []
+    for requirement, details in suite_file()["requirements"].items():
+        users = [name for name, task in tasks.items() if task.get("requires") == requirement]
+        missing = [module for module in details["modules"] if importlib.util.find_spec(module) is None]
+        if missing and users:
+            problems.append(f"{', '.join(users)} needs {', '.join(missing)}: {details['install']}")
+        for package in missing_packages(details, data_dir) if users and data_dir is None else []:
+            problems.append(f"{', '.join(users)} needs {package}, which `mobilemoe eval prepare` puts into --data-dir")
+    if problems:
+        raise ValueError("; ".join(problems) + ". Or choose other tasks with --tasks.")
+
+
+def missing_packages(requirement: dict, data_dir: Path | None) -> list[str]:
+    """Packages of a release that a requirement asks for and neither the environment nor `data_dir` has."""
+    missing = []
+    for package, release in requirement.get("beside", {}).items():
+        record = f"{package.replace('-', '_')}-{release}.dist-info"
+        with contextlib.suppress(PackageNotFoundError):
+            if version(package).split(".")[:2] == release.split(".")[:2]:
+                continue
+        if data_dir is None or not (data_dir / SITE / record).is_dir():
+            missing.append(f"{package}=={release}")
+    return missing
+
+
+def prepare_data(suite: str, data_dir: str | Path, names: list[str] | None = None) -> None:
+    """
+    Downloads what a suite needs into `data_dir`, data sets at the pinned commits; what is there already stays.
+
+    Raises:
+        ValueError: for an unknown suite or task.
+        OSError: where the Hub cannot be reached or a data set's terms have not been accepted.
+    """
+    data_dir = Path(data_dir)
+    tasks = select_tasks(suite, names)
+    requirements = {task.get("requires") for task in tasks.values()}
+    for repo in {task["dataset"]: None for task in tasks.values()}:
+        pin = suite_file()["datasets"][repo]
+        if data_problem(data_dir, repo, pin["revision"]) is None:
+            print(f"{repo}: complete")
+        else:
+            download(data_dir, repo, "dataset", pin)
+    if any(task.get("runs_code") for task in tasks.values()) and data_problem(data_dir, CODE_EVAL, None):
+        download(data_dir, CODE_EVAL, "space", {"revision": None, "allow": ["*.py"]})
+    if "ifeval" in requirements and not (data_dir / "nltk" / PUNKT).is_dir():
+        check_requirements({name: task for name, task in tasks.items() if task.get("requires") == "ifeval"}, data_dir)
+        import nltk
+
+        if not nltk.download(Path(PUNKT).name, download_dir=str(data_dir / "nltk"), quiet=True):
+            raise OSError(
+                "The sentence splitter punkt_tab could not be downloaded. Check the network, then run again."
+            )
+        print("nltk punkt_tab")
+    for requirement in requirements - {None}:
+        for package in missing_packages(suite_file()["requirements"][requirement], data_dir):
+            options = ["install", "--quiet", "--no-deps", "--target", str(data_dir / SITE), package]
+            if subprocess.run([sys.executable, "-m", "pip", *options]).returncode:
+                raise OSError(f"{package} could not be installed beside the data. Run: pip {' '.join(options)}")
+            print(package)
+
+
+def download(data_dir: Path, repo: str, kind: str, pin: dict) -> None:
+    """Downloads beside the final place, then renames: a directory with its record beside it is a whole one."""
+    from huggingface_hub import HfApi, snapshot_download
+
+    api = HfApi()
+    info = api.dataset_info if kind == "dataset" else api.space_info
+    revision = info(repo, revision=pin["revision"] or "main").sha
+    print(f"{repo} at {revision}", flush=True)
+    final, partial = data_dir / repo, data_dir / f"{repo}.partial"
+    # An interrupted download goes on where it stopped.
+    snapshot_download(
+        repo,
+        repo_type=kind,
+        revision=revision,
+        local_dir=partial,
+        allow_patterns=[*pin["allow"], "README.md"] if "allow" in pin else None,
+        ignore_patterns=pin.get("ignore"),
+    )
+    shutil.rmtree(partial / ".cache", ignore_errors=True)
+    trim_card(partial)
+    record_path(data_dir, repo).unlink(missing_ok=True)
+    shutil.rmtree(final, ignore_errors=True)
+    partial.rename(final)
+    write_record(data_dir, repo, revision)
+
+
+def trim_card(directory: Path) -> None:
+    """
+    Takes the configurations whose files were not downloaded out of a data set's card: `datasets` opens those of the
+    first one that it names, whichever is asked for.
+    """
+    from huggingface_hub import DatasetCard
+
+    if not (directory / "README.md").is_file():
+        return
+    card = DatasetCard.load(directory / "README.md", ignore_metadata_errors=True)
+    configs = card.data.get("configs") or []
+
+    def is_here(data_files: str | list) -> bool:
+        # A pattern, patterns, or a split with either.
+        if isinstance(data_files, list):
+            return any(map(is_here, data_files))
+        return is_here(data_files["path"]) if isinstance(data_files, dict) else any(directory.glob(data_files))
+
+    kept = [config for config in configs if is_here(config.get("data_files", "*"))]
+    if len(kept) < len(configs):
+        card.data.configs = kept
+        card.save(directory / "README.md")
+
+
+def record_path(data_dir: Path, repo: str) -> Path:
+    return data_dir / f"{repo}.json"
+
+
+def write_record(data_dir: Path, repo: str, revision: str) -> None:
+    """Notes the commit and the sizes of a data set that lies complete in `data_dir / repo`."""
+    files = {
+        str(path.relative_to(data_dir / repo)): path.stat().st_size
+        for path in sorted((data_dir / repo).rglob("*"))
+        if path.is_file()
+    }
+    write_json(record_path(data_dir, repo), {"repo": repo, "revision": revision, "files": files})
+
+
+def data_problem(data_dir: Path, repo: str, revision: str | None) -> str | None:
+    """What is wrong with a data set in `data_dir`, or `None`."""
+    record = record_path(data_dir, repo)
+    if not record.is_file():
+        return "is missing"
+    found = json.loads(record.read_text())
+    if revision is not None and found["revision"] != revision:
+        return f"is revision {found['revision']}, the suite is frozen at {revision}"
+    for name, size in found["files"].items():
+        path = data_dir / repo / name
+        if not path.is_file() or path.stat().st_size != size:
+            return f"is damaged: {name} is missing or has another size"
+    return None
+
+
+def check_data(suite: str, tasks: dict[str, dict], data_dir: Path) -> dict[str, str]:
+    """
+    Returns the commit of every data set of the tasks.
+
+    Raises:
+        ValueError: listing the data sets that are missing, damaged or of another revision.
+    """
+    revisions, problems = {}, []
+    needed = {task["dataset"]: suite_file()["datasets"][task["dataset"]]["revision"] for task in tasks.values()}
+    if any(task.get("runs_code") for task in tasks.values()):
+        needed[CODE_EVAL] = None
+    for repo, revision in needed.items():
+        problem = data_problem(data_dir, repo, revision)
+        if problem:
+            problems.append(f"{repo} {problem}")
+        else:
+            revisions[repo] = json.loads(record_path(data_dir, repo).read_text())["revision"]
+    requirements = {task.get("requires") for task in tasks.values()}
+    if "ifeval" in requirements and not (data_dir / "nltk" / PUNKT).is_dir():
+        problems.append(f"nltk's {PUNKT} is missing")
+    for requirement in requirements - {None}:
+        packages = missing_packages(suite_file()["requirements"][requirement], data_dir)
+        problems += [f"{package} is missing" for package in packages]
+    if problems:
+        raise ValueError(
+            f"{data_dir} does not hold what these tasks need:\n  "
+            + "\n  ".join(problems)
+            + f"\nFetch it with network: mobilemoe eval prepare --suite {suite} --data-dir {data_dir}"
+        )
+    return revisions

@@ -1,0 +1,286 @@
+"""The frozen benchmark suites on lm-evaluation-harness, for checkpoints (full-precision or INT4) and `.pte` alike.
+
+    mobilemoe eval prepare --suite foundation --data-dir DATA       # once, with network
+    mobilemoe eval --model DIR --suite foundation --data-dir DATA --output OUT
+    mobilemoe eval compare --results OUT-BF16 OUT-INT4 OUT-PTE --output OUT
+
+What a suite runs stands in `suites.yaml`. Tasks, prompts, answers and metrics are the harness's own.
+"""
+
+import contextlib
+import hashlib
+import json
+import logging
+import os
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from datetime import UTC, datetime
+from pathlib import Path
+
+import torch
+import yaml
+
+from ..artifacts import describe_model, is_pte, write_json
+from ..machine import machine, package_versions
+from ..runtime import CheckpointModel, PteModel
+from .data import CODE_EVAL, SITE, check_data, check_requirements
+from .report import format_score, mean_score, plot_reports
+from .suites import select_tasks, suite_file
+
+
+DTYPES = {"auto": "auto", "float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+def evaluate(
+    model: str | Path,
+    suite: str,
+    output_dir: str | Path,
+    data_dir: str | Path | None = None,
+    tasks: list[str] | None = None,
+    limit: int | None = None,
+    dtype: str = "auto",
+    tokens_per_batch: int | None = None,
+    run_unsafe_code: bool = False,
+) -> dict:
+    """
+    Runs a suite and writes `report.json` and `report.png`.
+
+    Tasks run one after the other, each with the seeds set anew. A finished one is kept in `output_dir/tasks`, and a
+    second call with the same settings goes on behind it.
+
+    Args:
+        model (`str` or `Path`): checkpoint directory, Hub id, or directory with `model.pte`.
+        suite (`str`): of `suites.yaml`.
+        output_dir (`str` or `Path`): for reports and finished tasks.
+        data_dir (`str` or `Path`, *optional*): made by `prepare_data`; nothing is downloaded then. When absent, the
+            harness downloads the pinned revisions into the Hub's cache.
+        tasks (`list[str]`, *optional*): only these of the suite.
+        limit (`int`, *optional*): only the first documents of each task, for a try.
+        dtype (`str`, defaults to `"auto"`): of a checkpoint's weights that are not packed.
+        tokens_per_batch (`int`, *optional*): see `CheckpointLM`; chosen by itself when absent.
+        run_unsafe_code (`bool`, defaults to `False`): run the tasks that execute what the model wrote.
+
+    Raises:
+        ValueError: for an unknown suite or task, a missing requirement, data that does not fit the suite, a model
+            that cannot run it, or an `output_dir` that holds results with other settings.
+    """
+    selected = select_tasks(suite, tasks)
+    for name, value in {"limit": limit, "tokens_per_batch": tokens_per_batch}.items():
+        if value is not None and value < 1:
+            raise ValueError(f"{name}={value} leaves nothing to run. Set at least 1, or leave it out.")
+    if dtype not in DTYPES:
+        raise ValueError(f"There is no dtype {dtype!r} here. Choose one of: {', '.join(DTYPES)}.")
+    skipped = [name for name, task in selected.items() if task.get("runs_code") and not run_unsafe_code]
+    if skipped and tasks:
+        raise ValueError(
+            f"{', '.join(skipped)} executes code that the model wrote. Pass --confirm-run-unsafe-code inside a "
+            "sandbox, or leave it out of --tasks."
+        )
+    selected = {name: task for name, task in selected.items() if name not in skipped}
+    for name in skipped:
+        log(f"{name} is left out: it executes code that the model wrote. --confirm-run-unsafe-code runs it.")
+    output_dir = Path(output_dir)
+    data_dir = None if data_dir is None else Path(data_dir).resolve()
+    check_requirements(selected, data_dir)
+    if data_dir is not None:
+        revisions = check_data(suite, selected, data_dir)
+    else:
+        revisions = {
+            task["dataset"]: suite_file()["datasets"][task["dataset"]]["revision"] for task in selected.values()
+        }
+
+    chat = suite_file()["suites"][suite]["apply_chat_template"][0]
+    description = describe_model(model)
+    versions = package_versions()
+    if versions["lm_eval"] != suite_file()["lm_eval"]:
+        log(
+            f"The suites are frozen at lm-eval {suite_file()['lm_eval']} and this is {versions['lm_eval']}: "
+            "its prompts or metrics may be others."
+        )
+    settings = {
+        "suite": suite,
+        "limit": limit,
+        "dtype": dtype,
+        "apply_chat_template": chat,
+        "seeds": suite_file()["seeds"],
+        "versions": versions,
+    }
+    fingerprints = {
+        name: fingerprint(
+            {"model": description["sha256"], "task": task, "data": revisions[task["dataset"]]} | settings
+        )
+        for name, task in selected.items()
+    }
+    results = {}
+    for name in selected:
+        path = output_dir / "tasks" / f"{name}.json"
+        if path.is_file():
+            results[name] = json.loads(path.read_text())
+            if results[name]["fingerprint"] != fingerprints[name]:
+                raise ValueError(
+                    f"{path} is the result of another model, other settings or other versions. "
+                    "Choose another --output, or delete it."
+                )
+            log(f"{name}: kept from before")
+
+    todo = {name: task for name, task in selected.items() if name not in results}
+    if todo:
+        lm = load_model(model, dtype, tokens_per_batch, chat)
+        for name, task in todo.items():
+            log(f"{name} ({len(results) + 1} of {len(selected)})")
+            results[name] = run_task(lm, task, settings, data_dir) | {
+                "fingerprint": fingerprints[name],
+                "data_revision": revisions[task["dataset"]],
+            }
+            write_json(output_dir / "tasks" / f"{name}.json", results[name])
+            log(f"{name}: {format_score(results[name])}")
+    report = {
+        "created": datetime.now(UTC).isoformat(timespec="seconds"),
+        "model": description,
+        "settings": settings,
+        "machine": machine(),
+        "tasks": {name: results[name] for name in selected},
+        "left_out": skipped,
+        **mean_score([results[name] for name in selected]),
+    }
+    write_json(output_dir / "report.json", report)
+    plot_reports({description["name"]: report}, output_dir / "report.png")
+    return report
+
+
+def load_model(model: str | Path, dtype: str, tokens_per_batch: int | None, chat: bool):
+    """The harness's view of a checkpoint or a `.pte`."""
+    from .models import CheckpointLM, PteLM
+
+    # It warns of every model that is handed over instead of loaded.
+    logging.getLogger("lm_eval").setLevel(logging.ERROR)
+    if is_pte(model):
+        if dtype != "auto":
+            raise ValueError(f"dtype={dtype} is set, but the precision of a .pte is fixed. Leave --dtype out.")
+        lm = PteLM(PteModel(model))
+    else:
+        checkpoint = CheckpointModel(model, dtype=DTYPES[dtype])
+        # A `.pte` of it stops at these; some of them only the tokenizer names.
+        checkpoint.model.generation_config.eos_token_id = checkpoint.eos_ids
+        if torch.cuda.is_available():
+            checkpoint.model.cuda()
+        lm = CheckpointLM(checkpoint, tokens_per_batch)
+    if chat and lm.tokenizer.chat_template is None:
+        raise ValueError(
+            f"{model} has no chat template, and this suite is for fine-tuned models. "
+            "Use an SFT or QAT checkpoint, or --suite foundation."
+        )
+    return lm
+
+
+def group_file(name: str, task: dict, data_dir: Path | None) -> dict:
+    """A group of the harness with one member, its own task or group, and what the suite sets in it."""
+    group = {"group": f"suite_{name}", "task": [name], "num_fewshot": task["num_fewshot"][0]}
+    if "generation_kwargs" in task:
+        group["generation_kwargs"] = task["generation_kwargs"][0]
+    revision = suite_file()["datasets"][task["dataset"]]["revision"]
+    if data_dir is not None:
+        group["dataset_path"] = str(data_dir / task["dataset"])
+    elif revision is not None:
+        group["dataset_kwargs"] = {"revision": revision}
+    return group
+
+
+def run_task(lm, task: dict, settings: dict, data_dir: Path | None) -> dict:
+    """Runs one task or group of the harness."""
+    import datasets
+    import lm_eval
+    from lm_eval.tasks import TaskManager
+
+    datasets.disable_progress_bars()
+    folder = Path(lm_eval.__file__).parent / "tasks" / task["folder"]
+    seeds = settings["seeds"]
+    lm.num_truncated = 0
+    started = time.perf_counter()
+    with tempfile.TemporaryDirectory() as temporary, task_environment(task, data_dir):
+        group = group_file(task["task"], task, data_dir)
+        (Path(temporary) / "suite.yaml").write_text(yaml.safe_dump(group))
+        # Reading all of the harness's task files would take longer than many a task.
+        manager = TaskManager(include_path=[folder, temporary], include_defaults=False)
+        results = lm_eval.simple_evaluate(
+            lm,
+            tasks=[group["group"]],
+            task_manager=manager,
+            limit=settings["limit"],
+            apply_chat_template=settings["apply_chat_template"],
+            # Of a chat template only: examples are turns of their own. The harness's default, written out.
+            fewshot_as_multiturn=True,
+            log_samples=False,
+            # Bootstrapped errors of the few metrics without a formula; the harness's default of 100,000 takes minutes.
+            bootstrap_iters=1000,
+            confirm_run_unsafe_code=bool(task.get("runs_code")),
+            random_seed=seeds["random"],
+            numpy_random_seed=seeds["numpy"],
+            torch_random_seed=seeds["torch"],
+            fewshot_random_seed=seeds["fewshot"],
+        )
+    metric, _, chosen = task["metric"][0].partition(",")
+    chosen = chosen or "none"
+    scores = results["results"][task["task"]]
+    stderr = scores.get(f"{metric}_stderr,{chosen}")
+    # Members of a group, and groups of them.
+    subtasks = set(results["results"]) - {task["task"], group["group"]}
+    return {
+        "title": task["title"],
+        "task": task["task"],
+        "category": task.get("category", task["title"]),
+        "task_versions": {name: value for name, value in results["versions"].items() if value is not None},
+        "num_fewshot": task["num_fewshot"][0],
+        "metric": task["metric"][0],
+        "score": scores[f"{metric},{chosen}"],
+        "stderr": stderr if isinstance(stderr, float) else None,
+        "num_documents": sum(count["effective"] for count in results["n-samples"].values()),
+        "num_truncated": lm.num_truncated,
+        "tokens_per_batch": lm.tokens_per_batch,
+        "seconds": round(time.perf_counter() - started, 2),
+        "all_metrics": {key: value for key, value in scores.items() if isinstance(value, int | float)},
+        "subtasks": {
+            name: {key: value for key, value in results["results"][name].items() if isinstance(value, int | float)}
+            for name in sorted(subtasks)
+        },
+        "sources": {key: task[key][1] for key in ("num_fewshot", "metric", "generation_kwargs") if key in task},
+    }
+
+
+@contextlib.contextmanager
+def task_environment(task: dict, data_dir: Path | None) -> Iterator[None]:
+    """Leads what tasks fetch or import by themselves into the data directory: a splitter, a metric, a package."""
+    with contextlib.ExitStack() as stack:
+        if data_dir is not None and (data_dir / SITE).is_dir():
+            # In front: the environment may have another release of a package.
+            sys.path.insert(0, str(data_dir / SITE))
+            stack.callback(sys.path.remove, str(data_dir / SITE))
+        if task.get("requires") == "ifeval" and data_dir is not None:
+            import nltk
+
+            nltk.data.path.insert(0, str(data_dir / "nltk"))
+            stack.callback(nltk.data.path.remove, str(data_dir / "nltk"))
+        if task.get("runs_code"):
+            before = os.environ.get("HF_ALLOW_CODE_EVAL")
+            os.environ["HF_ALLOW_CODE_EVAL"] = "1"
+            stack.callback(restore_environment, "HF_ALLOW_CODE_EVAL", before)
+            if data_dir is not None:
+                # `evaluate.load("code_eval")` takes a directory of that name before it asks the Hub.
+                stack.enter_context(contextlib.chdir((data_dir / CODE_EVAL).parent))
+        yield
+
+
+def restore_environment(name: str, value: str | None) -> None:
+    os.environ.pop(name, None)
+    if value is not None:
+        os.environ[name] = value
+
+
+def fingerprint(settings: dict) -> str:
+    return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()
+
+
+def log(message: str) -> None:
+    print(f"[eval] {message}", file=sys.stderr, flush=True)

@@ -1,0 +1,1 @@
+"""Export of checkpoints to ExecuTorch programs."""

@@ -1,0 +1,308 @@
+"""How far a `.pte` is from its PyTorch checkpoint on real text, and which rounding is to blame for what.
+
+Our operators round inputs of linears to INT8 in groups; XNNPACK rounds them per token, and group scales to BF16.
+Experts may cross to another grid. Each is put into the PyTorch model alone, then all together: what then still differs
+is the program itself.
+"""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import nn
+from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
+
+from modeling_mobilemoe.fused_mobilemoe import Int4Embedding, Int4Experts, Int4Head, Int4Linear
+from modeling_mobilemoe.kernels import available
+
+from ..runtime import PteModel
+from .packing import expand_rows, operator_rows
+from .program import ProgramOptions, int8_values
+
+
+PROMPTS = (
+    "The tallest mountain on Earth is Mount Everest, and the longest river is",
+    "def factorial(n):\n    if n == 0:\n        return 1\n    return",
+    "Question: A train travels 60 km in 45 minutes. What is its average speed?\nAnswer:",
+    "Dear team,\n\nthank you for the report you sent on Monday. I have three questions:",
+)
+PROMPT_TOKENS, NEW_TOKENS = 24, 16
+# Between the program and PyTorch with the same roundings, median over positions. Noise leaves 0.9999 and more, also
+# where a near-tie between two experts moves single positions; wrong weights or routing, in one layer, leave less.
+MIN_COSINE = 0.999
+SOURCES = ("expert grid", "BF16 scales", "INT8 activations", "INT8 expert activations", "INT8 KV cache")
+
+
+class OperatorExperts(Int4Experts):
+    """Experts with the weights that the MoE operator will hold."""
+
+    def _expand(self, qweight: torch.Tensor, scale: torch.Tensor, expert: int, dtype: torch.dtype) -> torch.Tensor:
+        return expand_rows(*operator_rows(qweight[expert], scale[expert], self.group_dim, self.operator_bits)).T
+
+
+class KernelExperts(Int4Experts):
+    """Experts as `mobilemoe::moe_ffn` multiplies them."""
+
+    def forward(
+        self, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
+    ) -> torch.Tensor:
+        packed = (self.gate_up_qweight, self.gate_up_scale, self.down_qweight, self.down_scale)
+        return torch.ops.mobilemoe.moe_experts(hidden_states, top_k_index.contiguous(), top_k_weights, *packed)
+
+
+class KernelLinear(Int4Linear):
+    """A linear as `mobilemoe::int4_linear` multiplies it."""
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        return torch.ops.mobilemoe.int4_linear(hidden_states.contiguous(), self.qweight, self.weight_scale)
+
+
+class KernelHead(Int4Head):
+    """The head as `mobilemoe::int4_linear` multiplies it."""
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        (embedding,) = self._embedding
+        return torch.ops.mobilemoe.int4_linear(hidden_states.contiguous(), embedding.qweight, embedding.weight_scale)
+
+
+KERNEL_CLASSES = {Int4Experts: KernelExperts, Int4Linear: KernelLinear, Int4Head: KernelHead}
+
+
+class Int8Cache(DynamicCache):
+    """Keys and values as an INT8 cache returns them."""
+
+    def update(self, key_states: torch.Tensor, value_states: torch.Tensor, *args, **kwargs):
+        return super().update(int8_values(key_states), int8_values(value_states), *args, **kwargs)
+
+
+def encode_prompts(tokenizer: PreTrainedTokenizerBase, vocab_size: int, max_seq_len: int) -> list[list[int]]:
+    """
+    Token ids of the prompts, at most 24 each.
+
+    Raises:
+        ValueError: when the tokenizer knows ids that the model does not.
+    """
+    prompts = [tokenizer(prompt).input_ids[: min(PROMPT_TOKENS, max_seq_len)] for prompt in PROMPTS]
+    largest = max(max(prompt) for prompt in prompts)
+    if largest >= vocab_size:
+        raise ValueError(
+            f"The tokenizer gives the id {largest}, the model has {vocab_size} tokens. "
+            "Put the tokenizer.json that belongs to this checkpoint beside it."
+        )
+    return prompts
+
+
+@contextmanager
+def rounded_as(
+    model: PreTrainedModel, sources: set[str], expert_bits: int, on_kernels: bool = False
+) -> Iterator[PreTrainedModel]:
+    """A packed model with these of the `SOURCES` in place, INT8 activations as our operators or XNNPACK have them."""
+    undo: list[Callable[[], object]] = []
+
+    def run_on_kernels(*kinds: type[nn.Module]) -> None:
+        for module in model.modules():
+            if isinstance(module, kinds):
+                kind = type(module)
+                undo.append(lambda module=module, kind=kind: setattr(module, "__class__", kind))
+                module.__class__ = KERNEL_CLASSES[kind]
+
+    linears = [module for module in model.modules() if isinstance(module, Int4Linear | Int4Head)]
+    if "INT8 activations" in sources and on_kernels:
+        run_on_kernels(Int4Linear, Int4Head)
+    elif "INT8 activations" in sources:
+        for linear in linears:
+            hook = linear.register_forward_pre_hook(lambda _, inputs: (int8_values(inputs[0]),))
+            undo.append(hook.remove)
+    if "BF16 scales" in sources:
+        for linear in linears:
+            if isinstance(linear, Int4Linear):
+                undo.append(lambda linear=linear, scale=linear.weight_scale: setattr(linear, "weight_scale", scale))
+                linear.weight_scale = bf16_scale(linear.weight_scale)
+        embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
+        # The table keeps its scales, only the head's are rounded.
+        table = Int4Embedding(0, 0, torch.float32)
+        table.num_embeddings, table.qweight = embedding.num_embeddings, embedding.qweight
+        table.weight_scale = bf16_scale(embedding.weight_scale)
+        undo.append(lambda original=head._embedding: setattr(head, "_embedding", original))
+        head._embedding = (table,)
+    if "INT8 expert activations" in sources:
+        run_on_kernels(Int4Experts)
+    if "expert grid" in sources:
+        for module in model.modules():
+            if isinstance(module, Int4Experts):
+                module.__class__, module.operator_bits = OperatorExperts, expert_bits
+                undo.append(lambda module=module: setattr(module, "__class__", Int4Experts))
+    try:
+        yield model
+    finally:
+        for step in undo:
+            step()
+
+
+def bf16_scale(scale: torch.Tensor) -> torch.Tensor:
+    # FP16 holds every FP16 number that was rounded to BF16's eight bits.
+    return scale.bfloat16().half()
+
+
+@torch.no_grad()
+def reference_logits(
+    model: PreTrainedModel, prompts: list[list[int]], cache: type[DynamicCache] | None = None
+) -> list[torch.Tensor]:
+    """FP32 logits of every position of every prompt, each `(tokens, vocab)`."""
+    # In one batch, for which every expert is expanded once; under a causal mask nothing sees the padding behind it.
+    batch = nn.utils.rnn.pad_sequence([torch.tensor(prompt) for prompt in prompts], batch_first=True)
+    filled = cache(config=model.config) if cache else None
+    logits = model(batch, cache=filled, use_cache=cache is not None).logits.float()
+    return [rows[: len(prompt)] for rows, prompt in zip(logits, prompts, strict=True)]
+
+
+@torch.no_grad()
+def greedy_tokens(model: PreTrainedModel, prompt: list[int], num_tokens: int, eos_ids: list[int]) -> list[int]:
+    cache, tokens, produced = DynamicCache(config=model.config), prompt, []
+    while len(produced) < num_tokens:
+        logits = model(torch.tensor([tokens]), cache=cache, use_cache=True, logits_to_keep=1).logits
+        token = logits[0, -1].argmax().item()
+        if token in eos_ids:
+            break
+        produced.append(token)
+        tokens = [token]
+    return produced
+
+
+def compare(expected: list[torch.Tensor], actual: list[torch.Tensor]) -> dict[str, float]:
+    """
+    Cosine over positions, signal to noise in dB, mean KL divergence in nats, share of equal top tokens.
+    """
+    cosine, equal, signal, noise, kl = [], [], 0.0, 0.0, 0.0
+    # One prompt at a time: in FP64 all of them would take as much memory as the program.
+    for rows, others in zip(expected, actual, strict=True):
+        # FP64, or equal logits would have a cosine beside 1.
+        rows, others = rows.double(), others.double()
+        cosine.append(torch.cosine_similarity(rows, others))
+        equal.append(rows.argmax(-1) == others.argmax(-1))
+        signal += rows.square().sum()
+        noise += (rows - others).square().sum()
+        kl += nn.functional.kl_div(others.log_softmax(-1), rows.log_softmax(-1), reduction="sum", log_target=True)
+    cosine = torch.cat(cosine)
+    return {
+        "cosine_median": round(cosine.median().item(), 7),
+        "cosine_mean": round(cosine.mean().item(), 7),
+        "cosine_min": round(cosine.min().item(), 7),
+        "sqnr_db": round((10 * torch.log10(signal / noise.clamp(min=1e-30))).item(), 2),
+        "kl_nats": round((kl / len(cosine)).item(), 7),
+        "top1_agreement": round(torch.cat(equal).float().mean().item(), 4),
+    }
+
+
+class Reference:
+    """
+    What PyTorch says about the prompts, computed before the export takes the model's weights over.
+
+    Raises:
+        ValueError: when that is not a number.
+    """
+
+    def __init__(self, model: PreTrainedModel, prompts: list[list[int]], eos_ids: list[int], max_seq_len: int):
+        self.prompts = prompts
+        self.checkpoint = reference_logits(model, prompts)
+        if not all(rows.isfinite().all() for rows in self.checkpoint):
+            raise ValueError(
+                "The checkpoint gives logits that are not numbers: its weights are damaged, or its training diverged. "
+                "Fetch it again, or take an earlier one."
+            )
+        self.same_rounding = self.checkpoint
+        self.greedy = [
+            greedy_tokens(model, prompt, min(NEW_TOKENS, max_seq_len - len(prompt)), eos_ids) for prompt in prompts
+        ]
+        self.sources: dict[str, dict[str, float]] = {}
+
+    def add_int4_rounding(self, model: PreTrainedModel) -> None:
+        """For a full-precision checkpoint, after `quantize`: from here on the packed model is the measure."""
+        self.sources["INT4 weights"] = compare(self.checkpoint, reference_logits(model, self.prompts))
+
+    def add_sources(
+        self, model: PreTrainedModel, options: ProgramOptions, crosses: bool, on_kernels: bool = False
+    ) -> None:
+        """Each rounding of the program alone against the packed model, then all together."""
+        packed = self.checkpoint
+        if self.sources:
+            packed = reference_logits(model, self.prompts)
+        imitates = on_kernels and available()
+        absent = {
+            "expert grid": not crosses,
+            "BF16 scales": on_kernels,
+            "INT8 activations": on_kernels and not imitates,
+            "INT8 expert activations": not imitates,
+            "INT8 KV cache": options.kv_cache != "int8",
+        }
+        present = [source for source in SOURCES if not absent.get(source)]
+        for sources in [{source} for source in present] + [set(present)]:
+            cache = Int8Cache if "INT8 KV cache" in sources else None
+            with rounded_as(model, sources, options.expert_bits, on_kernels):
+                logits = reference_logits(model, self.prompts, cache)
+            if len(sources) == 1:
+                self.sources[next(iter(sources))] = compare(packed, logits)
+        self.same_rounding = logits
+
+    def report(self, program: PteModel) -> dict:
+        """
+        Raises:
+            ValueError: when the program does not compute the model.
+        """
+        logits = [
+            torch.stack([program.forward([token], position) for position, token in enumerate(prompt)])
+            for prompt in self.prompts
+        ]
+        # Of the prefill, all positions where the program has them, else the last one.
+        whole = [
+            program.all_logits(prompt) if program.has_all_logits else program.forward(prompt, 0)[None]
+            for prompt in self.prompts
+        ]
+        report = {
+            "positions": sum(len(prompt) for prompt in self.prompts),
+            "pte_to_checkpoint": compare(self.checkpoint, logits),
+            "pte_to_pytorch_with_the_same_roundings": compare(self.same_rounding, logits),
+            "prefill_to_token_by_token": compare(
+                [stepped[-len(rows) :] for stepped, rows in zip(logits, whole, strict=True)], whole
+            ),
+            "sources": self.sources,
+        }
+        agreed = total = 0
+        for prompt, expected in zip(self.prompts, self.greedy, strict=True):
+            produced = list(program.generate(prompt, len(expected)))
+            total += len(expected)
+            for ours, theirs in zip(produced, expected, strict=False):
+                if ours != theirs:
+                    break
+                agreed += 1
+        report["greedy_tokens_equal"], report["greedy_tokens"] = agreed, total
+        for name in ("pte_to_pytorch_with_the_same_roundings", "prefill_to_token_by_token"):
+            cosine = report[name]["cosine_median"]
+            if not cosine >= MIN_COSINE:
+                raise ValueError(
+                    f"The exported program does not compute this model: the median cosine of {name} is {cosine}, "
+                    f"less than {MIN_COSINE}. Nothing was written. Compare torch, torchao and executorch with the "
+                    "`export` extra, and report this with `pip freeze`."
+                )
+        return report
+
+
+def parity_table(parity: dict) -> str:
+    rows = {
+        ".pte to the checkpoint": parity["pte_to_checkpoint"],
+        **{f"  {source} alone, in PyTorch": row for source, row in parity["sources"].items()},
+        ".pte to PyTorch, same roundings": parity["pte_to_pytorch_with_the_same_roundings"],
+        "prefill to token by token": parity["prefill_to_token_by_token"],
+    }
+    width = max(map(len, rows)) + 2
+    lines = [f"{'':{width}s}{'cosine':>10s}{'lowest':>10s}{'SQNR dB':>9s}{'KL nats':>11s}{'top-1':>8s}"]
+    for name, row in rows.items():
+        lines.append(
+            f"{name:{width}s}{row['cosine_mean']:10.6f}{row['cosine_min']:10.6f}{row['sqnr_db']:9.1f}"
+            f"{row['kl_nats']:11.2e}{row['top1_agreement']:8.3f}"
+        )
+    equal, total = parity["greedy_tokens_equal"], parity["greedy_tokens"]
+    lines.append(
+        f"{parity['positions']} positions; greedy: {equal} of {total} tokens equal until the first difference"
+    )
+    return "\n".join(lines)

@@ -1,0 +1,85 @@
+"""Programs and models of a shape with random INT4 weights, for benchmarks and tests."""
+
+import json
+from pathlib import Path
+
+import torch
+from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+
+from modeling_mobilemoe.configuration_mobilemoe import MobileMoEConfig
+from modeling_mobilemoe.fused_mobilemoe import Int4FeedForward
+from modeling_mobilemoe.quantization_mobilemoe import INT4_BLOCK, MobileMoEInt4Config, MobileMoEInt4Quantizer
+
+from ..shapes import program_config
+
+
+def random_packed_model(config: PretrainedConfig, seed: int = 0) -> PreTrainedModel:
+    """A BF16 model of this shape with random INT4 weights, built packed: it never exists in full precision."""
+    block = MobileMoEInt4Config(**INT4_BLOCK)
+    if isinstance(config, MobileMoEConfig):
+        config.quantization, config.quantization_config = dict(INT4_BLOCK), block
+    quantizer = MobileMoEInt4Quantizer(block)
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
+        quantizer._process_model_before_weight_loading(model)
+    model.to_empty(device="cpu")
+    # What `from_pretrained` keeps in FP32.
+    for module in model.modules():
+        if isinstance(module, Int4FeedForward):
+            module.router.float()
+            module.expert_bias = module.expert_bias.float()
+    # Its frequencies are no weights, so they are computed again.
+    model.model.rotary_emb = type(model.model.rotary_emb)(config)
+    generator = torch.Generator().manual_seed(seed)
+    for name, tensor in model.state_dict().items():
+        if tensor.dtype == torch.uint8:
+            tensor.random_(generator=generator)
+        elif name.endswith("scale"):
+            # Of weights with the standard deviation 0.02, as initialised.
+            tensor.uniform_(0.003, 0.006, generator=generator)
+        elif name.endswith("norm.weight"):
+            tensor.fill_(1)
+        elif name.endswith("expert_bias"):
+            tensor.zero_()
+        else:
+            tensor.normal_(std=0.02, generator=generator)
+    model.hf_quantizer, model.is_quantized = quantizer, True
+    return model.eval()
+
+
+def write_random_program(config: PretrainedConfig, directory: str | Path, max_seq_len: int) -> None:
+    """
+    A directory with `model.pte` of this shape, as [`PteModel`] reads it but for the tokenizer.
+
+    Raises:
+        BuildError: when the operators do not compile here.
+    """
+    from modeling_mobilemoe.kernels import load_executorch
+    from modeling_mobilemoe.kernels.modules import MoEFFN
+
+    from .exporter import Stages, lower, metadata, program_operators
+    from .program import ExportModel, ProgramOptions
+
+    load_executorch()
+    is_dense = not isinstance(config, MobileMoEConfig)
+    config = program_config(config)
+    options = ProgramOptions(max_seq_len=max_seq_len, expert_bits=4)
+    exportable = ExportModel(random_packed_model(config), options, None if is_dense else MoEFFN)
+    program = lower(exportable, metadata(config, options, []), False, Stages())
+    directory = Path(directory)
+    directory.mkdir(parents=True)
+    with open(directory / "model.pte", "wb") as file:
+        program.write_to_file(file)
+    config.save_pretrained(directory)
+    report = {
+        "moe_op": None if is_dense else MoEFFN.operator,
+        "expert_bits": 4,
+        "max_seq_len": max_seq_len,
+        "kv_cache": options.kv_cache,
+        "all_logits": False,
+        "eos_ids": [],
+        "experts_file": None,
+        "operators": program_operators(program),
+        "pte_bytes": (directory / "model.pte").stat().st_size,
+    }
+    (directory / "export.json").write_text(json.dumps(report, indent=2) + "\n")

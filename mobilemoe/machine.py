@@ -1,0 +1,74 @@
+"""The machine that a number was measured on: processor, versions, memory; and how measurements are summed up."""
+
+import contextlib
+import os
+import platform
+import re
+import statistics
+import time
+from collections.abc import Sequence
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+import torch
+
+
+PACKAGES = ("lm_eval", "torch", "transformers", "datasets", "executorch", "torchao", "mobilemoe")
+
+
+def cpu_name() -> str:
+    """As Linux names it, else what Python knows."""
+    with contextlib.suppress(OSError):
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.processor() or platform.machine()
+
+
+def package_versions(packages: Sequence[str] = PACKAGES) -> dict[str, str]:
+    """Versions of Python and of those of the packages that are installed."""
+    versions = {"python": platform.python_version()}
+    for package in packages:
+        with contextlib.suppress(PackageNotFoundError):
+            versions[package] = version(package)
+    return versions
+
+
+def machine() -> dict:
+    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
+    return {"processor": cpu_name(), "cores": os.cpu_count(), "threads": torch.get_num_threads(), "gpu": gpu}
+
+
+def available_memory() -> int | None:
+    """Bytes of memory and swap that can be had without harm; known on Linux only."""
+    meminfo = Path("/proc/meminfo")
+    if not meminfo.exists():
+        return None
+    fields = dict(line.split(":") for line in meminfo.read_text().splitlines())
+    return 1024 * sum(int(fields[name].split()[0]) for name in ("MemAvailable", "SwapFree"))
+
+
+def peak_memory() -> int:
+    """Largest resident memory of this process so far, in bytes."""
+    status = Path("/proc/self/status")
+    if status.exists():
+        # Not ru_maxrss, which starts at the memory of the parent process.
+        return 1024 * int(re.search(r"VmHWM:\s+(\d+)", status.read_text())[1])
+    import resource
+
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+
+
+def memory_read_rate(memory: torch.Tensor) -> float:
+    """Bytes per second of a plain sum, on all threads."""
+    started = time.perf_counter()
+    memory.sum()
+    return memory.nbytes / (time.perf_counter() - started)
+
+
+def spread(values: Sequence[float]) -> dict[str, float]:
+    """Median, 10th and 90th percentile (nearest rank) and extremes, to four digits, and the number of values."""
+    ranked = sorted(values)
+    p10, p90 = (ranked[round(q * (len(ranked) - 1))] for q in (0.1, 0.9))
+    numbers = {"median": statistics.median(ranked), "p10": p10, "p90": p90, "min": ranked[0], "max": ranked[-1]}
+    return {name: float(f"{value:.4g}") for name, value in numbers.items()} | {"repeats": len(ranked)}

@@ -1,0 +1,1 @@
+"""The scaling law, its fit to a table of runs, and the planner."""

@@ -1,0 +1,445 @@
+"""The fit of the scaling law to any table of runs, with intervals, held-out error and a plot."""
+
+import csv
+import dataclasses
+import itertools
+import json
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import NormalDist
+
+import numpy as np
+
+from .law import COEFFICIENTS, COLUMNS, ScalingLaw, effective_experts
+
+
+# Places of A, B and c, which are fitted as logarithms.
+LOGARITHMIC = [0, 4, 8]
+# Iterations of the solver. Most starts need fewer than fifty; flat valleys take what they get.
+MAX_ITERATIONS = 100
+# Shares of the lowest loss at which the constant c is held while the search begins.
+C_SHARES = (0.05, 0.2, 0.35, 0.5, 0.6, 0.7, 0.78, 0.84, 0.88, 0.92, 0.95, 0.98)
+# Best starts that every resampled fit begins from.
+NUM_VALLEYS = 3
+# Values of a coefficient, each way, at which its profile is taken.
+PROFILE_STEPS = 36
+
+
+@dataclass(frozen=True)
+class LawFit:
+    """
+    A law fitted to a table, with its uncertainty.
+
+    Args:
+        law (`ScalingLaw`): the estimate.
+        samples (`np.ndarray` of shape `(bootstrap, 9)`): coefficients refitted to resampled residuals, in the order of
+            `COEFFICIENTS`.
+        residuals (`np.ndarray` of shape `(rows,)`): log of predicted over measured loss.
+        profile (`np.ndarray` of shape `(9, 2, 2, steps)`): per coefficient, downwards and upwards, values outwards
+            from the estimate (ln A, ln B, ln c) and the likelihood-ratio statistic of the best fit with that value.
+        excess (`np.ndarray` of shape `(bootstrap,)`): that statistic of the estimate itself in each resampled table.
+    """
+
+    law: ScalingLaw
+    samples: np.ndarray
+    residuals: np.ndarray
+    profile: np.ndarray | None
+    excess: np.ndarray
+
+    def intervals(self, level: float = 0.95, joint: bool = False) -> dict[str, tuple[float, float]]:
+        """
+        Interval of each coefficient: all values at which the other eight can still explain the table.
+
+        Profile intervals, by the likelihood ratio: along the curved valleys of this form, percentiles of the resampled
+        coefficients cover too little. An end that the table does not determine is infinite, or zero for A, B and c.
+
+        Args:
+            level (`float`, defaults to 0.95): of confidence.
+            joint (`bool`, defaults to `False`): wider intervals, which hold all nine coefficients at once; their
+                threshold is that of the resampled fits.
+
+        Raises:
+            ValueError: for a fit without resampling.
+        """
+        if self.profile is None:
+            raise ValueError("This law was fitted with bootstrap=0, which leaves out all intervals. Set 200, say.")
+        if joint:
+            limit = float(np.quantile(self.excess, level))
+        else:
+            # Student's t from the normal quantile, for the few runs of a table.
+            z, freedom = NormalDist().inv_cdf((1 + level) / 2), max(1, len(self.residuals) - len(COEFFICIENTS))
+            limit = (z + (z**3 + z) / (4 * freedom)) ** 2
+        result = {}
+        for index, name in enumerate(COEFFICIENTS):
+            ends = [_crossing(values, statistics, limit) for values, statistics in self.profile[index]]
+            result[name] = tuple(math.exp(end) for end in ends) if index in LOGARITHMIC else tuple(ends)
+        return result
+
+    def loss_interval(
+        self, active_parameters, tokens, expansion, level: float = 0.95
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """Interval of the predicted mean loss, without the noise of a single run. Broadcasts as `ScalingLaw.loss`."""
+        named = [dict(zip(COEFFICIENTS, sample, strict=True)) for sample in self.samples]
+        laws = [dataclasses.replace(self.law, **coefficients) for coefficients in named]
+        # Coefficients that the table does not determine may leave the range of floats: such a loss has no bound.
+        with np.errstate(over="ignore", invalid="ignore"):
+            losses = np.array([law.loss(active_parameters, tokens, expansion) for law in laws])
+        losses = np.where(np.isnan(losses), np.inf, losses)
+        return tuple(np.quantile(losses, [(1 - level) / 2, (1 + level) / 2], axis=0, method="nearest"))
+
+
+def _crossing(values: np.ndarray, statistics: np.ndarray, limit: float) -> float:
+    """Where a profile leaves the confidence region for good, going outwards; infinite where it never does."""
+    inside = np.flatnonzero(statistics <= limit)
+    last = inside[-1] if len(inside) else 0
+    if last == len(values) - 1:
+        return math.copysign(math.inf, values[-1] - values[0])
+    # Roots are nearly straight where the statistic itself is a parabola.
+    first, second = np.sqrt(np.maximum(statistics[last : last + 2], 0))
+    share = (math.sqrt(limit) - first) / (second - first)
+    return float(values[last] + share * (values[last + 1] - values[last]))
+
+
+def read_table(path: str | Path, **conditions) -> dict[str, np.ndarray]:
+    """
+    The columns `active_parameters`, `tokens`, `expansion` and `loss` of a table of runs, `.jsonl` or `.csv`.
+
+    Args:
+        path (`str` or `Path`): the file. Other columns are ignored.
+        conditions: `column=value`, which rows to take.
+
+    Raises:
+        ValueError: for a missing column or a value that is no number.
+    """
+    path = Path(path)
+    with path.open(newline="") as file:
+        if path.suffix == ".csv":
+            rows = list(csv.DictReader(file))
+        else:
+            rows = [json.loads(line) for line in file if line.strip()]
+    for name in (*COLUMNS, *conditions):
+        if not all(name in row for row in rows):
+            raise ValueError(f"{path} has rows without {name!r}. A table of runs needs {', '.join(COLUMNS)}.")
+    rows = [row for row in rows if all(str(row[name]) == str(value) for name, value in conditions.items())]
+    try:
+        return {name: np.array([float(row[name]) for row in rows]) for name in COLUMNS}
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{path} holds a value that is no number: {error}. Correct that row.") from error
+
+
+def check_table(table: dict[str, np.ndarray]) -> None:
+    """
+    Refuses a table that cannot determine nine coefficients.
+
+    Raises:
+        ValueError: that says which runs are missing.
+    """
+    values = np.stack([np.asarray(table[name], dtype=np.float64) for name in COLUMNS], axis=1)
+    if not (np.isfinite(values) & (values > 0)).all():
+        row = int(np.argmin((np.isfinite(values) & (values > 0)).all(axis=1)))
+        raise ValueError(
+            f"Row {row} of the table is {dict(zip(COLUMNS, values[row], strict=True))}. Give positive numbers."
+        )
+    cells = len(np.unique(values[:, :3], axis=0))
+    counts = {name: len(set(table[name])) for name in COLUMNS[:3]}
+    needed = {"active_parameters": 2, "tokens": 2, "expansion": 2}
+    lacking = [
+        f"{needed[name]} values of {name} (it has {counts[name]})" for name in counts if counts[name] < needed[name]
+    ]
+    if max(counts["active_parameters"], counts["tokens"]) < 3:
+        lacking.append("3 values of active_parameters or of tokens, to tell a power from the constant c")
+    if cells <= len(COEFFICIENTS):
+        lacking.append(f"{len(COEFFICIENTS) + 1} different combinations of the three (it has {cells})")
+    if lacking:
+        raise ValueError(
+            f"A table of {len(values)} runs has too few points for {len(COEFFICIENTS)} coefficients. It needs at "
+            f"least {'; '.join(lacking)}. Add runs: the paper's grid has 90."
+        )
+
+
+def fit_law(
+    table: dict[str, np.ndarray],
+    bootstrap: int = 200,
+    seed: int = 0,
+    unit: float = 1e9,
+    e_start: float = 1.0,
+    e_max: float = 32.0,
+) -> LawFit:
+    """
+    Fits the joint law: Huber loss on log losses, 96 starts, and a bootstrap of the residuals.
+
+    A residual counts squared up to 1.345 robust standard deviations of the residuals, and linearly beyond.
+
+    Args:
+        table (`dict` of `np.ndarray`, shape `(rows,)`): the columns of [`read_table`].
+        bootstrap (`int`, defaults to 200): resampled fits.
+        seed (`int`, defaults to 0): of the resampling.
+        unit (`float`, defaults to 1e9): of the coefficients.
+
+    Raises:
+        ValueError: for a table with too few points, or values that are not positive.
+    """
+    check_table(table)
+    n, d, expansion, loss = (np.asarray(table[name], dtype=np.float64) for name in COLUMNS)
+    log_e = np.log(effective_experts(expansion, e_start, e_max))
+    # Around the middle of the table the coefficients are least correlated.
+    middle = np.exp([np.log(n).mean(), np.log(d).mean()])
+    design = _Design(log_e, np.log(n / middle[0]), np.log(d / middle[1]))
+    target = np.log(loss)
+    found, cost = design.search(loss, target)
+    # Valleys apart: a resampled fit goes down each of them, or the intervals would know of one only.
+    apart = np.concatenate([[True], np.diff(cost) > 1e-3 * cost[0]])
+    valleys = found[apart][:NUM_VALLEYS]
+    residuals = design.predict(valleys[:1])[0][0] - target
+    # Twice: the first width is that of residuals from a nearly absolute loss.
+    for _ in range(2):
+        delta = max(1.345 * 1.4826 * float(np.median(np.abs(residuals))), 1e-9)
+        valleys, cost = design.minimize(valleys, np.broadcast_to(target, (len(valleys), len(target))), delta)
+        valleys = valleys[np.argsort(cost)]
+        residuals = design.predict(valleys[:1])[0][0] - target
+    # What a cost is worth: 2 (cost - lowest cost) * scale is chi-squared, as in a likelihood-ratio test. In its robust
+    # form, with Huber's correction for the number of coefficients (Robust Statistics, 1981).
+    freedom = max(1, len(loss) - len(COEFFICIENTS))
+    squared = float(np.mean(np.abs(residuals) <= delta))
+    correction = 1 + len(COEFFICIENTS) / len(loss) * (1 - squared) / squared
+    variance = np.sum(np.clip(residuals, -delta, delta) ** 2) / freedom
+    scale = squared / max(variance, 1e-300) / correction**2
+
+    rng = np.random.default_rng(seed)
+    # As wide as the noise was before nine coefficients were fitted to it.
+    noise = (residuals - residuals.mean()) * math.sqrt(len(loss) / freedom)
+    resampled = (target + residuals) + rng.choice(noise, (bootstrap, len(loss)))
+    fits = [design.minimize(np.broadcast_to(start, (bootstrap, len(start))), resampled, delta) for start in valleys]
+    found, cost = (np.stack(parts) for parts in zip(*fits, strict=True))
+    samples = np.take_along_axis(found, cost.argmin(axis=0)[None, :, None], axis=0)[0]
+    excess = _huber(target + residuals - resampled, delta) - cost.min(axis=0)
+
+    to_units = _unit_map(middle / unit)
+    profile = design.profile(valleys, target, delta, to_units, scale) if bootstrap else None
+    law = ScalingLaw(
+        *map(float, _exponentiate(to_units @ valleys[0])),
+        rmse=float(np.sqrt(np.mean((np.exp(target + residuals) - loss) ** 2))),
+        unit=unit,
+        e_start=e_start,
+        e_max=e_max,
+        ranges={name: (float(min(table[name])), float(max(table[name]))) for name in COLUMNS[:3]},
+    )
+    return LawFit(law, _exponentiate(samples @ to_units.T), residuals, profile, 2 * scale * excess)
+
+
+def _unit_map(middle: np.ndarray) -> np.ndarray:
+    """`(9, 9)`: ln A, ..., ln c of `N / middle[0]` and `D / middle[1]` to those of N and D; the form is the same."""
+    matrix = np.eye(len(COEFFICIENTS))
+    for first, log_middle in zip((0, 4), np.log(middle), strict=True):
+        # A N^alpha and Ê^delta N^(gamma ln Ê).
+        matrix[first, first + 2] = matrix[first + 1, first + 3] = -log_middle
+    return matrix
+
+
+def _exponentiate(theta: np.ndarray) -> np.ndarray:
+    """Coefficients `(..., 9)` of ln A, delta, ..., ln B, ..., ln c."""
+    theta = theta.copy()
+    theta[..., LOGARITHMIC] = np.exp(theta[..., LOGARITHMIC])
+    return theta
+
+
+class _Design:
+    """The table in logarithms, each `(rows,)`, and the solver. `theta` is `(fits, 9)`, with ln A, ln B and ln c."""
+
+    def __init__(self, log_e: np.ndarray, log_n: np.ndarray, log_d: np.ndarray):
+        ones = np.ones_like(log_e)
+        self.size_features = np.stack([ones, log_e, log_n, log_e * log_n])  # (4, rows)
+        self.data_features = np.stack([ones, log_e, log_d, log_e * log_d])
+
+    def predict(self, theta: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Log losses `(fits, rows)` and their derivatives `(fits, 9, rows)`."""
+        by_size = np.exp(np.clip(theta[:, :4] @ self.size_features, -50, 50))
+        by_data = np.exp(np.clip(theta[:, 4:8] @ self.data_features, -50, 50))
+        constant = np.exp(np.clip(theta[:, 8:], -50, 50))
+        total = by_size + by_data + constant
+        jacobian = np.concatenate(
+            [
+                (by_size / total)[:, None] * self.size_features,
+                (by_data / total)[:, None] * self.data_features,
+                (constant / total)[:, None],
+            ],
+            axis=1,
+        )
+        return np.log(total), jacobian
+
+    def search(self, loss: np.ndarray, target: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """
+        Minima from many starts, best first: `(12, 9)` and their costs.
+
+        The valley of this form runs along c, which trades against A and alpha, and a descent along it takes for ever.
+        So c is held at twelve shares of the lowest loss first, with eight starts at each, and set free from the best.
+        """
+        rows = []
+        for share in C_SHARES:
+            constant = share * loss.min()
+            half = math.log((np.median(loss) - constant) / 2)
+            for alpha, beta in itertools.product((-0.1, -0.5), repeat=2):
+                for omega, zeta in ((0, 0), (-0.5, -0.3)):
+                    rows.append([half, 0, alpha, 0, half, omega, beta, zeta, math.log(constant)])
+        starts = np.array(rows, dtype=np.float64)
+        held = np.broadcast_to(np.eye(9)[:, :8], (len(starts), 9, 8))
+        found, cost = self.minimize(starts, np.broadcast_to(target, (len(starts), len(target))), 1e-3, held)
+        found, cost = found.reshape(len(C_SHARES), -1, 9), cost.reshape(len(C_SHARES), -1)
+        best = np.take_along_axis(found, cost.argmin(axis=1)[:, None, None], axis=1)[:, 0]
+        best, cost = self.minimize(best, np.broadcast_to(target, (len(best), len(target))), 1e-3)
+        order = np.argsort(cost)
+        return best[order], cost[order]
+
+    def profile(
+        self, valleys: np.ndarray, target: np.ndarray, delta: float, to_units: np.ndarray, scale: float
+    ) -> np.ndarray:
+        """That of [`LawFit`]: every coefficient held at values ever further away, the rest fitted."""
+        lowest = _huber(self.predict(valleys[:1])[0] - target, delta)[0]
+        # What leaves a coefficient as it is: the null space of its row.
+        null_spaces = np.stack([np.linalg.svd(row[None])[2][1:].T for row in to_units])  # (coefficients, 9, 8)
+        # One chain per coefficient, way and valley; each fit starts where the one before it points.
+        coefficient, way, start = (index.ravel() for index in np.indices((len(to_units), 2, len(valleys))))
+        rows, basis, sign = to_units[coefficient], null_spaces[coefficient], np.where(way, 1.0, -1.0)
+        targets = np.broadcast_to(target, (len(rows), len(target)))
+        theta = valleys[start]
+        shape = (len(to_units), 2, len(valleys))
+        values, statistics = [], []
+        for step in range(PROFILE_STEPS):
+            if step:
+                jacobian = self.predict(theta)[1]
+                curvature = jacobian @ jacobian.transpose(0, 2, 1) * scale
+                covariance = np.linalg.pinv(curvature, rcond=1e-12, hermitian=True)
+                direction = np.einsum("cpq,cq->cp", covariance, rows)
+                error = np.sqrt(np.einsum("cp,cp->c", direction, rows))
+                # A third of a local standard error, along the valley, where it is straight for so far; the chain of
+                # the best minimum sets the pace of all.
+                straight = 0.25 * error**2 / np.abs(direction).max(axis=1)
+                moved = (sign * np.minimum(0.35 * error, straight)).reshape(shape)[..., :1]
+                goal = values[-1][..., None] + np.broadcast_to(moved, shape)
+                moved = goal.ravel() - np.einsum("cp,cp->c", rows, theta)
+                theta = theta + (moved / error**2)[:, None] * direction
+            else:
+                goal = np.broadcast_to((to_units @ valleys[0])[:, None, None], shape)
+                theta = (
+                    theta
+                    + (goal.ravel() - np.einsum("cp,cp->c", rows, theta))[:, None]
+                    * rows
+                    / (np.einsum("cp,cp->c", rows, rows)[:, None])
+                )
+            theta, cost = self.minimize(theta, targets, delta, basis)
+            values.append(goal[..., 0])
+            statistics.append(2 * scale * (cost.reshape(shape).min(axis=2) - lowest))
+        return np.stack([np.stack(values, axis=2), np.stack(statistics, axis=2)], axis=2)
+
+    def minimize(
+        self, theta: np.ndarray, target: np.ndarray, delta: float, basis: np.ndarray | None = None
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """
+        Levenberg-Marquardt with Huber weights, many fits at a time.
+
+        Args:
+            theta (`np.ndarray` of shape `(fits, 9)`): where each begins.
+            target (`np.ndarray` of shape `(fits, rows)`): log losses.
+            delta (`float`): where the loss turns from squared to absolute.
+            basis (`np.ndarray` of shape `(fits, 9, directions)`, *optional*): in which each fit may move.
+
+        Returns:
+            The coefficients `(fits, 9)` and the costs `(fits,)`.
+        """
+        theta, damping = theta.copy(), np.full(len(theta), 1e-3)
+        if basis is None:
+            basis = np.broadcast_to(np.eye(theta.shape[1]), (len(theta), theta.shape[1], theta.shape[1]))
+        predicted, jacobian = self.predict(theta)
+        cost = _huber(predicted - target, delta)
+        # Fits that still move.
+        active = np.arange(len(theta))
+        for _ in range(MAX_ITERATIONS):
+            residuals = predicted[active] - target[active]
+            slopes = basis[active].transpose(0, 2, 1) @ jacobian[active]
+            weighted = slopes * np.minimum(1, delta / np.maximum(np.abs(residuals), 1e-300))[:, None]
+            gradient = np.einsum("fpr,fr->fp", weighted, residuals)
+            hessian = weighted @ slopes.transpose(0, 2, 1)
+            diagonal = np.einsum("fpp->fp", hessian)
+            scale = diagonal * damping[active, None] + 1e-12 * diagonal.max(axis=1, keepdims=True) + 1e-300
+            hessian = hessian + np.eye(basis.shape[2]) * scale[:, :, None]
+            step = basis[active] @ np.linalg.solve(hessian, gradient[..., None])
+            candidate = theta[active] - step[..., 0]
+            new_predicted, new_jacobian = self.predict(candidate)
+            new_cost = _huber(new_predicted - target[active], delta)
+            better = new_cost < cost[active]
+            settled = better & (cost[active] - new_cost < 1e-6 * cost[active]) & (damping[active] < 1)
+            moved = active[better]
+            theta[moved], cost[moved] = candidate[better], new_cost[better]
+            predicted[moved], jacobian[moved] = new_predicted[better], new_jacobian[better]
+            damping[active] *= np.where(better, 0.3, 4.0)
+            np.clip(damping, 1e-9, None, out=damping)
+            active = active[~settled & (damping[active] < 1e8)]
+            if not len(active):
+                break
+        return theta, cost
+
+
+def _huber(residuals: np.ndarray, delta: float) -> np.ndarray:
+    size = np.abs(residuals)
+    return np.where(size <= delta, 0.5 * size**2, delta * (size - 0.5 * delta)).sum(axis=-1)
+
+
+def heldout_error(table: dict[str, np.ndarray], **fit_arguments) -> float:
+    """
+    Root mean square error, nats per token, on the runs with the most tokens of a law fitted to all others.
+
+    Raises:
+        ValueError: when the others are too few.
+    """
+    last = np.asarray(table["tokens"]) == max(table["tokens"])
+    fit = fit_law({name: np.asarray(table[name])[~last] for name in COLUMNS}, bootstrap=0, **fit_arguments)
+    n, d, expansion, loss = (np.asarray(table[name])[last] for name in COLUMNS)
+    return float(np.sqrt(np.mean((fit.law.loss(n, d, expansion) - loss) ** 2)))
+
+
+def describe_fit(fit: LawFit, table: dict[str, np.ndarray]) -> str:
+    """The fit as Markdown: coefficients with 95 % intervals, its error, and that on held-out runs."""
+    lines = [
+        f"The joint law fitted to {len(fit.residuals)} runs, N and D in units of {fit.law.unit:g}, 95 % intervals\n",
+        "| coefficient | estimate | interval |\n|---|---|---|",
+    ]
+    for name, (low, high) in fit.intervals().items():
+        lines.append(f"| {name} | {fit.law.__dict__[name]:.4g} | {low:.4g} to {high:.4g} |")
+    try:
+        heldout = f"{heldout_error(table, unit=fit.law.unit, e_start=fit.law.e_start, e_max=fit.law.e_max):.4f}"
+    except ValueError:
+        heldout = "not known: the others are too few"
+    lines.append(f"\nRMSE {fit.law.rmse:.4f}; of the runs with most tokens, fitted to the others, {heldout}")
+    return "\n".join(lines)
+
+
+def plot_fit(fit: LawFit, table: dict[str, np.ndarray], path: str | Path) -> None:
+    """Measured losses over E with the fitted curves and their 95 % intervals, one panel per size."""
+    from matplotlib.figure import Figure
+
+    sizes = _sizes(table)
+    figure = Figure(figsize=(4.2 * len(sizes), 4), layout="constrained")
+    curve = np.geomspace(1, max(table["expansion"]), 60)
+    for axis, members in zip(figure.subplots(1, len(sizes), sharey=True, squeeze=False).flat, sizes, strict=True):
+        size = float(np.mean(table["active_parameters"][members]))
+        for number, tokens in enumerate(sorted(set(table["tokens"][members]))):
+            rows = members & (table["tokens"] == tokens)
+            low, high = fit.loss_interval(size, tokens, curve)
+            color = f"C{number}"
+            axis.fill_between(curve, low, high, color=color, alpha=0.2, linewidth=0)
+            axis.plot(curve, fit.law.loss(size, tokens, curve), color=color, label=f"{tokens:.3g} tokens")
+            axis.plot(table["expansion"][rows], table["loss"][rows], "o", color=color, markersize=4)
+        axis.set(xscale="log", xlabel="expert expansion E", title=f"{size:.3g} active parameters")
+        axis.set_xticks(sorted(set(table["expansion"])), [f"{value:g}" for value in sorted(set(table["expansion"]))])
+        axis.minorticks_off()
+        axis.legend(fontsize=8)
+    figure.axes[0].set_ylabel("loss (nats per token)")
+    figure.savefig(path, dpi=120)
+
+
+def _sizes(table: dict[str, np.ndarray]) -> list[np.ndarray]:
+    """Rows of the same size, as masks: the router's rows let active parameters differ a little with E."""
+    order = np.sort(np.unique(table["active_parameters"]))
+    groups = np.split(order, np.flatnonzero(order[1:] > 1.2 * order[:-1]) + 1)
+    return [np.isin(table["active_parameters"], group) for group in groups]

@@ -1,0 +1,507 @@
+"""The best model for a device: every shape of the family within the limits, by the loss that a scaling law predicts.
+
+A search over width, depth and expert expansion E. Granularity and the shared expert are not searched: the law has no
+term for them, so they are the paper's (8 and one), and the plan shows what the alternatives would change.
+"""
+
+import dataclasses
+import functools
+import json
+import math
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+from modeling_mobilemoe.checkpoint_mobilemoe import replace_when_complete
+from modeling_mobilemoe.configuration_mobilemoe import MobileMoEConfig
+
+from ..costs import (
+    PROGRAM_KV_BITS,
+    Device,
+    expected_experts,
+    inference_flops,
+    kv_cache_bytes,
+    memory_bytes,
+    program_bytes,
+    training_flops,
+)
+from .fit import LawFit
+from .law import PAPER_GRID, PAPER_LAW, ScalingLaw
+
+
+# The paper's choice among expansions that its law cannot tell apart, and the rest of its design.
+PAPER_EXPANSION, PAPER_GRANULARITY = 8, 8
+# Routed units of a token that the shared expert takes the place of, of 8 (paper).
+SHARED_UNITS = 4
+# "d_model / n_l about 40": 38.4, 39.4 and 40 in S, M and L.
+PAPER_ASPECT, ASPECTS = 40, (32, 48)
+WIDTHS = (64, 96, 128, 192, *range(256, 2049, 128))
+# Prompt of the prefill figures.
+PROMPT_TOKENS = 512
+
+
+@dataclass(frozen=True)
+class Request:
+    """
+    What is asked for. Exactly one of `tokens` and `flops`.
+
+    Args:
+        memory (`float`): bytes for the weights and the key-value cache of the exported program.
+        context (`int`, defaults to 8192): tokens that the cache holds.
+        tokens (`float`, *optional*): training tokens.
+        flops (`float`, *optional*): training FLOPs, `6 N_act D`.
+        inference_flops (`float`, *optional*): most FLOPs per token, `2 N_act`.
+        tokens_per_second (`float`, *optional*): least decode speed at the full context; needs a device.
+        device (`Device`, *optional*): what speed is predicted with.
+        kv_bits (`int`, defaults to 32): of a cache entry: 32 in the programs of this package, 8 in the paper.
+        vocab_size (`int`, defaults to 128256): of the tokenizer.
+
+    Raises:
+        ValueError: for a value that is not positive, or combinations that say too little or too much.
+    """
+
+    memory: float
+    context: int = 8192
+    tokens: float | None = None
+    flops: float | None = None
+    inference_flops: float | None = None
+    tokens_per_second: float | None = None
+    device: Device | None = None
+    kv_bits: int = PROGRAM_KV_BITS
+    vocab_size: int = 128256
+
+    def __post_init__(self) -> None:
+        for name, value in self.__dict__.items():
+            if value is not None and name != "device" and not 0 < value < math.inf:
+                raise ValueError(f"{name}={value} cannot be met by any model. Set a positive number.")
+        if (self.tokens is None) == (self.flops is None):
+            raise ValueError(
+                f"tokens={self.tokens} and flops={self.flops}: the training budget is one of the two, and the other "
+                "follows from the size. Set exactly one."
+            )
+        if self.tokens_per_second is not None and self.device is None:
+            raise ValueError(
+                f"tokens_per_second={self.tokens_per_second} means nothing without a device. Give its bandwidth, or "
+                "measurements of it."
+            )
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """One shape, its costs, its predicted loss, the limits that it breaks, and why it won or lost."""
+
+    config: MobileMoEConfig
+    expansion: int
+    memory: int
+    tokens: float
+    loss: float
+    decode_speed: float | None
+    broken: tuple[str, ...] = ()
+    verdict: str = ""
+
+    @property
+    def row(self) -> dict:
+        """The candidate as plain numbers, for tables and JSON."""
+        config = self.config
+        return {
+            "hidden_size": config.hidden_size,
+            "num_hidden_layers": config.num_hidden_layers,
+            "expansion": self.expansion,
+            "num_local_experts": config.num_local_experts,
+            "num_experts_per_tok": config.num_experts_per_tok,
+            "intermediate_size": config.intermediate_size,
+            "intermediate_size_mlp": config.intermediate_size_mlp,
+            "active_parameters": config.num_active_parameters,
+            "total_parameters": config.num_total_parameters,
+            "memory_bytes": self.memory,
+            "training_tokens": self.tokens,
+            "training_flops": training_flops(config, self.tokens),
+            "loss": self.loss,
+            "decode_tokens_per_second": self.decode_speed,
+            "verdict": self.verdict,
+        }
+
+
+@dataclass(frozen=True)
+class Plan:
+    """
+    The answer.
+
+    Args:
+        request (`Request`): the question.
+        law (`ScalingLaw`): what predicted.
+        fit (`LawFit`, *optional*): where that law is one of the user's own runs.
+        best (`Candidate`): the chosen shape.
+        loss_interval (`tuple[float, float]`): 95 %: of the prediction by the resampled fits of a table; with the
+            published law, whose coefficients have no published errors, of a run around it by the law's own residuals.
+        per_expansion (`list[Candidate]`): the best shape of every E that fits, by E.
+        runners_up (`list[Candidate]`): the next shapes of the chosen E, by loss.
+        candidates (`list[Candidate]`): all shapes that were looked at.
+        warnings (`list[str]`): where the law only extrapolates.
+    """
+
+    request: Request
+    law: ScalingLaw
+    fit: LawFit | None
+    best: Candidate
+    loss_interval: tuple[float, float]
+    per_expansion: list[Candidate]
+    runners_up: list[Candidate]
+    candidates: list[Candidate]
+    warnings: list[str]
+
+    @property
+    def granularities(self) -> list[dict]:
+        """What another granularity would change. Active and total parameters and bytes stay, and so does the law."""
+        config, rows = self.best.config, []
+        dense_width = 4 * config.hidden_size
+        for granularity in GRANULARITY_FINDINGS:
+            # The shared expert keeps its share of half the active units.
+            top_k = granularity // 2
+            experts = granularity * self.best.expansion - top_k
+            rows.append(
+                {
+                    "granularity": granularity,
+                    "num_local_experts": experts,
+                    "num_experts_per_tok": top_k,
+                    "intermediate_size": dense_width // granularity,
+                    "experts_reached": expected_experts(experts, top_k, PROMPT_TOKENS),
+                    "tokens_per_expert": PROMPT_TOKENS * top_k / experts,
+                    "finding": GRANULARITY_FINDINGS[granularity],
+                }
+            )
+        return rows
+
+    @property
+    def as_json(self) -> dict:
+        parts = program_bytes(self.best.config, self.request.context)
+        request = {name: value for name, value in self.request.__dict__.items() if value is not None}
+        if self.request.device is not None:
+            request["device"] = dataclasses.asdict(self.request.device)
+        return {
+            "request": request,
+            "law": dataclasses.asdict(self.law) | self.intervals,
+            "best": self.best.row
+            | {
+                "loss_interval": list(self.loss_interval),
+                "bytes": parts | {"kv_cache": self.best.memory - sum(parts.values())},
+                "inference_flops_per_token": inference_flops(self.best.config),
+                "prefill_seconds": self.prefill_seconds,
+            },
+            "config": json.loads(self.best.config.to_json_string()),
+            "per_expansion": [candidate.row for candidate in self.per_expansion],
+            "runners_up": [candidate.row for candidate in self.runners_up],
+            "granularities": self.granularities,
+            "warnings": self.warnings,
+            "candidates": [candidate.row for candidate in self.candidates],
+        }
+
+    @property
+    def intervals(self) -> dict:
+        """Of a fitted law's coefficients, 95 %; `None` for an end that the runs do not determine."""
+        if self.fit is None:
+            return {}
+        finite = {name: [e if math.isfinite(e) else None for e in ends] for name, ends in self.fit.intervals().items()}
+        return {"intervals": finite}
+
+    @property
+    def prefill_seconds(self) -> float | None:
+        """Of a prompt of 512 tokens, or of the context where that is shorter."""
+        device = self.request.device
+        return device and device.prefill_seconds(self.best.config, min(PROMPT_TOKENS, self.request.context))
+
+    def save(self, directory: str | Path) -> None:
+        """Writes `config.json`, which the recipes train from, and `plan.json`."""
+        with replace_when_complete(directory) as partial:
+            (partial / "config.json").write_text(self.best.config.to_json_string())
+            (partial / "plan.json").write_text(json.dumps(self.as_json, indent=2) + "\n")
+
+
+# Finding 2 of the paper, as far as it is known here: losses per granularity are not published.
+GRANULARITY_FINDINGS = {
+    4: "higher loss than 8 (how much is not published)",
+    8: "the paper's choice",
+    16: "less than 0.01 lower loss, about 50 % more training time (paper)",
+}
+
+
+# Read-only: a plan looks at a thousand of them, and checking one takes two milliseconds.
+@functools.cache
+def shape_config(
+    hidden_size: int, num_hidden_layers: int, expansion: int, vocab_size: int = 128256, context: int = 8192
+) -> MobileMoEConfig:
+    """
+    The configuration of a width, a depth and an E: granularity 8, one shared expert, as S, M and L (paper, 2.4).
+
+    8E units of an eighth of the dense width `4 hidden_size`, of which a token would take 8; a shared expert of four
+    units' width stands for four of them. Heads are 64 wide where the width allows it, four of keys and values.
+    """
+    unit = 4 * hidden_size // PAPER_GRANULARITY
+    # A multiple of the four key-value heads that divides the width into even heads, nearest to 64.
+    heads = min(
+        (count for count in range(4, hidden_size // 8, 4) if hidden_size % (2 * count) == 0),
+        key=lambda count: abs(math.log(hidden_size / count / 64)),
+        default=4,
+    )
+    return MobileMoEConfig(
+        architectures=["MobileMoEForCausalLM"],
+        vocab_size=vocab_size,
+        hidden_size=hidden_size,
+        intermediate_size=unit,
+        intermediate_size_mlp=SHARED_UNITS * unit,
+        num_hidden_layers=num_hidden_layers,
+        num_attention_heads=heads,
+        num_key_value_heads=4,
+        head_dim=hidden_size // heads,
+        num_local_experts=PAPER_GRANULARITY * expansion - SHARED_UNITS,
+        num_experts_per_tok=PAPER_GRANULARITY - SHARED_UNITS,
+        max_position_embeddings=max(8192, context),
+        bos_token_id=128000 if vocab_size == 128256 else None,
+    )
+
+
+def plan(request: Request, law: ScalingLaw | LawFit = PAPER_LAW) -> Plan:
+    """
+    Chooses width, depth and E.
+
+    Among shapes within the limits the lowest predicted loss wins, with two exceptions, both below what the law can
+    tell. Where the best shapes of several E lie within the law's RMSE of each other, E = 8 goes first: the paper calls
+    4 to 8 the sweet spot, chose 8, and trained S, M and L with it; without 8 among them, the least memory. And shapes
+    within a tenth of the RMSE of the best are ordered by how near width / depth is to the paper's 40.
+
+    Args:
+        request (`Request`): limits and budgets.
+        law (`ScalingLaw` or `LawFit`, defaults to the paper's): what predicts; a fit brings its own intervals.
+
+    Raises:
+        ValueError: when no shape is within the limits; it says what would be.
+    """
+    fit = law if isinstance(law, LawFit) else None
+    law = fit.law if fit else law
+    shapes = [
+        evaluate(shape_config(width, depth, expansion, request.vocab_size, request.context), expansion, request, law)
+        for width in WIDTHS
+        for depth in range(math.ceil(width / ASPECTS[1]), width // ASPECTS[0] + 1)
+        for expansion in PAPER_GRID["expansion"]
+    ]
+    feasible = [shape for shape in shapes if not shape.broken]
+    if not feasible:
+        raise ValueError(explain_nothing_fits(shapes, request))
+
+    by_expansion = {}
+    for shape in sorted(feasible, key=lambda shape: shape.loss):
+        by_expansion.setdefault(shape.expansion, []).append(shape)
+    lowest = min(members[0].loss for members in by_expansion.values())
+    tied = [members[0] for members in by_expansion.values() if members[0].loss <= lowest + law.rmse]
+    chosen = min(tied, key=lambda shape: (shape.expansion != PAPER_EXPANSION, shape.memory)).expansion
+    near = [shape for shape in by_expansion[chosen] if shape.loss <= by_expansion[chosen][0].loss + law.rmse / 10]
+    best = min(near, key=lambda shape: (abs(math.log(aspect(shape) / PAPER_ASPECT)), shape.loss))
+
+    def judged(shape: Candidate) -> Candidate:
+        return dataclasses.replace(shape, verdict="; ".join(shape.broken) or verdict(shape, best, lowest, law.rmse))
+
+    numbers = (best.config.num_active_parameters, best.tokens, best.expansion)
+    if fit:
+        interval = tuple(map(float, fit.loss_interval(*numbers)))
+    else:
+        interval = (best.loss - 1.96 * law.rmse, best.loss + 1.96 * law.rmse)
+    return Plan(
+        request,
+        law,
+        fit,
+        judged(best),
+        interval,
+        [judged(best if expansion == chosen else by_expansion[expansion][0]) for expansion in sorted(by_expansion)],
+        [judged(shape) for shape in by_expansion[chosen] if shape is not best][:5],
+        [judged(shape) for shape in shapes],
+        law.outside(*numbers),
+    )
+
+
+def evaluate(config: MobileMoEConfig, expansion: int, request: Request, law: ScalingLaw) -> Candidate:
+    """What a shape costs, and which limits it breaks."""
+    active = config.num_active_parameters
+    memory = memory_bytes(config, request.context, request.kv_bits)
+    tokens = request.tokens if request.flops is None else request.flops / (6 * active)
+    speed = request.device and request.device.decode_tokens_per_second(config, request.context)
+    broken = []
+    if memory > request.memory:
+        broken.append(f"needs {memory / 1e9:.3g} GB of {request.memory / 1e9:.3g}")
+    if request.inference_flops is not None and inference_flops(config) > request.inference_flops:
+        broken.append(f"{inference_flops(config) / 1e9:.3g} GFLOPs per token of {request.inference_flops / 1e9:.3g}")
+    if request.tokens_per_second is not None and speed < request.tokens_per_second:
+        broken.append(f"decodes {speed:.3g} tokens/s of {request.tokens_per_second:.3g}")
+    loss = float(law.loss(active, tokens, expansion))
+    return Candidate(config, expansion, memory, tokens, loss, speed, tuple(broken))
+
+
+def aspect(shape: Candidate) -> float:
+    return shape.config.hidden_size / shape.config.num_hidden_layers
+
+
+def verdict(shape: Candidate, best: Candidate, lowest: float, rmse: float) -> str:
+    """Why a shape within all limits won or lost."""
+    if shape.config is best.config:
+        if best.loss > lowest + rmse / 10:
+            return f"chosen: E = {best.expansion}, within the law's error ({rmse:.2g}) of the lowest loss"
+        return "chosen: lowest predicted loss"
+    difference = shape.loss - best.loss
+    if shape.expansion == best.expansion:
+        if difference <= rmse / 10:
+            return f"the same loss ({difference:+.4f}), width / depth {aspect(shape):.0f} further from {PAPER_ASPECT}"
+        return f"loss {difference:+.4f}"
+    less = "less" if shape.memory < best.memory else "more"
+    memory = f"{abs(best.memory - shape.memory) / 1e9:.3g} GB {less} memory"
+    if abs(difference) <= rmse:
+        return f"loss {difference:+.4f}, within the law's error; {memory}"
+    return f"loss {difference:+.4f}; {memory}"
+
+
+def explain_nothing_fits(shapes: list[Candidate], request: Request) -> str:
+    """Which limit excludes every shape, or that only all of them together do, and what would fit."""
+    smallest = min(shapes, key=lambda shape: shape.memory)
+    if smallest.memory > request.memory:
+        cache = kv_cache_bytes(smallest.config, request.context, request.kv_bits)
+        return (
+            f"memory={request.memory / 1e9:.3g} GB holds no model: the smallest one ({describe(smallest)}) needs "
+            f"{smallest.memory / 1e9:.3g} GB, {cache / 1e9:.2g} GB of it for a context of {request.context} tokens. "
+            "Give more memory, a shorter context, or a smaller vocabulary."
+        )
+    if request.inference_flops is not None:
+        least = min(shapes, key=lambda shape: shape.config.num_active_parameters)
+        if inference_flops(least.config) > request.inference_flops:
+            return (
+                f"inference_flops={request.inference_flops:.3g} per token is less than the smallest model takes: "
+                f"{inference_flops(least.config):.3g} ({describe(least)}). Set that or more, or a smaller vocabulary."
+            )
+    if request.tokens_per_second is not None:
+        fitting = [shape for shape in shapes if shape.memory <= request.memory]
+        fastest = max(fitting, key=lambda shape: shape.decode_speed)
+        if fastest.decode_speed < request.tokens_per_second:
+            return (
+                f"tokens_per_second={request.tokens_per_second:.3g} is above what {request.device.name} can read: at "
+                f"{request.device.bandwidth / 1e9:.3g} GB/s the fastest model that fits ({describe(fastest)}) decodes "
+                f"{fastest.decode_speed:.3g} tokens per second at a context of {request.context} tokens. Set that or "
+                "less, or a shorter context."
+            )
+    nearest = min(shapes, key=lambda shape: (len(shape.broken), shape.memory))
+    return (
+        f"Each limit can be met, but not all by one model: {describe(nearest)}, which breaks the fewest, "
+        f"{'; '.join(nearest.broken)}. Loosen that limit."
+    )
+
+
+def describe(shape: Candidate) -> str:
+    config = shape.config
+    return (
+        f"width {config.hidden_size}, {config.num_hidden_layers} layers, E = {shape.expansion}, "
+        f"{millions(config.num_active_parameters)} of {millions(config.num_total_parameters)} parameters active"
+    )
+
+
+def millions(count: float) -> str:
+    """Parameters in millions: whole ones for large models, with digits for small ones."""
+    return f"{count / 1e6:,.0f}M" if count >= 1e8 else f"{count / 1e6:.3g}M"
+
+
+def plot_plan(result: Plan, path: str | Path) -> None:
+    """Predicted loss of all shapes over their memory, one colour per E, the limit and the choice marked."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(7.5, 4.5), layout="constrained")
+    axis = figure.subplots()
+    best = result.best
+    for number, expansion in enumerate(PAPER_GRID["expansion"]):
+        members = [shape for shape in result.candidates if shape.expansion == expansion]
+        within = [shape for shape in members if not shape.broken]
+        for shapes, alpha in ((members, 0.15), (within, 1.0)):
+            axis.scatter(
+                [shape.memory / 1e9 for shape in shapes],
+                [shape.loss for shape in shapes],
+                s=12,
+                color=f"C{number}",
+                alpha=alpha,
+                label=f"E = {expansion}" if alpha == 1 else None,
+            )
+    axis.axvline(result.request.memory / 1e9, color="grey", linestyle="--", linewidth=1)
+    low, high = result.loss_interval
+    axis.errorbar(
+        best.memory / 1e9, best.loss, [[best.loss - low], [high - best.loss]], fmt="k*", markersize=12, capsize=4
+    )
+    axis.set(xscale="log", xlabel="memory (GB)", ylabel="predicted loss (nats per token)")
+    axis.set_xlim(best.memory / 1e9 / 20, max(result.request.memory, best.memory) / 1e9 * 4)
+    axis.set_title(describe(best), fontsize=10)
+    axis.legend(fontsize=8)
+    figure.savefig(path, dpi=120)
+
+
+def print_plan(result: Plan) -> None:
+    """The plan as tables: the choice, the best shape of every E, the runners-up, other granularities."""
+    from rich import box
+    from rich.console import Console
+    from rich.table import Table
+
+    # A pipe has no width of its own.
+    console = Console(width=None if sys.stdout.isatty() else 119)
+    best, config = result.best, result.best.config
+    parts, (low, high) = program_bytes(config, result.request.context), result.loss_interval
+    weights = sum(parts.values())
+    console.print(f"[bold]{describe(best)}[/bold]: {best.verdict}")
+    table = Table(box=box.SIMPLE, show_header=False)
+    table.add_row(
+        "experts",
+        f"{config.num_local_experts} of width {config.intermediate_size}, top-{config.num_experts_per_tok}, "
+        f"and one shared of width {config.intermediate_size_mlp}",
+    )
+    table.add_row(
+        "attention",
+        f"{config.num_attention_heads} query and {config.num_key_value_heads} key-value heads of {config.head_dim}",
+    )
+    table.add_row(
+        "memory",
+        f"{best.memory / 1e9:.3g} GB: weights {weights / 1e9:.3g} (experts {parts['experts'] / 1e9:.3g}, "
+        f"embedding {parts['embedding'] / 1e9:.3g}), cache {(best.memory - weights) / 1e9:.3g} for "
+        f"{result.request.context} tokens at {result.request.kv_bits} bits",
+    )
+    table.add_row("training", f"{best.tokens:.3g} tokens, {training_flops(config, best.tokens):.3g} FLOPs")
+    table.add_row("loss", f"{best.loss:.4f}, 95 % interval {low:.4f} to {high:.4f}")
+    table.add_row("inference", f"{inference_flops(config) / 1e9:.3g} GFLOPs per token")
+    if best.decode_speed is not None:
+        speed = f"{best.decode_speed:.1f} tokens/s decode at a context of {result.request.context} tokens"
+        if result.prefill_seconds is not None:
+            speed += f", first token of a {min(PROMPT_TOKENS, result.request.context)}-token prompt after "
+            speed += f"{result.prefill_seconds:.2f} s"
+        table.add_row(result.request.device.name, speed)
+    console.print(table)
+    for warning in result.warnings:
+        console.print(f"[yellow]The law extrapolates:[/yellow] {warning}")
+
+    columns = ["E", "width", "layers", "active", "total", "GB", "loss"]
+    columns += ["tokens/s"] if best.decode_speed is not None else []
+    for title, shapes in (
+        ("Best shape of every E within the limits", result.per_expansion),
+        (f"Next shapes with E = {best.expansion}", result.runners_up),
+    ):
+        table = Table(*columns, "verdict", title=title, title_justify="left", box=box.SIMPLE)
+        for shape in shapes:
+            values = [shape.expansion, shape.config.hidden_size, shape.config.num_hidden_layers]
+            values += [millions(shape.config.num_active_parameters), millions(shape.config.num_total_parameters)]
+            values += [f"{shape.memory / 1e9:.3g}", f"{shape.loss:.4f}"]
+            values += [f"{shape.decode_speed:.1f}"] if shape.decode_speed is not None else []
+            table.add_row(*map(str, values), shape.verdict)
+        if shapes:
+            console.print(table)
+    broken = sum(bool(shape.broken) for shape in result.candidates)
+    console.print(f"{len(result.candidates)} shapes, {broken} outside the limits. --json lists all and why.")
+    title = (
+        f"Granularity: same parameters and bytes; quality against kernel efficiency, prompt of {PROMPT_TOKENS} tokens"
+    )
+    columns = ["g", "experts", "top-k", "experts reached", "matrix product of each", "loss"]
+    table = Table(*columns, title=title, title_justify="left", box=box.SIMPLE)
+    for row in result.granularities:
+        values = [row["granularity"], row["num_local_experts"], row["num_experts_per_tok"]]
+        product = f"{row['tokens_per_expert']:.0f} x {config.hidden_size} x {row['intermediate_size']}"
+        values += [f"{row['experts_reached']:.1f}", product, row["finding"]]
+        table.add_row(*map(str, values))
+    console.print(table)
+    console.print("Without a shared expert: higher loss at the same counts (paper; how much is not published).")

@@ -1,0 +1,277 @@
+"""Runs models from Python, token ids in and logits out: an exported `.pte` through ExecuTorch, or a checkpoint."""
+
+import json
+from abc import ABC, abstractmethod
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+from huggingface_hub.errors import GatedRepoError
+from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
+
+from modeling_mobilemoe.kernels import BuildError, load_executorch
+
+
+class LanguageModel(ABC):
+    """What a `.pte` and a checkpoint have in common: one sequence, a key-value cache, text in and out."""
+
+    tokenizer: PreTrainedTokenizerBase
+    max_seq_len: int
+    eos_ids: list[int]
+
+    def forward(self, tokens: list[int], start: int) -> torch.Tensor:
+        """
+        Feeds tokens at positions `start`, `start + 1`, ... and returns the FP32 logits of the last one, `(vocab,)`.
+
+        A call at position 0 begins a new sequence.
+
+        Raises:
+            ValueError: when there is no token, or the last one would lie outside the context.
+        """
+        self.check_positions(tokens, start)
+        return self._forward(torch.tensor([tokens]), start)
+
+    def check_positions(self, tokens: list[int], start: int) -> None:
+        if not tokens:
+            raise ValueError("There are no tokens to feed. Give at least one.")
+        if start < 0 or start + len(tokens) > self.max_seq_len:
+            raise ValueError(
+                f"Positions {start} to {start + len(tokens) - 1} leave the context of {self.max_seq_len} tokens. "
+                "Shorten the prompt, or use a model with a longer context."
+            )
+
+    @abstractmethod
+    def _forward(self, tokens: torch.Tensor, start: int) -> torch.Tensor: ...
+
+    @abstractmethod
+    def all_logits(self, tokens: list[int]) -> torch.Tensor:
+        """FP32 logits of every position of one sequence, `(len(tokens), vocab)`."""
+
+    def generate(
+        self,
+        tokens: list[int],
+        max_new_tokens: int,
+        temperature: float = 0.0,
+        top_p: float = 1.0,
+        seed: int | None = None,
+    ) -> Iterator[int]:
+        """
+        Yields new token ids until an end id, the limit or the end of the context; greedy at temperature 0.
+
+        Args:
+            tokens (`list[int]`): the prompt.
+            max_new_tokens (`int`): the limit.
+            temperature (`float`, defaults to 0): divides the logits.
+            top_p (`float`, defaults to 1): draw from the fewest tokens whose probabilities reach this sum.
+            seed (`int`, *optional*): of the draw.
+
+        Raises:
+            ValueError: for a negative temperature or a `top_p` outside (0, 1].
+        """
+        if temperature < 0 or not 0 < top_p <= 1:
+            raise ValueError(
+                f"temperature={temperature} and top_p={top_p} do not describe a draw. "
+                "Set temperature to 0 or more and top_p above 0 and at most 1."
+            )
+        generator = torch.Generator()
+        if seed is not None:
+            generator.manual_seed(seed)
+        logits = self.forward(tokens, 0)
+        position = len(tokens)
+        for remaining in reversed(range(max_new_tokens)):
+            if temperature > 0:
+                probabilities = nucleus((logits / temperature).softmax(dim=-1), top_p)
+                token = torch.multinomial(probabilities, 1, generator=generator).item()
+            else:
+                token = logits.argmax().item()
+            if token in self.eos_ids:
+                return
+            yield token
+            # The token after the last position can still be read, but not fed.
+            if remaining == 0 or position == self.max_seq_len:
+                return
+            logits = self.forward([token], position)
+            position += 1
+
+    def encode(self, prompt: str, chat: bool = False) -> list[int]:
+        """
+        Token ids of a prompt, with one BOS in front; with `chat`, of the user's turn and the assistant's header.
+
+        Raises:
+            ValueError: for `chat` without a chat template, as in a Base model.
+        """
+        if not chat:
+            return self.tokenizer(prompt).input_ids
+        if self.tokenizer.chat_template is None:
+            raise ValueError(
+                "This model has no chat template: it is a base model that continues text. "
+                "Give plain text, or use a fine-tuned (SFT or QAT) model."
+            )
+        messages = [{"role": "user", "content": prompt}]
+        return self.tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
+
+    def decode(self, tokens: list[int]) -> str:
+        # The released tokenizer config asks for a clean-up that drops spaces before punctuation, also in code.
+        return self.tokenizer.decode(tokens, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+
+
+class CheckpointModel(LanguageModel):
+    """
+    A checkpoint in PyTorch, full-precision or packed INT4.
+
+    Args:
+        path (`str` or `Path`): checkpoint directory or Hub id.
+        dtype (`torch.dtype` or `str`, defaults to `"auto"`): of the weights that are not packed.
+
+    Raises:
+        OSError: when there is no such checkpoint, or its licence has to be accepted first.
+    """
+
+    def __init__(self, path: str | Path, dtype: torch.dtype | str = "auto"):
+        try:
+            self.model = AutoModelForCausalLM.from_pretrained(path, dtype=dtype).eval()
+            self.tokenizer = AutoTokenizer.from_pretrained(path)
+        except OSError as error:
+            cause: BaseException | None = error
+            while cause is not None and not isinstance(cause, GatedRepoError):
+                cause = cause.__cause__
+            if cause is None:
+                raise
+            # transformers names the page, but neither the licence nor how to log in.
+            raise OSError(
+                f"{path} is gated: its files are given only to accounts that have accepted its licence. "
+                f"Accept the licence at https://huggingface.co/{path}, then log in with `hf auth login`."
+            ) from error
+        self.max_seq_len = self.model.config.max_position_embeddings
+        self.eos_ids = end_of_sequence_ids(self.model, self.tokenizer)
+        self._cache = DynamicCache(config=self.model.config)
+
+    @torch.inference_mode()
+    def _forward(self, tokens: torch.Tensor, start: int) -> torch.Tensor:
+        if start == 0:
+            self._cache = DynamicCache(config=self.model.config)
+        tokens = tokens.to(self.model.device)
+        return self.model(tokens, cache=self._cache, logits_to_keep=1).logits[0, -1].float()
+
+    @torch.inference_mode()
+    def all_logits(self, tokens: list[int]) -> torch.Tensor:
+        return self.model(torch.tensor([tokens], device=self.model.device), use_cache=False).logits[0].float()
+
+
+class PteModel(LanguageModel):
+    """
+    A `.pte` directory made by `mobilemoe export` or `optimum-cli export executorch`. The files are mapped, and locked
+    in memory where the system allows it: ExecuTorch's Python loader has no other way.
+
+    Args:
+        path (`str` or `Path`): the directory.
+
+    Raises:
+        ValueError: when the directory holds no whole program, or one of its operators is not in this runtime.
+    """
+
+    def __init__(self, path: str | Path):
+        import executorch.extension.llm.custom_ops.custom_ops  # noqa: F401  registers llama::*
+        import executorch.kernels.quantized  # noqa: F401  registers quantized_decomposed::embedding_4bit
+        from executorch.runtime import Runtime
+
+        path = Path(path)
+        for name in ("model.pte", "export.json"):
+            if not (path / name).is_file():
+                raise ValueError(f"{path} holds no {name}. Make one: mobilemoe export --model CHECKPOINT --output DIR")
+        report = json.loads((path / "export.json").read_text())
+        size = (path / "model.pte").stat().st_size
+        if size != report["pte_bytes"]:
+            raise ValueError(
+                f"{path / 'model.pte'} has {size} bytes, export.json says {report['pte_bytes']}: it was cut off or "
+                "belongs to another export. Copy the whole directory again."
+            )
+        runtime = Runtime.get()
+        if any(name.startswith("mobilemoe::") for name in report["operators"]):
+            load_kernels()
+        check_operators(report["operators"], runtime.operator_registry.operator_names)
+        data_path = path / report["experts_file"] if report["experts_file"] else None
+        if data_path is not None and not data_path.is_file():
+            raise ValueError(f"{data_path} is missing: it holds the experts of model.pte. Copy the whole directory.")
+        self._program = runtime.load_program(path / "model.pte", data_path=data_path)
+        self._method = self._program.load_method("forward")
+        self.has_all_logits = report["all_logits"]
+        self.max_seq_len = report["max_seq_len"]
+        self.eos_ids = report["eos_ids"]
+        # A benchmark's program of random weights has none.
+        if (path / "tokenizer.json").is_file():
+            self.tokenizer = AutoTokenizer.from_pretrained(path)
+
+    def _execute(self, tokens: torch.Tensor, start: int) -> torch.Tensor:
+        # Cloned: the runtime reuses its output memory in the next call.
+        return self._method.execute((tokens, torch.tensor([start])))[0][0].clone()
+
+    def _forward(self, tokens: torch.Tensor, start: int) -> torch.Tensor:
+        logits = self._execute(tokens, start)
+        return logits[-1] if self.has_all_logits else logits
+
+    def all_logits(self, tokens: list[int]) -> torch.Tensor:
+        return self.last_logits(tokens, 0, len(tokens))
+
+    def last_logits(self, tokens: list[int], start: int, num_positions: int) -> torch.Tensor:
+        """
+        Feeds tokens behind `start` cached ones; FP32 logits of the last positions, `(num_positions, vocab)`.
+
+        Raises:
+            ValueError: as `forward`.
+        """
+        self.check_positions(tokens, start)
+        if self.has_all_logits:
+            return self._execute(torch.tensor([tokens]), start)[-num_positions:]
+        # The program returns the last position only, so all but the first wanted one go in alone.
+        first = len(tokens) - num_positions + 1
+        logits = [self.forward(tokens[:first], start)]
+        logits += [self.forward([token], start + first + i) for i, token in enumerate(tokens[first:])]
+        return torch.stack(logits)
+
+
+def load_kernels() -> None:
+    """
+    Raises:
+        ValueError: when the operators of this package do not compile here.
+    """
+    try:
+        load_executorch()
+    except BuildError as error:
+        raise ValueError(
+            f"The program needs operators of this package, which are compiled on first use: {error} "
+            "Or export it again with --moe-op llama."
+        ) from error
+
+
+def check_operators(needed: list[str], available: set[str]) -> None:
+    """
+    Raises:
+        ValueError: naming the operators that a program needs and this runtime lacks.
+    """
+    missing = sorted(set(needed) - set(available))
+    if missing:
+        raise ValueError(
+            f"The program needs {', '.join(missing)}, which this ExecuTorch runtime lacks. Install executorch>=1.5.1 "
+            "from PyPI, or export again with the operators that this runtime has."
+        )
+
+
+def nucleus(probabilities: torch.Tensor, top_p: float) -> torch.Tensor:
+    """Zeroes all but the most probable tokens that together reach `top_p`; what is left is not rescaled."""
+    if top_p == 1:
+        return probabilities
+    ranked, order = probabilities.sort(descending=True)
+    # A token stays while those before it have not reached the sum, so the first always does.
+    dropped = order[ranked.cumsum(dim=-1) - ranked >= top_p]
+    return probabilities.index_fill(-1, dropped, 0.0)
+
+
+def end_of_sequence_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """
+    Every id that ends a sequence: those of the loaded model, the tokenizer's own, and `<|eot|>`.
+
+    A model that stops at `<|end_of_text|>` only runs past the end of its turn.
+    """
+    ids = {*(model.generation_config.eos_token_id or []), tokenizer.eos_token_id, tokenizer.get_vocab().get("<|eot|>")}
+    return sorted(ids - {None})

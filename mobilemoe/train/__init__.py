@@ -1,0 +1,1 @@
+"""Training with TRL: data, routing, the recipes' trainer, LoRA and QAT."""
