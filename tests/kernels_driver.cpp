@@ -125,7 +125,7 @@ bool fuzz_moe_ffn() {
   const int64_t num_bytes = t * d * (args.dtype == MOBILEMOE_BF16 ? 2 : 4);
   const bool good = agree(num_bytes, [&](void* out) {
     args.out = out;
-    return mobilemoe_moe_ffn(&args, mobilemoe_default_threads(between(1, 3)));
+    return mobilemoe_moe_ffn(&args, between(1, 3));
   });
   if (!good) {
     std::printf("moe_ffn T=%lld D=%lld F=%lld E=%lld k=%lld\n", (long long)t, (long long)d, (long long)f, (long long)e,
@@ -152,7 +152,7 @@ bool fuzz_moe_ffn() {
       args.router = args.top_k_index != nullptr ? router.get() : nullptr;
       break;
   }
-  return good && mobilemoe_moe_ffn(&args, mobilemoe_default_threads(1)) == MOBILEMOE_BAD_ARGUMENT;
+  return good && mobilemoe_moe_ffn(&args, 1) == MOBILEMOE_BAD_ARGUMENT;
 }
 
 bool fuzz_linear() {
@@ -172,11 +172,11 @@ bool fuzz_linear() {
   args.scale = scale.get();
   const bool good = agree(t * n * (args.dtype == MOBILEMOE_BF16 ? 2 : 4), [&](void* out) {
     args.out = out;
-    return mobilemoe_linear(&args, mobilemoe_default_threads(between(1, 3)));
+    return mobilemoe_linear(&args, between(1, 3));
   });
   if (!good) std::printf("linear T=%lld K=%lld N=%lld\n", (long long)t, (long long)k, (long long)n);
   args.in_features += between(1, 31);
-  return good && mobilemoe_linear(&args, mobilemoe_default_threads(1)) == MOBILEMOE_BAD_ARGUMENT;
+  return good && mobilemoe_linear(&args, 1) == MOBILEMOE_BAD_ARGUMENT;
 }
 
 // A random packed matrix, which keeps its memory.
@@ -207,11 +207,11 @@ bool fuzz_mlp() {
   args.down = down.get();
   const bool good = agree(t * d * (args.dtype == MOBILEMOE_BF16 ? 2 : 4), [&](void* out) {
     args.out = out;
-    return mobilemoe_mlp(&args, mobilemoe_default_threads(between(1, 3)));
+    return mobilemoe_mlp(&args, between(1, 3));
   });
   if (!good) std::printf("mlp T=%lld D=%lld F=%lld\n", (long long)t, (long long)d, (long long)f);
   --args.up.out_features;
-  return good && mobilemoe_mlp(&args, mobilemoe_default_threads(1)) == MOBILEMOE_BAD_ARGUMENT;
+  return good && mobilemoe_mlp(&args, 1) == MOBILEMOE_BAD_ARGUMENT;
 }
 
 bool fuzz_attention_inputs() {
@@ -237,13 +237,13 @@ bool fuzz_attention_inputs() {
     args.query_out = out;
     args.key_out = static_cast<char*>(out) + t * queries * size;
     args.value_out = static_cast<char*>(out) + t * (queries + keys) * size;
-    return mobilemoe_attention_inputs(&args, mobilemoe_default_threads(between(1, 3)));
+    return mobilemoe_attention_inputs(&args, between(1, 3));
   });
   if (!good) {
     std::printf("attention_inputs T=%lld D=%lld head=%lld\n", (long long)t, (long long)d, (long long)args.head_dim);
   }
   args.head_dim = 2 * args.query.out_features;
-  return good && mobilemoe_attention_inputs(&args, mobilemoe_default_threads(1)) == MOBILEMOE_BAD_ARGUMENT;
+  return good && mobilemoe_attention_inputs(&args, 1) == MOBILEMOE_BAD_ARGUMENT;
 }
 
 bool fuzz_attention() {
@@ -265,14 +265,14 @@ bool fuzz_attention() {
   args.values = values.get();
   const bool good = agree(count * 4, [&](void* out) {
     args.out = static_cast<float*>(out);
-    return mobilemoe_attention(&args, mobilemoe_default_threads(between(1, 3)));
+    return mobilemoe_attention(&args, between(1, 3));
   });
   if (!good) {
     std::printf("attention T=%lld at %lld, head=%lld\n", (long long)args.num_tokens, (long long)args.start,
                 (long long)args.head_dim);
   }
   args.start = args.max_length + 1;
-  return good && mobilemoe_attention(&args, mobilemoe_default_threads(1)) == MOBILEMOE_BAD_ARGUMENT;
+  return good && mobilemoe_attention(&args, 1) == MOBILEMOE_BAD_ARGUMENT;
 }
 
 bool fuzz_rows() {
@@ -283,11 +283,11 @@ bool fuzz_rows() {
   for (int64_t i = 0; i < t; ++i) tokens[i] = between(0, vocab - 1);
   const auto embed = [&](void* out) {
     return mobilemoe_embedding(tokens.get(), table.qweight.get(), table.scale.get(), t, d, vocab,
-                               static_cast<float*>(out), mobilemoe_default_threads(between(1, 3)));
+                               static_cast<float*>(out), between(1, 3));
   };
   const bool good = agree(t * d * 4, embed) && agree(t * d * 4, [&](void* out) {
                       return mobilemoe_rms_norm(x.get(), weight.get(), t, d, 1e-5f, static_cast<float*>(out),
-                                                mobilemoe_default_threads(between(1, 3)));
+                                                between(1, 3));
                     });
   if (!good) std::printf("rows T=%lld D=%lld\n", (long long)t, (long long)d);
   if (t == 0) return good;

@@ -559,10 +559,28 @@ def test_arm_gives_the_same_bits(tmp_path):
     assert arm.split("agree:")[1] == here.split("agree:")[1]
 
 
+@pytest.mark.skipif(platform.system() != "Linux", reason="--wrap is of GNU's linker")
+@pytest.mark.parametrize("sanitizer", [(), ("-fsanitize=thread",)], ids=["plain", "thread-sanitizer"])
+def test_threads_take_every_unit_once_and_wait_for_none_that_has_not_begun(tmp_path, monkeypatch, sanitizer):
+    source = kernels.SOURCES / "src"
+    command = ["c++", "-std=c++17", "-O1", "-g", *sanitizer, f"-I{source}", f"-I{kernels.SOURCES / 'include'}"]
+    command += [source / "threads.cpp", source / "errors.cpp", TESTS / "threads_driver.cpp"]
+    command += ["-Wl,--wrap=pthread_create", "-o", tmp_path / "driver", "-lpthread"]
+    result = subprocess.run(command, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr[-2000:]
+    # The sanitizer does not expect threads in a child of fork; ours begins them anew.
+    monkeypatch.setenv("TSAN_OPTIONS", "die_after_fork=0 halt_on_error=1")
+    assert run_driver(tmp_path / "driver", 1000) == "every unit once: 1000 regions"
+
+
 @pytest.mark.slow
 @pytest.mark.skipif(platform.system() != "Linux", reason="the sanitizers are set up for Linux")
-def test_sanitizers_are_clean_over_fuzzed_shapes(tmp_path):
-    flags = ("-fsanitize=address,undefined", "-fno-sanitize-recover=all", "-g")
-    driver = build_driver(tmp_path, "c++", *flags)
+@pytest.mark.parametrize(
+    ("flags", "num_shapes"),
+    [("-fsanitize=address,undefined -fno-sanitize-recover=all", 10000), ("-fsanitize=thread", 500)],
+)
+def test_sanitizers_are_clean_over_fuzzed_shapes(tmp_path, monkeypatch, flags: str, num_shapes: int):
+    monkeypatch.setenv("TSAN_OPTIONS", "halt_on_error=1")
+    driver = build_driver(tmp_path, "c++", *flags.split(), "-g")
     for seed in range(2, 12):
-        assert "agree: 10000 shapes" in run_driver(driver, 10000, seed)
+        assert f"agree: {num_shapes} shapes" in run_driver(driver, num_shapes, seed)

@@ -5,7 +5,8 @@
 // every 32 of them; nibbles and groups run along the last dimension (facts: README.md beside this folder).
 //
 // No function allocates once it has seen its largest input, throws, or aborts: a bad argument is a status and a
-// sentence. Calls from several threads at once are fine.
+// sentence. Calls from several threads at once are fine. A call computes on its own thread and on up to
+// `num_threads` - 1 others, which the process keeps for the next one; it never waits for one that has not begun.
 #ifndef MOBILEMOE_H_
 #define MOBILEMOE_H_
 
@@ -26,14 +27,6 @@ enum { MOBILEMOE_OK = 0, MOBILEMOE_BAD_ARGUMENT = 1, MOBILEMOE_OUT_OF_MEMORY = 2
 // Element types of activations. Everything inside is computed from and in FP32.
 enum { MOBILEMOE_FP32 = 0, MOBILEMOE_BF16 = 1 };
 
-// Runs `task(data, i)` for i in [0, num_tasks), in any order, on any threads, and returns when all are done.
-typedef void (*mobilemoe_task)(void* data, int64_t index);
-typedef struct {
-  void (*run)(void* context, int64_t num_tasks, mobilemoe_task task, void* data);
-  void* context;
-  int64_t num_threads;
-} mobilemoe_threads;
-
 typedef struct {
   int64_t num_tokens, dim, expert_dim, num_experts, top_k;
   float route_scale;
@@ -52,7 +45,7 @@ typedef struct {
 } mobilemoe_moe_ffn_args;
 
 // out = sum over the top_k experts e of weight_e * down_e(silu(gate_e(x)) * up_e(x)).
-MOBILEMOE_EXPORT int mobilemoe_moe_ffn(const mobilemoe_moe_ffn_args* args, const mobilemoe_threads* threads);
+MOBILEMOE_EXPORT int mobilemoe_moe_ffn(const mobilemoe_moe_ffn_args* args, int64_t num_threads);
 
 typedef struct {
   int64_t num_tokens, in_features, out_features;
@@ -64,7 +57,7 @@ typedef struct {
 } mobilemoe_linear_args;
 
 // out = x @ weight.T
-MOBILEMOE_EXPORT int mobilemoe_linear(const mobilemoe_linear_args* args, const mobilemoe_threads* threads);
+MOBILEMOE_EXPORT int mobilemoe_linear(const mobilemoe_linear_args* args, int64_t num_threads);
 
 // INT4 weights of a linear whose inputs are known: int4 [out_features, K], fp16 [out_features, K / 32].
 typedef struct {
@@ -83,7 +76,7 @@ typedef struct {
 } mobilemoe_mlp_args;
 
 // out = down(silu(gate(x)) * up(x)), the shared expert.
-MOBILEMOE_EXPORT int mobilemoe_mlp(const mobilemoe_mlp_args* args, const mobilemoe_threads* threads);
+MOBILEMOE_EXPORT int mobilemoe_mlp(const mobilemoe_mlp_args* args, int64_t num_threads);
 
 typedef struct {
   int64_t num_tokens, dim, head_dim;
@@ -97,7 +90,7 @@ typedef struct {
 
 // Three linears; then, on each head of the first two, rotation of adjacent channels and a weightless RMS norm.
 MOBILEMOE_EXPORT int mobilemoe_attention_inputs(const mobilemoe_attention_inputs_args* args,
-                                                const mobilemoe_threads* threads);
+                                                int64_t num_threads);
 
 typedef struct {
   int64_t num_tokens, start;  // the first token's position
@@ -108,26 +101,23 @@ typedef struct {
 } mobilemoe_attention_args;
 
 // Token t attends to positions 0 to start + t, scaled by 1 / sqrt(head_dim), all FP32.
-MOBILEMOE_EXPORT int mobilemoe_attention(const mobilemoe_attention_args* args, const mobilemoe_threads* threads);
+MOBILEMOE_EXPORT int mobilemoe_attention(const mobilemoe_attention_args* args, int64_t num_threads);
 
 // out [T, D] = x / sqrt(mean(x^2) + eps) * weight, all FP32.
 MOBILEMOE_EXPORT int mobilemoe_rms_norm(const float* x, const float* weight, int64_t num_tokens, int64_t dim, float eps,
-                                        float* out, const mobilemoe_threads* threads);
+                                        float* out, int64_t num_threads);
 
 // out [T, D] in FP32 = rows `tokens` [T] of int4 [V, D] with fp16 [V, D / 32].
 MOBILEMOE_EXPORT int mobilemoe_embedding(const int64_t* tokens, const uint8_t* qweight, const uint16_t* scale,
                                          int64_t num_tokens, int64_t dim, int64_t vocab_size, float* out,
-                                         const mobilemoe_threads* threads);
+                                         int64_t num_threads);
 
 // The router alone, as mobilemoe_moe_ffn runs it: index [T, top_k] and weight [T, top_k].
 MOBILEMOE_EXPORT int mobilemoe_route(const mobilemoe_moe_ffn_args* args, int64_t* index, float* weight,
-                                     const mobilemoe_threads* threads);
+                                     int64_t num_threads);
 
 // What the last failed call on this thread had to say.
 MOBILEMOE_EXPORT const char* mobilemoe_last_error(void);
-
-// Threads of the process: those of GNU OpenMP where it is loaded (as PyTorch does), else a pool of our own.
-MOBILEMOE_EXPORT const mobilemoe_threads* mobilemoe_default_threads(int64_t num_threads);
 
 // The instruction set in use: the best that this machine has until another one is chosen. Not during other calls.
 // Names: "portable", "avx2", "avx512", "neon", "i8mm". A name that this machine lacks is MOBILEMOE_BAD_ARGUMENT.

@@ -16,7 +16,7 @@ constexpr int64_t kUnitTokens = 32;
 
 struct Attention {
   const mobilemoe_attention_args& args;
-  const mobilemoe_threads& threads;
+  int64_t num_threads;
   int64_t heads_per_key, num_chunks, worker_bytes;
   char* workers;
 
@@ -31,15 +31,15 @@ struct Attention {
           rows(layout.take<AttentionRow>(num_rows)) {}
   };
 
-  Attention(Layout& layout, const mobilemoe_attention_args& a, const mobilemoe_threads& t)
+  Attention(Layout& layout, const mobilemoe_attention_args& a, int64_t threads)
       : args(a),
-        threads(t),
+        num_threads(threads),
         heads_per_key(a.num_heads / a.num_kv_heads),
         num_chunks(ceil_div(a.num_tokens, kUnitTokens)) {
     Layout one;
     Worker(one, a.head_dim, heads_per_key * kUnitTokens);
     worker_bytes = one.size();
-    workers = layout.take<char>(worker_bytes * t.num_threads);
+    workers = layout.take<char>(worker_bytes * threads);
   }
 
   void attend(int64_t kv_head, int64_t first, int64_t last, const Worker& worker) const {
@@ -90,13 +90,13 @@ struct Attention {
                   const int64_t first = chunk * kUnitTokens;
                   attend(unit % args.num_kv_heads, first, smaller(first + kUnitTokens, args.num_tokens), worker);
                 });
-    run_phases(threads, phase);
+    run_phases(num_threads, phase);
   }
 };
 
 constexpr int64_t kMaxHeadDim = 4096, kMaxHeads = 1 << 16, kMaxLength = int64_t{1} << 36;
 
-int check(const mobilemoe_attention_args* args, const mobilemoe_threads* threads) {
+int check(const mobilemoe_attention_args* args, int64_t num_threads) {
   if (args == nullptr) return fail("args is null");
   const auto& a = *args;
   if (a.head_dim < 16 || a.head_dim > kMaxHeadDim || a.head_dim % 16 != 0) {
@@ -114,22 +114,21 @@ int check(const mobilemoe_attention_args* args, const mobilemoe_threads* threads
   if (a.num_tokens > 0 && (a.query == nullptr || a.keys == nullptr || a.values == nullptr || a.out == nullptr)) {
     return fail("query, keys, values or out is null");
   }
-  if (threads == nullptr || threads->run == nullptr || threads->num_threads < 1) return fail("threads are missing");
-  return MOBILEMOE_OK;
+  return check_threads(num_threads);
 }
 
 }  // namespace
 }  // namespace mobilemoe
 
-int mobilemoe_attention(const mobilemoe_attention_args* args, const mobilemoe_threads* threads) {
+int mobilemoe_attention(const mobilemoe_attention_args* args, int64_t num_threads) {
   using namespace mobilemoe;
-  if (const int status = check(args, threads)) return status;
+  if (const int status = check(args, num_threads)) return status;
   if (args->num_tokens == 0) return MOBILEMOE_OK;
   Layout measured;
-  Attention(measured, *args, *threads);
+  Attention(measured, *args, num_threads);
   char* memory = workspace().reserve(measured.size());
   if (memory == nullptr) return out_of_memory(measured.size());
   Layout placed(memory);
-  Attention(placed, *args, *threads).run();
+  Attention(placed, *args, num_threads).run();
   return MOBILEMOE_OK;
 }

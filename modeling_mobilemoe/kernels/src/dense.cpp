@@ -10,29 +10,29 @@ namespace {
 
 struct Mlp {
   const mobilemoe_mlp_args& args;
-  const mobilemoe_threads& threads;
+  int64_t num_threads;
   int64_t first, hidden;
   Tokens tokens, hidden_tokens;
   Panels panels;
   float* mid;        // [T, hidden]
   float* converted;  // [threads, D]
 
-  Mlp(Layout& layout, const mobilemoe_mlp_args& a, const mobilemoe_threads& t, int64_t at, int64_t count)
+  Mlp(Layout& layout, const mobilemoe_mlp_args& a, int64_t threads, int64_t at, int64_t count)
       : args(a),
-        threads(t),
+        num_threads(threads),
         first(at),
         hidden(a.gate.out_features),
         tokens(layout, count, a.dim),
         hidden_tokens(layout, count, hidden),
-        panels(layout, t.num_threads, a.dim > hidden ? a.dim : hidden),
+        panels(layout, threads, a.dim > hidden ? a.dim : hidden),
         mid(layout.take<float>(count * hidden)),
-        converted(layout.take<float>(t.num_threads * a.dim)) {}
+        converted(layout.take<float>(threads * a.dim)) {}
 
   void run() const {
     const Rows rows = {args.x, args.dtype, args.dim};
     // Whole vectors for SwiGLU.
-    const Product gate(tokens, args.gate, threads.num_threads, kGroup), up(tokens, args.up, threads.num_threads, kGroup);
-    const Product down(hidden_tokens, args.down, threads.num_threads);
+    const Product gate(tokens, args.gate, num_threads, kGroup), up(tokens, args.up, num_threads, kGroup);
+    const Product down(hidden_tokens, args.down, num_threads);
     Phase quantized([this] { return tokens.num_units(); },
                     [&](int64_t unit, int64_t, int64_t worker) {
                       tokens.quantize(unit,
@@ -58,26 +58,26 @@ struct Mlp {
                          write_rows(args.out, args.dtype, args.dim, first + t, row, values, n);
                        });
                      });
-    run_phases(threads, quantized, gated, requantized, multiplied);
+    run_phases(num_threads, quantized, gated, requantized, multiplied);
   }
 };
 
 struct AttentionInputs {
   const mobilemoe_attention_inputs_args& args;
-  const mobilemoe_threads& threads;
+  int64_t num_threads;
   int64_t first;
   Tokens tokens;
   Panels panels;
   float* converted;  // [threads, the widest of x, queries and keys]
 
-  AttentionInputs(Layout& layout, const mobilemoe_attention_inputs_args& a, const mobilemoe_threads& t, int64_t at,
+  AttentionInputs(Layout& layout, const mobilemoe_attention_inputs_args& a, int64_t threads, int64_t at,
                   int64_t count)
       : args(a),
-        threads(t),
+        num_threads(threads),
         first(at),
         tokens(layout, count, a.dim),
-        panels(layout, t.num_threads, a.dim),
-        converted(layout.take<float>(t.num_threads * widest())) {}
+        panels(layout, threads, a.dim),
+        converted(layout.take<float>(threads * widest())) {}
 
   int64_t widest() const {
     int64_t width = args.dim;
@@ -103,9 +103,9 @@ struct AttentionInputs {
     const auto scratch = [this](int64_t worker) { return converted + worker * widest(); };
     const mobilemoe_matrix matrices[] = {args.query, args.key, args.value};
     void* const outs[] = {args.query_out, args.key_out, args.value_out};
-    const Product products[] = {{tokens, matrices[0], threads.num_threads},
-                                {tokens, matrices[1], threads.num_threads},
-                                {tokens, matrices[2], threads.num_threads}};
+    const Product products[] = {{tokens, matrices[0], num_threads},
+                                {tokens, matrices[1], num_threads},
+                                {tokens, matrices[2], num_threads}};
     Phase quantized([this] { return tokens.num_units(); },
                     [&](int64_t unit, int64_t, int64_t worker) {
                       tokens.quantize(unit, [&](int64_t t) { return rows.in(first + t, scratch(worker)); });
@@ -126,15 +126,15 @@ struct AttentionInputs {
                       for (int i = 0; i < 2; ++i) rotate(matrices[i], outs[i], first + t, scratch(worker));
                     }
                   });
-    run_phases(threads, quantized, multiplied, rotated);
+    run_phases(num_threads, quantized, multiplied, rotated);
   }
 };
 
-int check(const mobilemoe_mlp_args* args, const mobilemoe_threads* threads) {
+int check(const mobilemoe_mlp_args* args, int64_t num_threads) {
   if (args == nullptr) return fail("args is null");
   const auto& a = *args;
-  if (const int status = check_dense("dim", a.num_tokens, a.dim, a.dtype, threads)) return status;
-  if (const int status = check_dense("the hidden width", a.num_tokens, a.gate.out_features, a.dtype, threads)) {
+  if (const int status = check_dense("dim", a.num_tokens, a.dim, a.dtype, num_threads)) return status;
+  if (const int status = check_dense("the hidden width", a.num_tokens, a.gate.out_features, a.dtype, num_threads)) {
     return status;
   }
   if (const int status = check_matrix("gate", a.gate)) return status;
@@ -148,10 +148,10 @@ int check(const mobilemoe_mlp_args* args, const mobilemoe_threads* threads) {
   return MOBILEMOE_OK;
 }
 
-int check(const mobilemoe_attention_inputs_args* args, const mobilemoe_threads* threads) {
+int check(const mobilemoe_attention_inputs_args* args, int64_t num_threads) {
   if (args == nullptr) return fail("args is null");
   const auto& a = *args;
-  if (const int status = check_dense("dim", a.num_tokens, a.dim, a.dtype, threads)) return status;
+  if (const int status = check_dense("dim", a.num_tokens, a.dim, a.dtype, num_threads)) return status;
   if (const int status = check_matrix("query", a.query)) return status;
   if (const int status = check_matrix("key", a.key)) return status;
   if (const int status = check_matrix("value", a.value)) return status;
@@ -171,7 +171,7 @@ int check(const mobilemoe_attention_inputs_args* args, const mobilemoe_threads* 
 
 // Runs work(t) for every token; few of them are done before a thread would have started.
 template <typename Work>
-void for_tokens(int64_t num_tokens, const mobilemoe_threads& threads, const Work& work) {
+void for_tokens(int64_t num_tokens, int64_t num_threads, const Work& work) {
   constexpr int64_t kTokens = 16;
   if (num_tokens < kTokens) {
     for (int64_t t = 0; t < num_tokens; ++t) work(t);
@@ -181,37 +181,37 @@ void for_tokens(int64_t num_tokens, const mobilemoe_threads& threads, const Work
               [=](int64_t unit, int64_t, int64_t) {
                 for (int64_t t = unit * kTokens; t < smaller((unit + 1) * kTokens, num_tokens); ++t) work(t);
               });
-  run_phases(threads, phase);
+  run_phases(num_threads, phase);
 }
 
 }  // namespace
 }  // namespace mobilemoe
 
-int mobilemoe_mlp(const mobilemoe_mlp_args* args, const mobilemoe_threads* threads) {
+int mobilemoe_mlp(const mobilemoe_mlp_args* args, int64_t num_threads) {
   using namespace mobilemoe;
-  if (const int status = check(args, threads)) return status;
-  return run_passes<Mlp>(*args, *threads);
+  if (const int status = check(args, num_threads)) return status;
+  return run_passes<Mlp>(*args, num_threads);
 }
 
-int mobilemoe_attention_inputs(const mobilemoe_attention_inputs_args* args, const mobilemoe_threads* threads) {
+int mobilemoe_attention_inputs(const mobilemoe_attention_inputs_args* args, int64_t num_threads) {
   using namespace mobilemoe;
-  if (const int status = check(args, threads)) return status;
-  return run_passes<AttentionInputs>(*args, *threads);
+  if (const int status = check(args, num_threads)) return status;
+  return run_passes<AttentionInputs>(*args, num_threads);
 }
 
 int mobilemoe_rms_norm(const float* x, const float* weight, int64_t num_tokens, int64_t dim, float eps, float* out,
-                       const mobilemoe_threads* threads) {
+                       int64_t num_threads) {
   using namespace mobilemoe;
-  if (const int status = check_dense("dim", num_tokens, dim, MOBILEMOE_FP32, threads)) return status;
+  if (const int status = check_dense("dim", num_tokens, dim, MOBILEMOE_FP32, num_threads)) return status;
   if (num_tokens > 0 && (x == nullptr || weight == nullptr || out == nullptr)) return fail("x, weight or out is null");
-  for_tokens(num_tokens, *threads, [=](int64_t t) { isa().rms_norm(x + t * dim, weight, dim, eps, out + t * dim); });
+  for_tokens(num_tokens, num_threads, [=](int64_t t) { isa().rms_norm(x + t * dim, weight, dim, eps, out + t * dim); });
   return MOBILEMOE_OK;
 }
 
 int mobilemoe_embedding(const int64_t* tokens, const uint8_t* qweight, const uint16_t* scale, int64_t num_tokens,
-                        int64_t dim, int64_t vocab_size, float* out, const mobilemoe_threads* threads) {
+                        int64_t dim, int64_t vocab_size, float* out, int64_t num_threads) {
   using namespace mobilemoe;
-  if (const int status = check_dense("dim", num_tokens, dim, MOBILEMOE_FP32, threads)) return status;
+  if (const int status = check_dense("dim", num_tokens, dim, MOBILEMOE_FP32, num_threads)) return status;
   if (const int status = check_matrix("the table", {qweight, scale, vocab_size})) return status;
   if (num_tokens > 0 && (tokens == nullptr || out == nullptr)) return fail("tokens or out is null");
   for (int64_t t = 0; t < num_tokens; ++t) {
@@ -219,7 +219,7 @@ int mobilemoe_embedding(const int64_t* tokens, const uint8_t* qweight, const uin
       return fail("tokens[%lld]=%lld is not one of %lld", (long long)t, (long long)tokens[t], (long long)vocab_size);
     }
   }
-  for_tokens(num_tokens, *threads, [=](int64_t t) {
+  for_tokens(num_tokens, num_threads, [=](int64_t t) {
     const int64_t groups = dim / kGroup;
     isa().expand_row(qweight + tokens[t] * dim / 2, scale + tokens[t] * groups, groups, out + t * dim);
   });

@@ -19,8 +19,8 @@ using executorch::runtime::internal::EventTracerProfileOpScope;
 using TensorList = executorch::aten::ArrayRef<Tensor>;
 
 // As many threads as ExecuTorch's pool has, but not its own: they sleep between operators, which in decoding takes as
-// long as the operators. Beside PyTorch they would also wait for the cores on which OpenMP's threads spin.
-mobilemoe_threads pool() { return *mobilemoe_default_threads(executorch::extension::get_thread_count()); }
+// long as the operators.
+int64_t num_threads() { return static_cast<int64_t>(executorch::extension::get_thread_count()); }
 
 // Whether a tensor is dense and of this type and shape.
 bool fits(const Tensor& tensor, ScalarType dtype, std::initializer_list<int64_t> shape) {
@@ -66,8 +66,7 @@ Tensor& moe_ffn_out(KernelRuntimeContext& context, const Tensor& x, const Tensor
   args.down_qweight = down_qweight.const_data_ptr<uint8_t>();
   args.down_scale = static_cast<const uint16_t*>(down_scale.const_data_ptr());
   args.out = out.mutable_data_ptr();
-  const mobilemoe_threads threads = pool();
-  ET_KERNEL_CHECK_MSG(context, mobilemoe_moe_ffn(&args, &threads) == MOBILEMOE_OK, InvalidArgument, out,
+  ET_KERNEL_CHECK_MSG(context, mobilemoe_moe_ffn(&args, num_threads()) == MOBILEMOE_OK, InvalidArgument, out,
                       "mobilemoe::moe_ffn: %s", mobilemoe_last_error());
   return out;
 }
@@ -97,8 +96,7 @@ Tensor& int4_linear_out(KernelRuntimeContext& context, const Tensor& x, const Te
   args.qweight = qweight.const_data_ptr<uint8_t>();
   args.scale = static_cast<const uint16_t*>(scale.const_data_ptr());
   args.out = out.mutable_data_ptr();
-  const mobilemoe_threads threads = pool();
-  ET_KERNEL_CHECK_MSG(context, mobilemoe_linear(&args, &threads) == MOBILEMOE_OK, InvalidArgument, out,
+  ET_KERNEL_CHECK_MSG(context, mobilemoe_linear(&args, num_threads()) == MOBILEMOE_OK, InvalidArgument, out,
                       "mobilemoe::int4_linear: %s", mobilemoe_last_error());
   return out;
 }
@@ -152,8 +150,7 @@ Tensor& mlp_out(KernelRuntimeContext& context, const Tensor& x, TensorList weigh
   args.dtype = MOBILEMOE_FP32;
   args.x = x.const_data_ptr();
   args.out = out.mutable_data_ptr();
-  const mobilemoe_threads threads = pool();
-  ET_KERNEL_CHECK_MSG(context, mobilemoe_mlp(&args, &threads) == MOBILEMOE_OK, InvalidArgument, out,
+  ET_KERNEL_CHECK_MSG(context, mobilemoe_mlp(&args, num_threads()) == MOBILEMOE_OK, InvalidArgument, out,
                       "mobilemoe::mlp: %s", mobilemoe_last_error());
   return out;
 }
@@ -164,10 +161,9 @@ Tensor& rms_norm_out(KernelRuntimeContext& context, const Tensor& x, const Tenso
   ET_KERNEL_CHECK_MSG(context, executorch::runtime::resize_tensor(out, x.sizes()) == Error::Ok, InvalidArgument, out,
                       "mobilemoe::rms_norm: out is smaller than x");
   const int64_t dim = x.size(x.dim() - 1);
-  const mobilemoe_threads threads = pool();
   const int status =
       mobilemoe_rms_norm(x.const_data_ptr<float>(), weight.const_data_ptr<float>(), x.numel() / dim, dim,
-                         static_cast<float>(eps), out.mutable_data_ptr<float>(), &threads);
+                         static_cast<float>(eps), out.mutable_data_ptr<float>(), num_threads());
   ET_KERNEL_CHECK_MSG(context, status == MOBILEMOE_OK, InvalidArgument, out, "mobilemoe::rms_norm: %s",
                       mobilemoe_last_error());
   return out;
@@ -194,8 +190,7 @@ Tensor& attention_out(KernelRuntimeContext& context, const Tensor& query, const 
   args.keys = keys.const_data_ptr<float>();
   args.values = values.const_data_ptr<float>();
   args.out = out.mutable_data_ptr<float>();
-  const mobilemoe_threads threads = pool();
-  ET_KERNEL_CHECK_MSG(context, mobilemoe_attention(&args, &threads) == MOBILEMOE_OK, InvalidArgument, out,
+  ET_KERNEL_CHECK_MSG(context, mobilemoe_attention(&args, num_threads()) == MOBILEMOE_OK, InvalidArgument, out,
                       "mobilemoe::attention: %s", mobilemoe_last_error());
   return out;
 }
@@ -217,10 +212,9 @@ Tensor& int4_embedding_out(KernelRuntimeContext& context, const Tensor& tokens, 
   ET_KERNEL_CHECK_MSG(
       context, executorch::runtime::resize_tensor(out, {shape, static_cast<size_t>(tokens.dim()) + 1}) == Error::Ok,
       InvalidArgument, out, "mobilemoe::int4_embedding: out is too small");
-  const mobilemoe_threads threads = pool();
   const int status = mobilemoe_embedding(tokens.const_data_ptr<int64_t>(), qweight.const_data_ptr<uint8_t>(),
                                          static_cast<const uint16_t*>(scale.const_data_ptr()), tokens.numel(), dim,
-                                         qweight.size(0), out.mutable_data_ptr<float>(), &threads);
+                                         qweight.size(0), out.mutable_data_ptr<float>(), num_threads());
   ET_KERNEL_CHECK_MSG(context, status == MOBILEMOE_OK, InvalidArgument, out, "mobilemoe::int4_embedding: %s",
                       mobilemoe_last_error());
   return out;
@@ -266,9 +260,8 @@ void attention_inputs_out(KernelRuntimeContext& context, Span<EValue*> stack) {
   args.x = x.const_data_ptr();
   args.cos = cos.const_data_ptr<float>();
   args.sin = sin.const_data_ptr<float>();
-  const mobilemoe_threads threads = pool();
   const EventTracerProfileOpScope scope(context.internal_event_tracer(), "mobilemoe::attention_inputs.out");
-  check(mobilemoe_attention_inputs(&args, &threads) == MOBILEMOE_OK, mobilemoe_last_error());
+  check(mobilemoe_attention_inputs(&args, num_threads()) == MOBILEMOE_OK, mobilemoe_last_error());
 }
 
 }  // namespace

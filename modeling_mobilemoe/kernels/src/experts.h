@@ -41,12 +41,12 @@ inline int rows_in_block(int64_t rows, int64_t block) {
 
 struct Problem {
   const mobilemoe_moe_ffn_args& args;
-  const mobilemoe_threads& threads;
+  int64_t num_threads;
   Experts gate_up, down;
 
-  Problem(const mobilemoe_moe_ffn_args& a, const mobilemoe_threads& t)
+  Problem(const mobilemoe_moe_ffn_args& a, int64_t threads)
       : args(a),
-        threads(t),
+        num_threads(threads),
         gate_up{a.gate_up_qweight, a.gate_up_scale, a.dim, 2 * a.expert_dim},
         down{a.down_qweight, a.down_scale, a.expert_dim, a.dim} {}
 };
@@ -62,7 +62,7 @@ struct Pass {
       : problem(of),
         first(at),
         num_tokens(count),
-        router(layout, of.args, at, count, of.threads.num_threads),
+        router(layout, of.args, at, count, of.num_threads),
         converted(layout.take<float>(of.args.dtype == MOBILEMOE_FP32 ? 0 : count * of.args.dim)) {}
 
   // x of this pass in FP32.

@@ -63,7 +63,7 @@ struct FewTokens : Pass {
       : Pass(layout, of, at, count),
         gate_up(layout.take<float>(count * of.args.top_k * of.gate_up.num_blocks() * of.gate_up.columns)),
         down(layout.take<float>(count * of.args.top_k * of.down.num_blocks() * of.down.columns)),
-        sums(layout.take<float>(of.threads.num_threads * 3 * of.args.dim)) {}
+        sums(layout.take<float>(of.num_threads * 3 * of.args.dim)) {}
 
   void run() const {
     const mobilemoe_moe_ffn_args& args = problem.args;
@@ -113,7 +113,7 @@ struct FewTokens : Pass {
     Phase gated([num_in] { return num_in; }, first_half);
     Phase multiplied([num_out] { return num_out; }, second_half);
     Phase added([this] { return num_tokens; }, add_up);
-    run_phases(problem.threads, scored, chosen, gated, multiplied, added);
+    run_phases(problem.num_threads, scored, chosen, gated, multiplied, added);
   }
 };
 

@@ -10,23 +10,23 @@ namespace {
 // One pass over up to kPassTokens tokens.
 struct Linear {
   const mobilemoe_linear_args& args;
-  const mobilemoe_threads& threads;
+  int64_t num_threads;
   int64_t first;
   Tokens tokens;
   Panels panels;
   float* converted;  // [threads, K]
 
-  Linear(Layout& layout, const mobilemoe_linear_args& a, const mobilemoe_threads& t, int64_t at, int64_t count)
+  Linear(Layout& layout, const mobilemoe_linear_args& a, int64_t threads, int64_t at, int64_t count)
       : args(a),
-        threads(t),
+        num_threads(threads),
         first(at),
         tokens(layout, count, a.in_features),
-        panels(layout, t.num_threads, a.in_features),
-        converted(layout.take<float>(t.num_threads * a.in_features)) {}
+        panels(layout, threads, a.in_features),
+        converted(layout.take<float>(threads * a.in_features)) {}
 
   void run() const {
     const Rows rows = {args.x, args.dtype, args.in_features};
-    const Product product(tokens, {args.qweight, args.scale, args.out_features}, threads.num_threads);
+    const Product product(tokens, {args.qweight, args.scale, args.out_features}, num_threads);
     Phase quantized([this] { return tokens.num_units(); },
                     [&](int64_t unit, int64_t, int64_t worker) {
                       tokens.quantize(unit, [&](int64_t t) {
@@ -39,14 +39,14 @@ struct Linear {
                          write_rows(args.out, args.dtype, args.out_features, first + t, row, values, n);
                        });
                      });
-    run_phases(threads, quantized, multiplied);
+    run_phases(num_threads, quantized, multiplied);
   }
 };
 
-int check(const mobilemoe_linear_args* args, const mobilemoe_threads* threads) {
+int check(const mobilemoe_linear_args* args, int64_t num_threads) {
   if (args == nullptr) return fail("args is null");
   const auto& a = *args;
-  if (const int status = check_dense("in_features", a.num_tokens, a.in_features, a.dtype, threads)) return status;
+  if (const int status = check_dense("in_features", a.num_tokens, a.in_features, a.dtype, num_threads)) return status;
   if (const int status = check_matrix("weight", {a.qweight, a.scale, a.out_features})) return status;
   if (a.num_tokens > 0 && (a.x == nullptr || a.out == nullptr)) return fail("x or out is null");
   return MOBILEMOE_OK;
@@ -54,14 +54,13 @@ int check(const mobilemoe_linear_args* args, const mobilemoe_threads* threads) {
 
 }  // namespace
 
-int check_dense(const char* name, int64_t num_tokens, int64_t width, int32_t dtype, const mobilemoe_threads* threads) {
+int check_dense(const char* name, int64_t num_tokens, int64_t width, int32_t dtype, int64_t num_threads) {
   if (num_tokens < 0 || num_tokens > kMaxTokens) return fail("num_tokens=%lld", (long long)num_tokens);
   if (width < kGroup || width > kMaxWidth || width % kGroup != 0) {
     return fail("%s=%lld is not a multiple of %d up to %lld", name, (long long)width, kGroup, (long long)kMaxWidth);
   }
   if (dtype != MOBILEMOE_FP32 && dtype != MOBILEMOE_BF16) return fail("dtype=%d is neither FP32 nor BF16", dtype);
-  if (threads == nullptr || threads->run == nullptr || threads->num_threads < 1) return fail("threads are missing");
-  return MOBILEMOE_OK;
+  return check_threads(num_threads);
 }
 
 int check_matrix(const char* name, const mobilemoe_matrix& matrix) {
@@ -74,8 +73,8 @@ int check_matrix(const char* name, const mobilemoe_matrix& matrix) {
 
 }  // namespace mobilemoe
 
-int mobilemoe_linear(const mobilemoe_linear_args* args, const mobilemoe_threads* threads) {
+int mobilemoe_linear(const mobilemoe_linear_args* args, int64_t num_threads) {
   using namespace mobilemoe;
-  if (const int status = check(args, threads)) return status;
-  return run_passes<Linear>(*args, *threads);
+  if (const int status = check(args, num_threads)) return status;
+  return run_passes<Linear>(*args, num_threads);
 }

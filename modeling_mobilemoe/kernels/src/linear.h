@@ -14,8 +14,8 @@ namespace mobilemoe {
 
 constexpr int64_t kFewTokens = 3;
 constexpr int64_t kPassTokens = 1024;
-// Weights in a unit of the few-token path, about: some ten microseconds of work.
-constexpr int64_t kUnitBytes = 256 * 1024;
+// Bytes of weights in a unit of the few-token path, about: ten microseconds, little to lose when a thread is stopped.
+constexpr int64_t kUnitBytes = 64 * 1024;
 constexpr int64_t kUnitRows = 1024;
 
 // Rows of tokens rounded to INT8.
@@ -169,22 +169,22 @@ inline void write_rows(void* out, int32_t dtype, int64_t width, int64_t t, int64
 constexpr int64_t kMaxWidth = 1 << 24, kMaxTokens = int64_t{1} << 36;
 
 // Statuses with a sentence, as errors.h: of what every dense operator is given, and of one of its matrices.
-int check_dense(const char* name, int64_t num_tokens, int64_t width, int32_t dtype, const mobilemoe_threads* threads);
+int check_dense(const char* name, int64_t num_tokens, int64_t width, int32_t dtype, int64_t num_threads);
 int check_matrix(const char* name, const mobilemoe_matrix& matrix);
 
 // Runs an operator over its tokens, some at a time, in the caller's workspace.
 template <typename Operator, typename Args>
-int run_passes(const Args& args, const mobilemoe_threads& threads) {
+int run_passes(const Args& args, int64_t num_threads) {
   const int64_t num_passes = ceil_div(args.num_tokens, kPassTokens);
   for (int64_t pass = 0; pass < num_passes; ++pass) {
     const int64_t first = pass * args.num_tokens / num_passes;
     const int64_t count = (pass + 1) * args.num_tokens / num_passes - first;
     Layout measured;
-    Operator(measured, args, threads, first, count);
+    Operator(measured, args, num_threads, first, count);
     char* memory = workspace().reserve(measured.size());
     if (memory == nullptr) return out_of_memory(measured.size());
     Layout placed(memory);
-    Operator(placed, args, threads, first, count).run();
+    Operator(placed, args, num_threads, first, count).run();
   }
   return MOBILEMOE_OK;
 }

@@ -136,11 +136,11 @@ struct ManyTokens : Pass {
         mid(layout.take<float>(count * of.args.top_k * of.args.expert_dim)),
         expert_out(layout.take<float>(count * of.args.top_k * of.args.dim)),
         unit_start(layout.take<int64_t>(of.args.num_experts + 1)),
-        sums(layout.take<float>(of.threads.num_threads * 2 * of.args.dim)) {
+        sums(layout.take<float>(of.num_threads * 2 * of.args.dim)) {
     Layout one;
     Worker(one, max_rows());
     worker_bytes = one.size();
-    workers = layout.take<char>(worker_bytes * of.threads.num_threads);
+    workers = layout.take<char>(worker_bytes * of.num_threads);
   }
 
   int64_t max_rows() const {
@@ -243,7 +243,7 @@ struct ManyTokens : Pass {
       }
     };
     Phase added([this] { return ceil_div(num_tokens, kTokens); }, add_up);
-    run_phases(problem.threads, scored, chosen, gated, multiplied, added);
+    run_phases(problem.num_threads, scored, chosen, gated, multiplied, added);
   }
 };
 

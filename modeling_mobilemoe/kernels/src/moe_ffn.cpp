@@ -7,6 +7,7 @@
 #include "errors.h"
 #include "experts.h"
 #include "mobilemoe.h"
+#include "threads.h"
 
 namespace mobilemoe {
 namespace {
@@ -56,24 +57,19 @@ int check(const mobilemoe_moe_ffn_args* args) {
   return MOBILEMOE_OK;
 }
 
-int check(const mobilemoe_threads* threads) {
-  if (threads == nullptr || threads->run == nullptr || threads->num_threads < 1) return fail("threads are missing");
-  return MOBILEMOE_OK;
-}
-
 }  // namespace
 }  // namespace mobilemoe
 
-int mobilemoe_moe_ffn(const mobilemoe_moe_ffn_args* args, const mobilemoe_threads* threads) {
+int mobilemoe_moe_ffn(const mobilemoe_moe_ffn_args* args, int64_t num_threads) {
   using namespace mobilemoe;
   if (const int status = check(args)) return status;
-  if (const int status = check(threads)) return status;
+  if (const int status = check_threads(num_threads)) return status;
   if (args->num_tokens == 0) return MOBILEMOE_OK;
   if (args->gate_up_qweight == nullptr || args->gate_up_scale == nullptr || args->down_qweight == nullptr ||
       args->down_scale == nullptr || args->out == nullptr) {
     return fail("an expert weight or out is null");
   }
-  const Problem problem(*args, *threads);
+  const Problem problem(*args, num_threads);
   const int64_t num_passes = ceil_div(args->num_tokens, kPassTokens);
   for (int64_t pass = 0; pass < num_passes; ++pass) {
     const int64_t first = pass * args->num_tokens / num_passes;
@@ -86,13 +82,13 @@ int mobilemoe_moe_ffn(const mobilemoe_moe_ffn_args* args, const mobilemoe_thread
 }
 
 int mobilemoe_route(const mobilemoe_moe_ffn_args* args, int64_t* index, float* weight,
-                    const mobilemoe_threads* threads) {
+                    int64_t num_threads) {
   using namespace mobilemoe;
   if (const int status = check(args)) return status;
-  if (const int status = check(threads)) return status;
+  if (const int status = check_threads(num_threads)) return status;
   if (args->num_tokens == 0) return MOBILEMOE_OK;
   if (index == nullptr || weight == nullptr) return fail("index or weight is null");
-  const Problem problem(*args, *threads);
+  const Problem problem(*args, num_threads);
   const auto place = [&](Layout& layout) { return Pass(layout, problem, 0, args->num_tokens); };
   Layout measured;
   place(measured);
@@ -102,7 +98,7 @@ int mobilemoe_route(const mobilemoe_moe_ffn_args* args, int64_t* index, float* w
   const Pass pass = place(placed);
   auto scored = pass.score(pass.inputs());
   auto chosen = pass.choose();
-  run_phases(*threads, scored, chosen);
+  run_phases(num_threads, scored, chosen);
   std::memcpy(index, pass.router.index, args->num_tokens * args->top_k * sizeof(int64_t));
   std::memcpy(weight, pass.router.weight, args->num_tokens * args->top_k * sizeof(float));
   return MOBILEMOE_OK;

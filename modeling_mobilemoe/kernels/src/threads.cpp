@@ -1,131 +1,237 @@
-// The threads of GNU OpenMP where the process has it, else a small pool.
-//
-// PyTorch's operators leave OpenMP threads that spin for a while after their work. A second pool would compete with
-// them for the same cores, so its threads are the ones to use.
+// One team of threads for the process, whatever calls it: PyTorch, ExecuTorch, several threads at once.
 #include "threads.h"
 
-#include <condition_variable>
-#include <memory>
-#include <mutex>
-#include <thread>
-#include <vector>
+#include <pthread.h>
+#include <sched.h>
 
-#if defined(__linux__)
-#include <dlfcn.h>
-#endif
+#include <atomic>
+#include <condition_variable>
+#include <mutex>
+#include <new>
+
+#include "errors.h"
+#include "mobilemoe.h"
 
 namespace mobilemoe {
 namespace {
 
-class Pool {
- public:
-  ~Pool() {
-    {
-      std::lock_guard<std::mutex> lock(mutex_);
-      stop_ = true;
-    }
-    wake_.notify_all();
-    for (std::thread& thread : threads_) thread.join();
-  }
+// Spinning, some ten microseconds, bridges the gap between two operators. Whoever waits longer waits for a thread that
+// the system has stopped, and leaves it the core.
+constexpr int kSpins = 1000, kYields = 4;
+// Callers that are helped at the same time; others work alone.
+constexpr int kRegions = 4;
 
-  void run(int64_t num_tasks, mobilemoe_task task, void* data) {
-    // One call at a time; a second caller does its work alone instead of waiting.
-    std::unique_lock<std::mutex> caller(callers_, std::try_to_lock);
-    if (!caller.owns_lock()) {
-      for (int64_t i = 0; i < num_tasks; ++i) task(data, i);
-      return;
-    }
-    {
-      std::lock_guard<std::mutex> lock(mutex_);
-      while (static_cast<int64_t>(threads_.size()) < num_tasks - 1) {
-        threads_.emplace_back(&Pool::serve, this, static_cast<int64_t>(threads_.size()) + 1);
-      }
-      task_ = task;
-      data_ = data;
-      num_tasks_ = num_tasks;
-      pending_.store(num_tasks - 1, std::memory_order_relaxed);
-      generation_.fetch_add(1, std::memory_order_release);
-    }
-    wake_.notify_all();
-    task(data, 0);
-    while (pending_.load(std::memory_order_acquire) != 0) std::this_thread::yield();
-  }
-
- private:
-  void serve(int64_t index) {
-    int64_t seen = 0;
-    while (true) {
-      // The next call mostly follows within microseconds, less than it takes to wake a thread.
-      for (int spin = 0; spin < 2000 && generation_.load(std::memory_order_acquire) == seen; ++spin) {
-        std::this_thread::yield();
-      }
-      std::unique_lock<std::mutex> lock(mutex_);
-      wake_.wait(lock, [&] { return stop_ || generation_.load(std::memory_order_relaxed) != seen; });
-      if (stop_) return;
-      seen = generation_.load(std::memory_order_relaxed);
-      if (index >= num_tasks_) continue;
-      const mobilemoe_task task = task_;
-      void* data = data_;
-      lock.unlock();
-      task(data, index);
-      pending_.fetch_sub(1, std::memory_order_release);
-    }
-  }
-
-  std::mutex callers_, mutex_;
-  std::condition_variable wake_;
-  std::vector<std::thread> threads_;
-  std::atomic<int64_t> generation_{0}, pending_{0};
-  mobilemoe_task task_ = nullptr;
-  void* data_ = nullptr;
-  int64_t num_tasks_ = 0;
-  bool stop_ = false;
-};
-
-void run_pool(void*, int64_t num_tasks, mobilemoe_task task, void* data) {
-  static Pool pool;
-  pool.run(num_tasks, task, data);
-}
-
-// The entry point of libgomp behind a compiler's `#pragma omp parallel`.
-using OpenMpParallel = void (*)(void (*body)(void*), void* data, unsigned num_threads, unsigned flags);
-
-OpenMpParallel openmp_parallel() {
-#if defined(__linux__)
-  static const auto found = reinterpret_cast<OpenMpParallel>(dlsym(RTLD_DEFAULT, "GOMP_parallel"));
-  return found;
-#else
-  return nullptr;
+inline void pause() {
+#if defined(__x86_64__)
+  __builtin_ia32_pause();
+#elif defined(__aarch64__)
+  // Takes about as long as x86's pause; `yield` does nothing on most cores.
+  asm volatile("isb");
 #endif
 }
 
-void run_openmp(void*, int64_t num_tasks, mobilemoe_task task, void* data) {
-  struct Body {
-    mobilemoe_task task;
-    void* data;
-    int64_t num_tasks;
-    std::atomic<int64_t> next{0};
-  } body{task, data, num_tasks};
-  const auto run = [](void* argument) {
-    auto& b = *static_cast<Body*>(argument);
-    // OpenMP may give fewer threads than were asked for, hence a counter and not the thread's number.
-    for (int64_t i; (i = b.next.fetch_add(1, std::memory_order_relaxed)) < b.num_tasks;) b.task(b.data, i);
+// Where one thread waits for what others do.
+class Waiter {
+ public:
+  template <typename Ready>
+  void wait(const Ready& ready) {
+    for (int i = 0; i < kSpins + kYields; ++i) {
+      if (ready()) return;
+      if (i < kSpins) {
+        pause();
+      } else {
+        sched_yield();
+      }
+    }
+    std::unique_lock<std::mutex> lock(mutex_);
+    is_asleep_.store(true);
+    called_.wait(lock, ready);
+    is_asleep_.store(false);
+  }
+
+  // After what makes the thread ready. All that is sequentially consistent: either this sees that it sleeps, or it sees
+  // that it need not.
+  void call() {
+    if (!is_asleep_.load()) return;
+    { std::lock_guard<std::mutex> lock(mutex_); }
+    called_.notify_one();
+  }
+
+ private:
+  std::atomic<bool> is_asleep_{false};
+  std::mutex mutex_;
+  std::condition_variable called_;
+};
+
+// A caller's region. It outlives the call, so that a helper that was stopped while it looked for work delays nobody.
+struct alignas(64) Shared {
+  static constexpr int kCountBits = 48;
+
+  // Units that nobody has claimed, and above them the number of threads that may: one word, because what else belongs
+  // to the region may be read only by those who have claimed a unit.
+  std::atomic<uint64_t> unclaimed{0};
+  alignas(64) std::atomic<int64_t> unfinished{0};
+  std::atomic<bool> is_taken{false}, is_done{false};
+  Region region = {};
+  int64_t phase = 0, count = 0;
+  Waiter caller;
+
+  static int64_t num_units(uint64_t state) { return static_cast<int64_t>(state & ((uint64_t{1} << kCountBits) - 1)); }
+
+  static bool has_work_for(int64_t worker, uint64_t state) {
+    return num_units(state) > 0 && worker < static_cast<int64_t>(state >> kCountBits);
+  }
+
+  bool has_work_for(int64_t worker) const { return has_work_for(worker, unclaimed.load()); }
+};
+
+class Team {
+ public:
+  // False when too many callers are helped already.
+  bool run(const Region& region) {
+    for (Shared& shared : regions_) {
+      if (shared.is_taken.exchange(true, std::memory_order_acquire)) continue;
+      start(region.num_threads);
+      shared.region = region;
+      shared.phase = -1;
+      shared.is_done.store(false, std::memory_order_relaxed);
+      open_next_phase(shared, 0);
+      const auto is_done = [&] { return shared.is_done.load(); };
+      while (!is_done()) {
+        if (!work_on(shared, 0)) shared.caller.wait([&] { return is_done() || shared.has_work_for(0); });
+      }
+      shared.is_taken.store(false, std::memory_order_release);
+      return true;
+    }
+    return false;
+  }
+
+ private:
+  struct Helper {
+    Team* team;
+    int64_t index;
+    Waiter waiter;
   };
-  openmp_parallel()(run, &body, static_cast<unsigned>(num_tasks), 0);
+
+  // Starts helpers that have never been asked for. Where the system refuses one, there are fewer.
+  void start(int64_t num_threads) {
+    if (wanted_.load(std::memory_order_relaxed) >= num_threads) return;
+    std::lock_guard<std::mutex> lock(starting_);
+    if (wanted_.load(std::memory_order_relaxed) >= num_threads) return;
+    wanted_.store(num_threads, std::memory_order_relaxed);
+    pthread_attr_t attributes;
+    if (pthread_attr_init(&attributes) != 0) return;
+    pthread_attr_setdetachstate(&attributes, PTHREAD_CREATE_DETACHED);
+    for (int64_t i = num_helpers_.load(std::memory_order_relaxed) + 1; i < num_threads; ++i) {
+      auto* helper = new (std::nothrow) Helper{this, i, {}};
+      pthread_t thread;
+      if (helper == nullptr || pthread_create(&thread, &attributes, serve, helper) != 0) {
+        delete helper;
+        break;
+      }
+      helpers_[i] = helper;
+      num_helpers_.store(i, std::memory_order_release);
+    }
+    pthread_attr_destroy(&attributes);
+  }
+
+  static void* serve(void* data) {
+    Helper& self = *static_cast<Helper*>(data);
+    Team& team = *self.team;
+    const auto find = [&] {
+      for (Shared& shared : team.regions_) {
+        if (shared.has_work_for(self.index)) return &shared;
+      }
+      return static_cast<Shared*>(nullptr);
+    };
+    while (true) {
+      if (Shared* shared = find()) {
+        team.work_on(*shared, self.index);
+      } else {
+        self.waiter.wait([&] { return find() != nullptr; });
+      }
+    }
+    return nullptr;
+  }
+
+  // Claims and computes one unit, if there is one.
+  bool work_on(Shared& shared, int64_t worker) {
+    uint64_t state = shared.unclaimed.load(std::memory_order_relaxed);
+    do {
+      if (!Shared::has_work_for(worker, state)) return false;
+    } while (!shared.unclaimed.compare_exchange_weak(state, state - 1, std::memory_order_acq_rel,
+                                                     std::memory_order_relaxed));
+    const Region& region = shared.region;
+    const int64_t unit = shared.count - Shared::num_units(state), next = unit + region.num_threads;
+    region.work(region.phases, shared.phase, unit, next < shared.count ? next : shared.count, worker);
+    if (shared.unfinished.fetch_sub(1, std::memory_order_acq_rel) == 1) open_next_phase(shared, worker);
+    return true;
+  }
+
+  void open_next_phase(Shared& shared, int64_t worker) {
+    const Region& region = shared.region;
+    shared.count = 0;
+    while (shared.count == 0 && ++shared.phase < region.num_phases) {
+      shared.count = region.count(region.phases, shared.phase);
+    }
+    if (shared.count == 0) {
+      shared.is_done.store(true);
+      // The caller may be gone already, but not its waiter.
+      if (worker != 0) shared.caller.call();
+      return;
+    }
+    // Whoever opened the phase takes one unit.
+    const int64_t num_helpers = num_helpers_.load(std::memory_order_acquire), num_others = shared.count - 1;
+    int64_t last = region.num_threads - 1 < num_helpers ? region.num_threads - 1 : num_helpers;
+    if (last > num_others) last = num_others;
+    shared.unfinished.store(shared.count, std::memory_order_relaxed);
+    shared.unclaimed.store(static_cast<uint64_t>(region.num_threads) << Shared::kCountBits |
+                           static_cast<uint64_t>(shared.count));
+    // From here on the region may be over at any time.
+    if (worker != 0 && num_others > 0) shared.caller.call();
+    for (int64_t i = 1; i <= last; ++i) {
+      if (i != worker) helpers_[i]->waiter.call();
+    }
+  }
+
+  Shared regions_[kRegions];
+  std::mutex starting_;
+  std::atomic<int64_t> wanted_{1}, num_helpers_{0};
+  Helper* helpers_[kMaxThreads] = {};
+};
+
+// Never destroyed: its helpers run until the process ends.
+std::atomic<Team*> current{nullptr};
+
+// Null where there is no memory.
+Team* team() {
+  if (Team* found = current.load(std::memory_order_acquire)) return found;
+  // A child of fork has none of the threads, and perhaps locks that one of them held: it begins with a new team.
+  static const int is_registered = pthread_atfork(nullptr, nullptr, [] { current.store(nullptr); });
+  (void)is_registered;
+  auto* made = new (std::nothrow) Team;
+  Team* expected = nullptr;
+  if (made == nullptr || current.compare_exchange_strong(expected, made)) return made;
+  delete made;
+  return expected;
 }
 
 }  // namespace
-}  // namespace mobilemoe
 
-const mobilemoe_threads* mobilemoe_default_threads(int64_t num_threads) {
-  thread_local mobilemoe_threads threads;
-  if (num_threads <= 0) {
-    // Asked for only when needed: it reads files.
-    const int64_t cores = std::thread::hardware_concurrency();
-    num_threads = cores > 0 ? cores : 1;
-  }
-  threads.run = mobilemoe::openmp_parallel() != nullptr ? mobilemoe::run_openmp : mobilemoe::run_pool;
-  threads.context = nullptr;
-  threads.num_threads = num_threads;
-  return &threads;
+int check_threads(int64_t num_threads) {
+  if (num_threads >= 1 && num_threads <= kMaxThreads) return MOBILEMOE_OK;
+  return fail("num_threads=%lld is not between 1 and %lld", (long long)num_threads, (long long)kMaxThreads);
 }
+
+void run_region(const Region& region) {
+  if (region.num_threads > 1) {
+    Team* shared = team();
+    if (shared != nullptr && shared->run(region)) return;
+  }
+  for (int64_t phase = 0; phase < region.num_phases; ++phase) {
+    const int64_t count = region.count(region.phases, phase);
+    for (int64_t unit = 0; unit < count; ++unit) region.work(region.phases, phase, unit, unit + 1, 0);
+  }
+}
+
+}  // namespace mobilemoe

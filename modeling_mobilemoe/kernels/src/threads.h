@@ -1,50 +1,61 @@
-// Units of work on the caller's threads.
+// Work shared out among threads that never wait for one that has not begun.
+//
+// A computation is a sequence of phases, and a phase a number of units. A unit belongs to whoever claims it, and whoever
+// finishes the last one of a phase opens the next phase. So a thread waits only for units that a running thread has
+// claimed: one that wakes late joins in the middle, and one that never wakes is not missed.
 #pragma once
 
-#include <atomic>
 #include <cstdint>
-#include <thread>
-
-#include "mobilemoe.h"
 
 namespace mobilemoe {
 
-// One step of a computation: units that do not depend on each other, but on all of the phase before. `count()` is
-// asked when that phase is done. `work(unit, next, worker)` is told the unit that follows on its thread, count() at
-// the end, to fetch its memory in time; `worker` < num_threads names scratch memory.
+constexpr int64_t kMaxThreads = 1024;
+
+// A status with a sentence, as errors.h.
+int check_threads(int64_t num_threads);
+
+// Units that do not depend on each other, but on all of the phase before. `count()` is asked when that phase is done.
+// `work(unit, next, worker)` is told the unit that will likely follow on its thread, at most count(), to fetch its
+// memory in time; `worker` < num_threads names scratch memory.
 template <typename Count, typename Work>
 struct Phase {
   Count count;
   Work work;
-  std::atomic<int64_t> next{0}, done{0};
 
   Phase(const Count& c, const Work& w) : count(c), work(w) {}
-
-  void run(int64_t worker) {
-    const int64_t num_units = count();
-    // Units are taken one by one, so that a slow core takes fewer.
-    for (int64_t following, unit = next.fetch_add(1, std::memory_order_relaxed); unit < num_units; unit = following) {
-      following = next.fetch_add(1, std::memory_order_relaxed);
-      work(unit, following < num_units ? following : num_units, worker);
-      done.fetch_add(1, std::memory_order_release);
-    }
-    // Whoever took a unit is at work on it, so this ends even if the workers run one after the other.
-    for (int64_t spins = 0; done.load(std::memory_order_acquire) < num_units; ++spins) {
-      if (spins > 1000) std::this_thread::yield();
-    }
-  }
 };
 
-// Runs phases in order. The threads are started once: that takes as long as some of the phases.
+// Phases without their types.
+struct Region {
+  void* phases;
+  int64_t num_phases, num_threads;
+  int64_t (*count)(void* phases, int64_t phase);
+  void (*work)(void* phases, int64_t phase, int64_t unit, int64_t next, int64_t worker);
+};
+
+// Runs phases in order on the calling thread and up to num_threads - 1 others, which the process keeps.
+void run_region(const Region& region);
+
 template <typename... Phases>
-void run_phases(const mobilemoe_threads& threads, Phases&... phases) {
-  const auto all = [&](int64_t worker) { (phases.run(worker), ...); };
-  if (threads.num_threads == 1) {
-    all(0);
-    return;
-  }
-  const auto run = [](void* data, int64_t worker) { (*static_cast<decltype(&all)>(data))(worker); };
-  threads.run(threads.context, threads.num_threads, run, const_cast<void*>(static_cast<const void*>(&all)));
+void run_phases(int64_t num_threads, const Phases&... phases) {
+  const auto count = [&](int64_t phase) {
+    int64_t i = 0, found = 0;
+    ((i++ == phase ? void(found = phases.count()) : void()), ...);
+    return found;
+  };
+  const auto work = [&](int64_t phase, int64_t unit, int64_t next, int64_t worker) {
+    int64_t i = 0;
+    ((i++ == phase ? void(phases.work(unit, next, worker)) : void()), ...);
+  };
+  struct Both {
+    decltype(count)& of_count;
+    decltype(work)& of_work;
+  } both{count, work};
+  run_region({&both, sizeof...(Phases), num_threads,
+              [](void* data, int64_t phase) { return static_cast<Both*>(data)->of_count(phase); },
+              [](void* data, int64_t phase, int64_t unit, int64_t next, int64_t worker) {
+                static_cast<Both*>(data)->of_work(phase, unit, next, worker);
+              }});
 }
 
 }  // namespace mobilemoe

@@ -25,8 +25,6 @@ const void* address(const Tensor& tensor, const char* name, at::ScalarType dtype
 
 void check(int status) { TORCH_CHECK_VALUE(status == MOBILEMOE_OK, "mobilemoe: ", mobilemoe_last_error(), "."); }
 
-const mobilemoe_threads* threads() { return mobilemoe_default_threads(at::get_num_threads()); }
-
 // What both entries to the experts share.
 mobilemoe_moe_ffn_args experts(const Tensor& x, const Tensor& gate_up_qweight, const Tensor& gate_up_scale,
                                const Tensor& down_qweight, const Tensor& down_scale, Tensor& out) {
@@ -60,7 +58,7 @@ Tensor moe_ffn(const Tensor& x, const Tensor& router, const Tensor& bias, const 
   args.route_scale = static_cast<float>(route_scale);
   args.router = static_cast<const float*>(address(router, "router", at::kFloat, {args.num_experts, args.dim}));
   args.bias = static_cast<const float*>(address(bias, "bias", at::kFloat, {args.num_experts}));
-  check(mobilemoe_moe_ffn(&args, threads()));
+  check(mobilemoe_moe_ffn(&args, at::get_num_threads()));
   return out;
 }
 
@@ -74,7 +72,7 @@ Tensor moe_experts(const Tensor& x, const Tensor& top_k_index, const Tensor& top
   args.weights_dtype = dtype_of(top_k_weights, "top_k_weights");
   args.top_k_index = static_cast<const int64_t*>(address(top_k_index, "top_k_index", at::kLong, shape));
   args.top_k_weights = address(top_k_weights, "top_k_weights", top_k_weights.scalar_type(), shape);
-  check(mobilemoe_moe_ffn(&args, threads()));
+  check(mobilemoe_moe_ffn(&args, at::get_num_threads()));
   return out;
 }
 
@@ -94,7 +92,7 @@ Tensor int4_linear(const Tensor& x, const Tensor& qweight, const Tensor& scale) 
   shape.back() = n;
   Tensor out = at::empty(shape, x.options());
   args.out = out.mutable_data_ptr();
-  check(mobilemoe_linear(&args, threads()));
+  check(mobilemoe_linear(&args, at::get_num_threads()));
   return out;
 }
 
@@ -120,7 +118,7 @@ Tensor mlp(const Tensor& x, at::TensorList weights) {
   args.down = matrix(weights[4], weights[5], args.gate.out_features, "down");
   Tensor out = at::empty(x.sizes(), x.options());
   args.out = out.mutable_data_ptr();
-  check(mobilemoe_mlp(&args, threads()));
+  check(mobilemoe_mlp(&args, at::get_num_threads()));
   return out;
 }
 
@@ -165,7 +163,7 @@ std::tuple<Tensor, Tensor, Tensor> attention_inputs(const Tensor& x, at::TensorL
   args.query_out = query.mutable_data_ptr();
   args.key_out = key.mutable_data_ptr();
   args.value_out = value.mutable_data_ptr();
-  check(mobilemoe_attention_inputs(&args, threads()));
+  check(mobilemoe_attention_inputs(&args, at::get_num_threads()));
   return {query, key, value};
 }
 
@@ -176,7 +174,7 @@ Tensor rms_norm(const Tensor& x, const Tensor& weight, double eps) {
   check(mobilemoe_rms_norm(static_cast<const float*>(address(x, "x", at::kFloat, x.sizes())),
                            static_cast<const float*>(address(weight, "weight", at::kFloat, {dim})),
                            dim == 0 ? 0 : x.numel() / dim, dim, static_cast<float>(eps),
-                           out.mutable_data_ptr<float>(), threads()));
+                           out.mutable_data_ptr<float>(), at::get_num_threads()));
   return out;
 }
 
@@ -197,7 +195,7 @@ Tensor attention(const Tensor& query, const Tensor& keys, const Tensor& values, 
   args.values = static_cast<const float*>(address(values, "values", at::kFloat, shape));
   Tensor out = at::empty(query.sizes(), query.options());
   args.out = out.mutable_data_ptr<float>();
-  check(mobilemoe_attention(&args, threads()));
+  check(mobilemoe_attention(&args, at::get_num_threads()));
   return out;
 }
 
@@ -210,7 +208,7 @@ Tensor int4_embedding(const Tensor& tokens, const Tensor& qweight, const Tensor&
   Tensor out = at::empty(shape, tokens.options().dtype(at::kFloat));
   check(mobilemoe_embedding(static_cast<const int64_t*>(address(tokens, "tokens", at::kLong, tokens.sizes())),
                             table.qweight, table.scale, tokens.numel(), dim, table.out_features,
-                            out.mutable_data_ptr<float>(), threads()));
+                            out.mutable_data_ptr<float>(), at::get_num_threads()));
   return out;
 }
 
