@@ -40,7 +40,7 @@ def add_plan(commands) -> None:
     plan.add_argument("--device", help="JSON of measurements of a device")
     plan.add_argument("--bandwidth", type=float, help="or its memory bandwidth in GB/s")
     plan.add_argument("--rate", type=float, help="and its prefill rate in GFLOP/s")
-    plan.add_argument("--kv-bits", type=int, choices=(8, 16, 32), help="of a cache entry (default: 32; the paper: 8)")
+    plan.add_argument("--kv-bits", type=int, choices=(8, 16, 32), help="of a cache entry (default: 8, as the paper)")
     plan.add_argument("--vocab-size", type=int, default=128256)
     plan.add_argument("--law", help="table of runs, .jsonl or .csv, to fit in place of the paper's law")
     plan.add_argument("--where", nargs="*", default=[], metavar="COLUMN=VALUE", help="rows of the table to take")
@@ -108,7 +108,9 @@ def add_export(commands) -> None:
         "--weights", default="int4", choices=("int4", "fp32", "bf16"), help="fp32, bf16: quantise nothing, slow"
     )
     export.add_argument("--embedding-bits", type=int, default=4, choices=(4, 8), help="8: the same integers, wider")
-    export.add_argument("--kv-cache", default="fp32", choices=("fp32", "int8"))
+    export.add_argument(
+        "--kv-cache", choices=("fp32", "bf16", "int8"), help="default: int8 with our operators, else fp32"
+    )
     export.add_argument("--all-logits", action="store_true", help="logits of every position, for evaluation")
     export.add_argument("--experts-file", action="store_true", help="put the experts into experts.ptd")
     export.set_defaults(function=run_export, extra="export")

@@ -14,12 +14,13 @@ import numpy as np
 
 from modeling_mobilemoe.configuration_mobilemoe import MobileMoEConfig
 from modeling_mobilemoe.fused_mobilemoe import Int4Format
+from modeling_mobilemoe.kernels.modules import CACHE_BITS, CACHE_BLOCK, DEFAULT_CACHE
 
 
-# What the key-value cache of an exported program holds (export.py); the paper counts 8.
-PROGRAM_KV_BITS = 32
-# Of every head's INT8 keys, and values, of a token in a program: an FP32 scale and an INT8 zero point.
-INT8_CACHE_OVERHEAD = 5
+# Of an entry of the key-value cache, by default in an exported program and in the paper.
+PROGRAM_KV_BITS = CACHE_BITS[DEFAULT_CACHE]
+# Of every head's INT8 keys, and values, of a token in a program: an FP32 step.
+INT8_CACHE_OVERHEAD = 4
 MOBILEMOE_MOE_FFN = "mobilemoe::moe_ffn"
 # Bits that an operator for packed experts stores per group of 32 weights beside the integers: an FP16 scale in ours,
 # an FP32 scale and an INT32 sum in ExecuTorch's.
@@ -133,9 +134,10 @@ def memory_bytes(config: MobileMoEConfig, context: int, kv_bits: int = PROGRAM_K
     Weights and key-value cache of an exported program: M(N_total, T) of the paper (equation 5), with both as they are
     really stored.
     """
-    cache = kv_cache_bytes(config, context, kv_bits)
+    positions = math.ceil(context / CACHE_BLOCK) * CACHE_BLOCK
+    cache = kv_cache_bytes(config, positions, kv_bits)
     if kv_bits == 8:
-        cache += 2 * config.num_hidden_layers * config.num_key_value_heads * context * INT8_CACHE_OVERHEAD
+        cache += 2 * config.num_hidden_layers * config.num_key_value_heads * positions * INT8_CACHE_OVERHEAD
     return sum(program_bytes(config, context).values()) + cache
 
 
@@ -213,7 +215,7 @@ class Device:
         decode_attention_rate (`float`, *optional*): FLOP/s of attention when decoding; when absent, attention takes
             as long as reading the cache does.
         prefill_attention_rate (`float`, *optional*): in a prefill; `rate` when absent.
-        kv_bits (`int`, defaults to 32): of an entry of the cache.
+        kv_bits (`int`, defaults to 8): of an entry of the cache.
         name (`str`, defaults to `"device"`): for tables.
 
     Raises:

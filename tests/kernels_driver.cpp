@@ -247,32 +247,63 @@ bool fuzz_attention_inputs() {
 }
 
 bool fuzz_attention() {
-  mobilemoe_attention_args args = {};
   const bool is_large = random_bits() % 50 == 0;
-  args.num_tokens = between(0, is_large ? 90 : 5);
-  args.start = between(0, is_large ? 200 : 70);
-  args.num_kv_heads = between(1, 2);
-  args.num_heads = args.num_kv_heads * between(1, 5);
-  args.head_dim = 16 * between(1, 5);
-  args.max_length = args.start + args.num_tokens + between(0, 3);
-  const int64_t cached = args.max_length * args.num_kv_heads * args.head_dim;
-  const int64_t count = args.num_tokens * args.num_heads * args.head_dim;
+  mobilemoe_attention_args args = {};
+  args.num_tokens = between(0, is_large ? 90 : 12);
+  args.start = between(0, is_large ? 700 : 90);
+  const int32_t type = static_cast<int32_t>(between(0, 2));
+  const int64_t kv_heads = between(1, 2), head_dim = 16 * between(1, 5);
+  args.num_heads = kv_heads * between(1, 5);
+  const int64_t length = args.start + args.num_tokens, num_blocks = (length + 63) / 64 + between(0, 1);
+  const int64_t block_bytes = 128 * head_dim * (type == MOBILEMOE_FP32 ? 4 : type == MOBILEMOE_BF16 ? 2 : 1) +
+                              (type == MOBILEMOE_INT8 ? 512 : 0);
+  if (mobilemoe_cache_type(head_dim, block_bytes) != type) return false;
+  const int64_t cached = length * kv_heads * head_dim, count = args.num_tokens * args.num_heads * head_dim;
   const float size = random_bits() % 4 == 0 ? 100.0f : 1.0f;
   const auto query = random_floats(count, size), keys = random_floats(cached, size);
   const auto values = random_floats(cached, size);
   args.query = query.get();
-  args.keys = keys.get();
-  args.values = values.get();
-  const bool good = agree(count * 4, [&](void* out) {
+  const int64_t split = between(0, length), width = kv_heads * head_dim;
+  const auto run = [&](void* out) {
+    // What lies behind the last key is bytes of any kind.
+    const int64_t num_bytes = kv_heads * num_blocks * block_bytes;
+    auto blocks = buffer<uint8_t>(num_bytes);
+    std::memset(blocks.get(), 0xFF, num_bytes);
+    args.cache = {type, kv_heads, head_dim, num_blocks, blocks.get()};
     args.out = static_cast<float*>(out);
+    for (const int64_t first : {int64_t{0}, split}) {
+      const int status = mobilemoe_update_cache(&args.cache, first, length - first, keys.get() + first * width,
+                                                values.get() + first * width, between(1, 3));
+      if (status != MOBILEMOE_OK) return status;
+    }
     return mobilemoe_attention(&args, between(1, 3));
-  });
-  if (!good) {
-    std::printf("attention T=%lld at %lld, head=%lld\n", (long long)args.num_tokens, (long long)args.start,
-                (long long)args.head_dim);
+  };
+  bool good = agree(count * 4, run);
+  if (good && args.num_tokens > 0) {
+    // The last token alone gives its part of what all give together.
+    auto whole = buffer<float>(count), alone = buffer<float>(count / args.num_tokens);
+    good = run(whole.get()) == MOBILEMOE_OK;
+    const int64_t before = args.num_tokens - 1;
+    auto blocks = buffer<uint8_t>(kv_heads * num_blocks * block_bytes);
+    args.cache.blocks = blocks.get();
+    good = good && mobilemoe_update_cache(&args.cache, 0, length, keys.get(), values.get(), 1) == MOBILEMOE_OK;
+    const mobilemoe_attention_args last = {1,
+                                           args.start + before,
+                                           args.num_heads,
+                                           query.get() + before * args.num_heads * head_dim,
+                                           args.cache,
+                                           alone.get()};
+    good = good && mobilemoe_attention(&last, 2) == MOBILEMOE_OK &&
+           std::memcmp(alone.get(), whole.get() + before * args.num_heads * head_dim,
+                       args.num_heads * head_dim * sizeof(float)) == 0;
   }
-  args.start = args.max_length + 1;
-  return good && mobilemoe_attention(&args, 1) == MOBILEMOE_BAD_ARGUMENT;
+  if (!good) {
+    std::printf("attention T=%lld at %lld, head=%lld, type %d\n", (long long)args.num_tokens, (long long)args.start,
+                (long long)head_dim, type);
+  }
+  args.start = num_blocks * 64 + 1;
+  return good && mobilemoe_attention(&args, 1) == MOBILEMOE_BAD_ARGUMENT &&
+         mobilemoe_update_cache(&args.cache, -1, 1, keys.get(), values.get(), 1) == MOBILEMOE_BAD_ARGUMENT;
 }
 
 bool fuzz_rows() {

@@ -125,7 +125,7 @@ def test_planner_reads_the_result(result):
     _, directory = result
     measured = json.loads((directory / "bench.json").read_text())
     packed, _, program = measured["models"].values()
-    assert (packed["kv_bits"], program["kv_bits"]) == (16, 32)
+    assert (packed["kv_bits"], program["kv_bits"]) == (16, 8)
     device = read_device(directory / "bench.json")
     assert device.name == f"{measured['machine']['cpu']}, 1 threads" and device.kv_bits == 16
     assert device.bandwidth > 0 and device.rate > 0

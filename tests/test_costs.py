@@ -95,12 +95,12 @@ def test_memory_equals_that_of_an_exported_program(tiny_config, tiny_model):
     from mobilemoe.export.program import MOE_MODULES, ExportModel, ProgramOptions
 
     weights = sum(program_bytes(tiny_config, 32).values())
-    for kv_cache, bits in (("fp32", 32), ("int8", 8)):
+    for kv_cache, bits in (("fp32", 32), ("bf16", 16), ("int8", 8)):
         options = ProgramOptions(32, expert_bits=4, kv_cache=kv_cache)
         program = ExportModel(quantize(copy.deepcopy(tiny_model)), options, MOE_MODULES["mobilemoe"])
         caches = [buffer.nbytes for name, buffer in program.named_buffers() if "_cache" in name]
         assert memory_bytes(tiny_config, 32, bits) == weights + sum(caches)
-        assert len(caches) == 2 * (2 if bits == 32 else 6)
+        assert len(caches) == 2
 
 
 def test_flops_equal_those_that_torch_counts(tiny_config, tiny_model, input_ids):

@@ -24,7 +24,8 @@ from modeling_mobilemoe.fused_mobilemoe import (
     dequantize_tensor,
     unpack_int4,
 )
-from modeling_mobilemoe.kernels.modules import MoEFFN
+from modeling_mobilemoe.kernels import reference as reference_operators
+from modeling_mobilemoe.kernels.modules import MoEFFN, empty_cache
 from modeling_mobilemoe.modeling_mobilemoe import MobileMoERouter, apply_rotary_emb, rms_normalize
 
 
@@ -280,37 +281,58 @@ def test_attention_inputs_are_linears_rotation_and_norm(library, isas, head_dim:
         assert all(map(torch.equal, results[-1], results[0])), name
 
 
-@pytest.mark.parametrize(("start", "num_tokens"), [(0, 1), (63, 1), (64, 2), (200, 1), (0, 70), (37, 65), (0, 513)])
+def attend(query, keys, values, start: int, kv_cache: str = "fp32") -> torch.Tensor:
+    """Attention over a new cache, which is filled first."""
+    cache = empty_cache(keys.shape[2], keys.shape[3], keys.shape[1], kv_cache)
+    # What lies behind the last token must not matter, whatever it is.
+    cache.fill_(255)
+    torch.ops.mobilemoe.update_cache(keys.contiguous(), values.contiguous(), cache, 0)
+    return torch.ops.mobilemoe.attention(query, cache, start)
+
+
+@pytest.mark.parametrize("kv_cache", ["fp32", "bf16", "int8"])
+@pytest.mark.parametrize(("start", "num_tokens"), [(0, 1), (63, 1), (252, 8), (600, 1), (0, 70), (230, 65)])
 @pytest.mark.parametrize(("heads", "kv_heads", "head_dim"), [(3, 1, 64), (4, 2, 16), (10, 2, 48)])
-def test_attention_is_softmax_over_the_cache(library, isas, start, num_tokens, heads, kv_heads, head_dim):
-    length = start + num_tokens + 5
+def test_attention_is_softmax_over_the_cache(library, isas, kv_cache, start, num_tokens, heads, kv_heads, head_dim):
+    length = start + num_tokens
     query = tokens(num_tokens, heads * head_dim).view(1, num_tokens, heads, head_dim)
     keys, values = (tokens(length, kv_heads * head_dim, seed).view(1, length, kv_heads, head_dim) for seed in (2, 3))
-    # What lies behind the last token must not matter.
-    keys[:, start + num_tokens :] = values[:, start + num_tokens :] = float("nan")
-    seen = torch.arange(start + num_tokens)[None] <= torch.arange(start, start + num_tokens)[:, None]
-    cached = (states[:, : start + num_tokens].double().transpose(1, 2) for states in (keys, values))
-    expected = nn.functional.scaled_dot_product_attention(
+    seen = torch.arange(length)[None] <= torch.arange(start, length)[:, None]
+    cached = (states.double().transpose(1, 2) for states in (keys, values))
+    exact = nn.functional.scaled_dot_product_attention(
         query.double().transpose(1, 2), *cached, attn_mask=seen, enable_gqa=True
     ).transpose(1, 2)
-    results = []
+    expected = reference_operators.attention(query, keys, values, start, kv_cache)
+    assert (expected - exact).norm() < {"fp32": 1e-6, "bf16": 0.01, "int8": 0.03}[kv_cache] * exact.norm()
     for name in isas:
         library.mobilemoe_set_isa(name.encode())
-        results.append(torch.ops.mobilemoe.attention(query, keys, values, start))
-        torch.testing.assert_close(results[-1].double(), expected, rtol=1e-5, atol=1e-5)
-        assert torch.equal(results[-1], results[0]), name
+        assert torch.equal(attend(query, keys, values, start, kv_cache), expected), name
     # Bit for bit what the last token alone gives.
-    alone = torch.ops.mobilemoe.attention(query[:, -1:].contiguous(), keys, values, start + num_tokens - 1)
-    assert torch.equal(alone, results[-1][:, -1:])
+    alone = attend(query[:, -1:].contiguous(), keys, values, length - 1, kv_cache)
+    assert torch.equal(alone, expected[:, -1:])
 
 
 def test_attention_of_extreme_scores():
     query, keys, values = (tokens(4, 32, seed).view(1, 4, 1, 32) for seed in (1, 2, 3))
-    out = torch.ops.mobilemoe.attention(query * 1e4, keys * 1e4, values, 0)
+    out = attend(query * 1e4, keys * 1e4, values, 0)
     best = (query[0, :, 0].double() @ keys[0, :, 0].double().T).tril().masked_fill(torch.ones(4, 4).triu(1) > 0, -1e9)
     assert torch.equal(out[0, :, 0], values[0, best.argmax(dim=1), 0])
-    with pytest.raises(ValueError, match="positions 2 to 5 are not in a cache of 4"):
-        torch.ops.mobilemoe.attention(query, keys, values, 2)
+
+
+def test_a_cache_that_does_not_fit_is_an_error_and_stays_as_it_is():
+    query, keys, values = (tokens(4, 32, seed).view(1, 4, 1, 32) for seed in (1, 2, 3))
+    cache = empty_cache(1, 32, 64, "int8")
+    with pytest.raises(ValueError, match="positions 61 to 64 are not in a cache of 64"):
+        torch.ops.mobilemoe.attention(query, cache, 61)
+    with pytest.raises(ValueError, match="positions -1 to 2 are not in a cache of 64"):
+        torch.ops.mobilemoe.update_cache(keys, values, cache, -1)
+    with pytest.raises(ValueError, match="blocks of 4608 bytes hold no heads of 16: neither FP32, BF16 nor INT8"):
+        torch.ops.mobilemoe.attention(query.view(1, 4, 2, 16), cache, 0)
+    with pytest.raises(ValueError, match=r"value is Float \[1, 4, 1, 32\]"):
+        torch.ops.mobilemoe.update_cache(keys.view(1, 2, 2, 32), values, cache, 0)
+    with pytest.raises(ValueError, match="cache is Float"):
+        torch.ops.mobilemoe.update_cache(keys, values, cache.float(), 0)
+    assert not cache.any()
 
 
 def test_norm_and_embedding_are_those_of_the_model(library, isas, int4_checkpoint: Path):

@@ -22,6 +22,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache, Pretrai
 from modeling_mobilemoe import kernels
 from modeling_mobilemoe.configuration_mobilemoe import MobileMoEConfig
 from modeling_mobilemoe.fused_mobilemoe import Int4Experts
+from modeling_mobilemoe.kernels.modules import CACHE_BITS
 from modeling_mobilemoe.modeling_mobilemoe import MobileMoEExperts
 
 from ..costs import weight_bytes_read
@@ -80,7 +81,7 @@ def program_bytes_per_token(directory: str, config: MobileMoEConfig) -> int:
 def cache_bits(directory: str) -> int:
     """Bits of a key or value in the cache of a program."""
     report = json.loads(Path(directory, "export.json").read_text())
-    return 8 if report["kv_cache"] == "int8" else 32
+    return CACHE_BITS[report["kv_cache"]]
 
 
 def random_tokens(vocab_size: int, count: int, seed: int) -> list[int]:

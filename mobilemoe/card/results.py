@@ -447,7 +447,7 @@ def export_command(subject: Subject, export: dict) -> str:
         if export["moe_op"].startswith("llama"):
             command += ["--expert-bits", str(export["expert_bits"])]
         command += ["--embedding-bits", "8"] if export["embedding_bits"] == 8 else []
-    command += ["--kv-cache", "int8"] if export["kv_cache"] == "int8" else []
+    command += ["--kv-cache", export["kv_cache"]]
     command += ["--all-logits"] if export["all_logits"] else []
     command += ["--experts-file"] if export["experts_file"] else []
     return shlex.join(command)

@@ -14,6 +14,7 @@ from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
 
 from modeling_mobilemoe.fused_mobilemoe import Int4Embedding, Int4Experts, Int4Head, Int4Linear
 from modeling_mobilemoe.kernels import available
+from modeling_mobilemoe.kernels.reference import round_to_int8
 
 from ..runtime import PteModel
 from .packing import expand_rows, operator_rows
@@ -30,7 +31,14 @@ PROMPT_TOKENS, NEW_TOKENS = 24, 16
 # Between the program and PyTorch with the same roundings, median over positions. Noise leaves 0.9999 and more, also
 # where a near-tie between two experts moves single positions; wrong weights or routing, in one layer, leave less.
 MIN_COSINE = 0.999
-SOURCES = ("expert grid", "BF16 scales", "INT8 activations", "INT8 expert activations", "INT8 KV cache")
+SOURCES = (
+    "expert grid",
+    "BF16 scales",
+    "INT8 activations",
+    "INT8 expert activations",
+    "BF16 KV cache",
+    "INT8 KV cache",
+)
 
 
 class OperatorExperts(Int4Experts):
@@ -73,6 +81,26 @@ class Int8Cache(DynamicCache):
 
     def update(self, key_states: torch.Tensor, value_states: torch.Tensor, *args, **kwargs):
         return super().update(int8_values(key_states), int8_values(value_states), *args, **kwargs)
+
+
+class KernelInt8Cache(DynamicCache):
+    """Keys and values as `mobilemoe::attention` reads them from an INT8 cache."""
+
+    def update(self, key_states: torch.Tensor, value_states: torch.Tensor, *args, **kwargs):
+        key_states, value_states = (
+            (integers * step[..., None]).to(states.dtype)
+            for states in (key_states, value_states)
+            for integers, step in [round_to_int8(states.float())]
+        )
+        return super().update(key_states, value_states, *args, **kwargs)
+
+
+class BFloat16Cache(DynamicCache):
+    """Keys and values as `mobilemoe::attention` reads them from a BF16 cache."""
+
+    def update(self, key_states: torch.Tensor, value_states: torch.Tensor, *args, **kwargs):
+        key_states, value_states = (states.bfloat16().to(states.dtype) for states in (key_states, value_states))
+        return super().update(key_states, value_states, *args, **kwargs)
 
 
 def encode_prompts(tokenizer: PreTrainedTokenizerBase, vocab_size: int, max_seq_len: int) -> list[list[int]]:
@@ -233,11 +261,13 @@ class Reference:
             "BF16 scales": on_kernels,
             "INT8 activations": on_kernels and not imitates,
             "INT8 expert activations": not imitates,
+            "BF16 KV cache": options.kv_cache != "bf16",
             "INT8 KV cache": options.kv_cache != "int8",
         }
+        caches = {"BF16 KV cache": BFloat16Cache, "INT8 KV cache": KernelInt8Cache if on_kernels else Int8Cache}
         present = [source for source in SOURCES if not absent.get(source)]
         for sources in [{source} for source in present] + [set(present)]:
-            cache = Int8Cache if "INT8 KV cache" in sources else None
+            cache = next((kind for source, kind in caches.items() if source in sources), None)
             with rounded_as(model, sources, options.expert_bits, on_kernels):
                 logits = reference_logits(model, self.prompts, cache)
             if len(sources) == 1:

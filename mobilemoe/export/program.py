@@ -20,6 +20,7 @@ from modeling_mobilemoe.kernels.modules import (
     PackedLinear,
     PackedMLP,
     RMSNorm,
+    empty_cache,
 )
 from modeling_mobilemoe.modeling_mobilemoe import (
     MobileMoEDecoderLayer,
@@ -42,7 +43,7 @@ class ProgramOptions:
         weights (`str`): `"int4"`, or `"fp32"` and `"bf16"` of a full-precision model.
         expert_bits (`int`): width of the experts, 4, or 8 in `llama::quantized_moe_ffn`.
         embedding_bits (`int`): width of the embedding table, 4 or 8; the integers are the same.
-        kv_cache (`str`): `"fp32"`, or `"int8"`, a quarter of the memory at some loss.
+        kv_cache (`str`): `"fp32"`, `"bf16"` with our operators only, or `"int8"`.
         all_logits (`bool`): logits of every position, for evaluation, instead of the last one.
     """
 
@@ -226,12 +227,15 @@ class ExportAttention(nn.Module):
         self.head_dim = attention.head_dim
         self.on_kernels = on_kernels
         self.int8_cache = options.kv_cache == "int8"
+        num_heads = attention.config.num_key_value_heads
         if on_kernels:
             self.inputs, self.o_proj = AttentionInputs(attention), PackedLinear(attention.o_proj)
-        else:
-            self.inputs = DelegatedAttentionInputs(attention, options)
-            self.o_proj = export_linear(attention.o_proj, options.weights)
-        per_token = (1, options.max_seq_len, attention.config.num_key_value_heads)
+            cache = empty_cache(num_heads, self.head_dim, options.max_seq_len, options.kv_cache)
+            self.register_buffer("kv_cache", cache)
+            return
+        self.inputs = DelegatedAttentionInputs(attention, options)
+        self.o_proj = export_linear(attention.o_proj, options.weights)
+        per_token = (1, options.max_seq_len, num_heads)
         for name in ("k_cache", "v_cache"):
             dtype = torch.int8 if self.int8_cache else torch.float32
             self.register_buffer(name, torch.zeros((*per_token, self.head_dim), dtype=dtype))
@@ -241,15 +245,14 @@ class ExportAttention(nn.Module):
 
     def forward(self, hidden_states: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, start: int) -> torch.Tensor:
         batch, length, _ = hidden_states.shape
-        attend = self.attend_int8 if self.int8_cache else self.attend
+        attend = self.attend_int8 if self.int8_cache and not self.on_kernels else self.attend
         attended = attend(*self.inputs(hidden_states, cos, sin), start)
         return self.o_proj(attended.reshape(batch, length, -1))
 
     def attend(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, start: int) -> torch.Tensor:
         if self.on_kernels:
-            torch.ops.mobilemoe.update_cache(key, self.k_cache, start)
-            torch.ops.mobilemoe.update_cache(value, self.v_cache, start)
-            return torch.ops.mobilemoe.attention(query, self.k_cache, self.v_cache, start)
+            torch.ops.mobilemoe.update_cache(key, value, self.kv_cache, start)
+            return torch.ops.mobilemoe.attention(query, self.kv_cache, start)
         torch.ops.llama.update_cache(key, self.k_cache, start)
         torch.ops.llama.update_cache(value, self.v_cache, start)
         return torch.ops.llama.custom_sdpa(query, self.k_cache, self.v_cache, start, None, 0.0, True)

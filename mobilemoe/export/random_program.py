@@ -8,6 +8,7 @@ from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
 from modeling_mobilemoe.configuration_mobilemoe import MobileMoEConfig
 from modeling_mobilemoe.fused_mobilemoe import Int4FeedForward
+from modeling_mobilemoe.kernels.modules import DEFAULT_CACHE
 from modeling_mobilemoe.quantization_mobilemoe import INT4_BLOCK, MobileMoEInt4Config, MobileMoEInt4Quantizer
 
 from ..shapes import program_config
@@ -47,7 +48,9 @@ def random_packed_model(config: PretrainedConfig, seed: int = 0) -> PreTrainedMo
     return model.eval()
 
 
-def write_random_program(config: PretrainedConfig, directory: str | Path, max_seq_len: int) -> None:
+def write_random_program(
+    config: PretrainedConfig, directory: str | Path, max_seq_len: int, kv_cache: str = DEFAULT_CACHE
+) -> None:
     """
     A directory with `model.pte` of this shape, as [`PteModel`] reads it but for the tokenizer.
 
@@ -63,7 +66,7 @@ def write_random_program(config: PretrainedConfig, directory: str | Path, max_se
     load_executorch()
     is_dense = not isinstance(config, MobileMoEConfig)
     config = program_config(config)
-    options = ProgramOptions(max_seq_len=max_seq_len, expert_bits=4)
+    options = ProgramOptions(max_seq_len=max_seq_len, expert_bits=4, kv_cache=kv_cache)
     exportable = ExportModel(random_packed_model(config), options, None if is_dense else MoEFFN)
     program = lower(exportable, metadata(config, options, []), False, Stages())
     directory = Path(directory)

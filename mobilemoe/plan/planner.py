@@ -53,7 +53,7 @@ class Request:
         inference_flops (`float`, *optional*): most FLOPs per token, `2 N_act`.
         tokens_per_second (`float`, *optional*): least decode speed at the full context; needs a device.
         device (`Device`, *optional*): what speed is predicted with.
-        kv_bits (`int`, defaults to 32): of a cache entry: 32 in the programs of this package, 8 in the paper.
+        kv_bits (`int`, defaults to 8): of a cache entry, as in the programs of this package and in the paper.
         vocab_size (`int`, defaults to 128256): of the tokenizer.
 
     Raises:

@@ -145,7 +145,7 @@ OPERATORS = {
     "mlp": "Tensor x, Tensor[] weights",
     "int4_linear": "Tensor x, Tensor qweight, Tensor scale",
     "int4_embedding": "Tensor tokens, Tensor qweight, Tensor scale",
-    "attention": "Tensor query, Tensor keys, Tensor values, SymInt start",
+    "attention": "Tensor query, Tensor cache, SymInt start",
     "rms_norm": "Tensor x, Tensor weight, float eps",
 }
 definitions = torch.library.Library("mobilemoe", "DEF")
@@ -157,8 +157,8 @@ definitions.define(
     f"attention_inputs.out({ATTENTION_INPUTS}, *, Tensor(a!) query, Tensor(b!) key, Tensor(c!) value) "
     "-> (Tensor(a!), Tensor(b!), Tensor(c!))"
 )
-# For ExecuTorch alone: the cache is a buffer of the program, written in place. What it returns has no meaning.
-UPDATE_CACHE = "Tensor value, Tensor(a!) cache, SymInt start"
+# The cache is written in place. What it returns has no meaning.
+UPDATE_CACHE = "Tensor key, Tensor value, Tensor(a!) cache, SymInt start"
 definitions.define(f"update_cache({UPDATE_CACHE}) -> Tensor")
 definitions.define(f"update_cache.out({UPDATE_CACHE}, *, Tensor(b!) out) -> Tensor(b!)")
 # For PyTorch alone: experts whose choice the model makes, and two operators in one, because calling an operator costs
@@ -182,8 +182,8 @@ def _attention_inputs_shape(x, qkv, cos, sin, eps):
 
 
 @torch.library.register_fake("mobilemoe::update_cache")
-def _update_cache_shape(value, cache, start):
-    return value.new_empty(1)
+def _update_cache_shape(key, value, cache, start):
+    return key.new_empty(1)
 
 
 @torch.library.register_fake("mobilemoe::int4_linear")

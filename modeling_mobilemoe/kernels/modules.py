@@ -9,6 +9,29 @@ import torch
 from torch import nn
 
 
+# Positions of a block of the cache.
+CACHE_BLOCK = 64
+CACHE_BITS = {"fp32": 32, "bf16": 16, "int8": 8}
+DEFAULT_CACHE = "int8"
+
+
+def empty_cache(num_heads: int, head_dim: int, length: int, kind: str) -> torch.Tensor:
+    """
+    Memory for keys and values of a layer, as `mobilemoe::update_cache` and `mobilemoe::attention` take it.
+
+    Args:
+        num_heads (`int`): of keys.
+        head_dim (`int`): a multiple of 16.
+        length (`int`): positions, rounded up to whole blocks.
+        kind (`str`): `"fp32"`, `"bf16"`, or `"int8"` with a step for every head and position, of keys and of values.
+
+    Returns:
+        Bytes of shape `(num_heads, blocks, bytes of a block)`. The operators tell the kind by the last.
+    """
+    block_bytes = 2 * CACHE_BLOCK * (head_dim * CACHE_BITS[kind] // 8 + (4 if kind == "int8" else 0))
+    return torch.zeros(num_heads, -(-length // CACHE_BLOCK), block_bytes, dtype=torch.uint8)
+
+
 class MoEFFN(nn.Module):
     """
     Router and routed experts of one layer as one `mobilemoe::moe_ffn`: the checkpoint's integers and scales as they

@@ -11,14 +11,15 @@ import math
 import torch
 from torch import nn
 
-from ..quantization_mobilemoe import Int4Format, dequantize_tensor, unpack_int4
+from ..fused_mobilemoe import Int4Format, dequantize_tensor, unpack_int4
 
 
 # As in src/isa.h and src/vectors.h.
 BLOCK = 128  # inputs of an expert that share an INT8 step
 NUM_SUMS = 4  # FP32 sums of a linear's output
 LANES = 16
-KEYS = 64  # keys that attention takes at a time
+KEYS = 64  # of a block of the cache
+SEGMENT = 256  # keys that have a softmax of their own
 SMALLEST = 2.0**-100  # below it a group of inputs counts as zero
 ROWS = 8192  # of a linear, multiplied at a time
 
@@ -122,34 +123,64 @@ def attention_inputs(
     return rotate_and_normalize(query, cos, sin, eps), rotate_and_normalize(key, cos, sin, eps), value
 
 
-def attention(query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, start: int) -> torch.Tensor:
+def attention(
+    query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, start: int, kv_cache: str = "fp32"
+) -> torch.Tensor:
     """
-    `query` of shape `(B, T, heads, D)` over `(B, S, KV heads, D)`, S at least `start + T`.
+    `query` of shape `(B, T, heads, D)` over `(B, S, KV heads, D)`, S at least `start + T`, which are rounded to what a
+    cache of this kind holds.
 
-    Softmax goes over blocks of 64 keys; with the largest score so far, earlier sums are corrected.
+    Keys are taken in segments of 256. In each, softmax goes over blocks of 64 keys; with the largest score so far,
+    earlier sums are corrected. Segments are merged in order in the same way.
     """
     length, head_dim = query.shape[1], query.shape[-1]
     group = query.shape[2] // keys.shape[2]
     keys, values = (states[:, : start + length].repeat_interleave(group, dim=2) for states in (keys, values))
     query, keys, values = (states.transpose(1, 2) for states in (query, keys, values))  # (B, N, T or S, D)
     scale = 1 / torch.tensor(math.sqrt(head_dim), dtype=torch.float32)
-    sums, total = torch.zeros_like(query), torch.zeros_like(query[..., 0])
-    largest = torch.full_like(total, -torch.inf)
-    positions = torch.arange(start, start + length)[:, None]
-    for first in range(0, start + length, KEYS):
-        block, block_values = keys[:, :, first : first + KEYS], values[:, :, first : first + KEYS]
-        scores = torch.zeros(*query.shape[:3], block.shape[2])
+    if kv_cache == "bf16":
+        keys, values = keys.bfloat16().float(), values.bfloat16().float()
+    if kv_cache == "int8":
+        (query, query_step), (keys, key_step), (values, value_step) = map(round_to_int8, (query, keys, values))
+        # At most 127 * 127 * D: exact in FP64, as in INT32.
+        products = (query.double() @ keys.double().mT).float()
+        scores = products * (key_step[:, :, None] * (query_step * scale)[..., None])
+    else:
+        scores = torch.zeros(*query.shape[:3], keys.shape[2])
         for d in range(head_dim):
-            scores = scores + block[:, :, None, :, d] * query[..., d, None]
-        seen = torch.arange(first, first + block.shape[2]) <= positions  # (T, keys)
-        scores = (scores * scale).masked_fill(~seen, -torch.inf)
-        before, largest = largest, torch.maximum(largest, scores.amax(dim=-1))
-        probabilities = exponential(scores - largest[..., None]).masked_fill(~seen, 0)
-        correction = exponential(before - largest)
-        total = total * correction + sum_lanes(probabilities)
-        sums = sums * correction[..., None]
-        for j in range(block.shape[2]):
-            sums = sums + block_values[:, :, None, j] * probabilities[..., j, None]
+            scores = scores + keys[:, :, None, :, d] * query[..., d, None]
+        scores = scores * scale
+    positions = torch.arange(start, start + length)[:, None]
+    seen = torch.arange(keys.shape[2]) <= positions  # (T, S)
+    scores = scores.masked_fill(~seen, -torch.inf)
+
+    def empty() -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        total = torch.zeros(query.shape[:3])
+        return torch.full_like(total, -torch.inf), total, torch.zeros_like(query)
+
+    whole = empty()
+    for segment in range(0, start + length, SEGMENT):
+        largest, total, sums = empty()
+        for first in range(segment, min(segment + SEGMENT, start + length), KEYS):
+            block = slice(first, min(first + KEYS, start + length))
+            before, largest = largest, torch.maximum(largest, scores[..., block].amax(dim=-1))
+            probabilities = exponential(scores[..., block] - largest[..., None]).masked_fill(~seen[:, block], 0)
+            correction = exponential(before - largest)
+            total = total * correction + sum_lanes(probabilities)
+            if kv_cache == "int8":
+                probabilities = probabilities * value_step[:, :, None, block]
+            sums = sums * correction[..., None]
+            for j, value in enumerate(values[:, :, block].unbind(2)):
+                sums = sums + value[:, :, None] * probabilities[..., j, None]
+        best = torch.maximum(whole[0], largest)
+        before, now = exponential(whole[0] - best), exponential(largest - best)
+        merged = (best, whole[1] * before + total * now, whole[2] * before[..., None] + sums * now[..., None])
+        sees = (segment <= positions[:, 0])[:, None]
+        whole = tuple(
+            torch.where(sees if states.dim() == 4 else sees[:, 0], states, old)
+            for states, old in zip(merged, whole, strict=True)
+        )
+    _, total, sums = whole
     return (sums / total[..., None]).transpose(1, 2).contiguous()
 
 

@@ -24,8 +24,8 @@ extern "C" {
 
 enum { MOBILEMOE_OK = 0, MOBILEMOE_BAD_ARGUMENT = 1, MOBILEMOE_OUT_OF_MEMORY = 2 };
 
-// Element types of activations. Everything inside is computed from and in FP32.
-enum { MOBILEMOE_FP32 = 0, MOBILEMOE_BF16 = 1 };
+// Element types of activations, and of a cache. Everything inside is computed from and in FP32.
+enum { MOBILEMOE_FP32 = 0, MOBILEMOE_BF16 = 1, MOBILEMOE_INT8 = 2 };
 
 typedef struct {
   int64_t num_tokens, dim, expert_dim, num_experts, top_k;
@@ -92,15 +92,30 @@ typedef struct {
 MOBILEMOE_EXPORT int mobilemoe_attention_inputs(const mobilemoe_attention_inputs_args* args,
                                                 int64_t num_threads);
 
+// Keys and values of a layer, 64 positions in a block. The type is FP32, BF16, or INT8 with a step for every head and
+// position; attention then rounds queries to INT8 too.
+typedef struct {
+  int32_t type;
+  int64_t num_kv_heads, head_dim, num_blocks;
+  void* blocks;  // [num_kv_heads, num_blocks, bytes of a block]: nothing else reads what is inside
+} mobilemoe_cache;
+
+// The type whose blocks have so many bytes, or -1: 128 * head_dim elements, and 512 bytes of steps in INT8.
+MOBILEMOE_EXPORT int mobilemoe_cache_type(int64_t head_dim, int64_t block_bytes);
+
+// Writes key and value [T, num_kv_heads, head_dim] in FP32 at positions `start` and on.
+MOBILEMOE_EXPORT int mobilemoe_update_cache(const mobilemoe_cache* cache, int64_t start, int64_t num_tokens,
+                                            const float* key, const float* value, int64_t num_threads);
+
 typedef struct {
   int64_t num_tokens, start;  // the first token's position
-  int64_t num_heads, num_kv_heads, head_dim, max_length;
-  const float* query;         // [T, num_heads, head_dim]
-  const float *keys, *values; // [max_length, num_kv_heads, head_dim], the new tokens' among them
-  float* out;                 // [T, num_heads, head_dim]
+  int64_t num_heads;
+  const float* query;     // [T, num_heads, head_dim]
+  mobilemoe_cache cache;  // with the new tokens' keys and values
+  float* out;             // [T, num_heads, head_dim]
 } mobilemoe_attention_args;
 
-// Token t attends to positions 0 to start + t, scaled by 1 / sqrt(head_dim), all FP32.
+// Token t attends to positions 0 to start + t, scaled by 1 / sqrt(head_dim).
 MOBILEMOE_EXPORT int mobilemoe_attention(const mobilemoe_attention_args* args, int64_t num_threads);
 
 // out [T, D] = x / sqrt(mean(x^2) + eps) * weight, all FP32.

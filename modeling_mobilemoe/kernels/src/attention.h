@@ -1,8 +1,6 @@
-// Attention of a few rows over one block of keys, for vectors.h, whose arithmetic it continues.
+// Attention of a few rows over one block of a head's cache, for vectors.h, whose arithmetic it continues.
 //
-// A row is a query of one token and head. Keys are transposed once for all rows of a block, so that lanes are keys and
-// no sum runs across them. Blocks begin at multiples of kKeys from the first position on: a row's result does not
-// depend on what it is computed with.
+// A row is a query of one token and head. Lanes are keys, so no sum runs across them.
 #pragma once
 
 namespace mobilemoe {
@@ -15,64 +13,15 @@ constexpr int kAttendRows = 4;
 constexpr int kAttendRows = 2;
 #endif
 
+// dots [num_rows, kKeys] = the rows' integers times cells [head_dim / 4, kKeys, 4]; at most kAttendRows rows. Each
+// instruction set has its own.
+void multiply_keys(const int8_t* cells, const AttentionRow* rows, int num_rows, int64_t head_dim, int32_t* dots);
+
 inline f32x16 repeat_value(float value) { return f32x16{} + value; }
 
-// keys [num_keys, head_dim], `stride` apart -> out [head_dim, kKeys], zero where there is no key.
-inline void transpose_keys(const float* keys, int64_t stride, int num_keys, int64_t head_dim, float* out) {
-  for (int j = 0; j < kKeys; j += 16) {
-    for (int64_t d = 0; d < head_dim; d += 16) {
-      f32x16 tile[16], other[16];
-      for (int i = 0; i < 16; ++i) tile[i] = j + i < num_keys ? load<f32x16>(keys + (j + i) * stride + d) : f32x16{};
-      // Interleaving registers i and i + 8 four times transposes 16 of them.
-      const auto round = [](const f32x16* from, f32x16* to) {
-#pragma GCC unroll 8
-        for (int i = 0; i < 8; ++i) {
-          to[2 * i] = __builtin_shufflevector(from[i], from[i + 8], 0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7,
-                                              23);
-          to[2 * i + 1] = __builtin_shufflevector(from[i], from[i + 8], 8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29,
-                                                  14, 30, 15, 31);
-        }
-      };
-      round(tile, other);
-      round(other, tile);
-      round(tile, other);
-      round(other, tile);
-      for (int i = 0; i < 16; ++i) store(out + (d + i) * kKeys + j, tile[i]);
-    }
-  }
-}
-
-// sums [rows][kVectors * 16] = themselves times `scale`, plus the rows' probabilities times values.
-template <int kRows, int kVectors>
-inline void add_values(const AttentionRow* rows, const float (*probabilities)[kKeys], const float* scale,
-                       const float* values, int64_t stride, int64_t d) {
-  f32x16 sums[kRows][kVectors];
-  int common = kKeys;
-  for (int r = 0; r < kRows; ++r) {
-    for (int v = 0; v < kVectors; ++v) sums[r][v] = load<f32x16>(rows[r].sums + d + 16 * v) * scale[r];
-    common = rows[r].num_keys < common ? rows[r].num_keys : common;
-  }
-  for (int j = 0; j < common; ++j) {
-    for (int v = 0; v < kVectors; ++v) {
-      const f32x16 value = load<f32x16>(values + j * stride + d + 16 * v);
-      for (int r = 0; r < kRows; ++r) sums[r][v] += value * probabilities[r][j];
-    }
-  }
-  for (int r = 0; r < kRows; ++r) {
-    // Later tokens see more; a bad value among those must not reach this row, not even times zero.
-    for (int j = common; j < rows[r].num_keys; ++j) {
-      for (int v = 0; v < kVectors; ++v) {
-        sums[r][v] += load<f32x16>(values + j * stride + d + 16 * v) * probabilities[r][j];
-      }
-    }
-    for (int v = 0; v < kVectors; ++v) store(rows[r].sums + d + 16 * v, sums[r][v]);
-  }
-}
-
 template <int kRows>
-inline void attend_tile(AttentionRow* rows, const float* keys, const float* values, int64_t value_stride,
-                        int64_t head_dim, float scale) {
-  alignas(64) float scores[kRows][kKeys];
+inline void score_floats(const AttentionRow* rows, const float* keys, int64_t head_dim, float scale,
+                         float (*scores)[kKeys]) {
   for (int j = 0; j < kKeys; j += 32) {
     f32x16 sums[kRows][2] = {};
     for (int64_t d = 0; d < head_dim; ++d) {
@@ -86,6 +35,55 @@ inline void attend_tile(AttentionRow* rows, const float* keys, const float* valu
       store(scores[r] + j, sums[r][0] * scale);
       store(scores[r] + j + 16, sums[r][1] * scale);
     }
+  }
+}
+
+template <int kRows>
+inline void score_integers(const AttentionRow* rows, const CachedBlock& block, int64_t head_dim, float scale,
+                           float (*scores)[kKeys]) {
+  alignas(64) int32_t dots[kRows][kKeys];
+  multiply_keys(block.cells, rows, kRows, head_dim, dots[0]);
+  for (int r = 0; r < kRows; ++r) {
+    const float step = rows[r].step * scale;
+    for (int j = 0; j < kKeys; ++j) scores[r][j] = static_cast<float>(dots[r][j]) * (block.key_steps[j] * step);
+  }
+}
+
+// sums [rows][kVectors * 16] = themselves times `scale`, plus the rows' probabilities times values.
+template <int kRows, int kVectors>
+inline void add_values(const AttentionRow* rows, const float (*probabilities)[kKeys], const float* scale,
+                       const float* values, int64_t head_dim, int64_t d) {
+  f32x16 sums[kRows][kVectors];
+  int common = kKeys;
+  for (int r = 0; r < kRows; ++r) {
+    for (int v = 0; v < kVectors; ++v) sums[r][v] = load<f32x16>(rows[r].sums + d + 16 * v) * scale[r];
+    common = rows[r].num_keys < common ? rows[r].num_keys : common;
+  }
+  for (int j = 0; j < common; ++j) {
+    for (int v = 0; v < kVectors; ++v) {
+      const f32x16 value = load<f32x16>(values + j * head_dim + d + 16 * v);
+      for (int r = 0; r < kRows; ++r) sums[r][v] += value * probabilities[r][j];
+    }
+  }
+  for (int r = 0; r < kRows; ++r) {
+    // Later tokens see more; a bad value among those must not reach this row, not even times zero.
+    for (int j = common; j < rows[r].num_keys; ++j) {
+      for (int v = 0; v < kVectors; ++v) {
+        sums[r][v] += load<f32x16>(values + j * head_dim + d + 16 * v) * probabilities[r][j];
+      }
+    }
+    for (int v = 0; v < kVectors; ++v) store(rows[r].sums + d + 16 * v, sums[r][v]);
+  }
+}
+
+template <int kRows>
+inline void attend_tile(AttentionRow* rows, const CachedBlock& block, int64_t head_dim, float scale) {
+  alignas(64) float scores[kRows][kKeys];
+  const bool is_int8 = block.cells != nullptr;
+  if (is_int8) {
+    score_integers<kRows>(rows, block, head_dim, scale, scores);
+  } else {
+    score_floats<kRows>(rows, block.keys, head_dim, scale, scores);
   }
   const f32x16 places = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
   float correction[kRows];
@@ -103,7 +101,7 @@ inline void attend_tile(AttentionRow* rows, const float* keys, const float* valu
     for (int j = 0; j < kKeys; j += 16) {
       const f32x16 probability = exponential(load<f32x16>(scores[r] + j) - lanes[0]);
       const f32x16 seen = places < static_cast<float>(rows[r].num_keys - j) ? probability : f32x16{};
-      store(scores[r] + j, seen);
+      store(scores[r] + j, is_int8 ? seen * load<f32x16>(block.value_steps + j) : seen);
       total += seen;
     }
     correction[r] = exponential(repeat_value(rows[r].largest - lanes[0]))[0];
@@ -111,17 +109,52 @@ inline void attend_tile(AttentionRow* rows, const float* keys, const float* valu
     rows[r].total = rows[r].total * correction[r] + sum_lanes(total);
   }
   int64_t d = 0;
-  for (; d + 32 <= head_dim; d += 32) add_values<kRows, 2>(rows, scores, correction, values, value_stride, d);
-  if (d < head_dim) add_values<kRows, 1>(rows, scores, correction, values, value_stride, d);
+  for (; d + 32 <= head_dim; d += 32) add_values<kRows, 2>(rows, scores, correction, block.values, head_dim, d);
+  if (d < head_dim) add_values<kRows, 1>(rows, scores, correction, block.values, head_dim, d);
 }
 
-inline void attend(AttentionRow* rows, int num_rows, const float* keys, const float* values, int64_t value_stride,
-                   int64_t head_dim, float scale) {
+inline void attend(AttentionRow* rows, int num_rows, const CachedBlock& block, int64_t head_dim, float scale) {
   int r = 0;
-  for (; r + kAttendRows <= num_rows; r += kAttendRows) {
-    attend_tile<kAttendRows>(rows + r, keys, values, value_stride, head_dim, scale);
+  for (; r + kAttendRows <= num_rows; r += kAttendRows) attend_tile<kAttendRows>(rows + r, block, head_dim, scale);
+#if defined(__AVX512F__)
+  if (num_rows - r == 3) return attend_tile<3>(rows + r, block, head_dim, scale);
+  if (num_rows - r == 2) return attend_tile<2>(rows + r, block, head_dim, scale);
+#endif
+  if (num_rows - r == 1) attend_tile<1>(rows + r, block, head_dim, scale);
+}
+
+inline void merge_row(const AttentionRow& part, AttentionRow* whole, int64_t head_dim) {
+  const float largest = part.largest > whole->largest ? part.largest : whole->largest;
+  const float before = exponential(repeat_value(whole->largest - largest))[0];
+  const float now = exponential(repeat_value(part.largest - largest))[0];
+  whole->largest = largest;
+  whole->total = whole->total * before + part.total * now;
+  for (int64_t d = 0; d < head_dim; d += 16) {
+    store(whole->sums + d, load<f32x16>(whole->sums + d) * before + load<f32x16>(part.sums + d) * now);
   }
-  for (; r < num_rows; ++r) attend_tile<1>(rows + r, keys, values, value_stride, head_dim, scale);
+}
+
+// x [dim] -> INT8 of -127 to 127. Returns the step, NaN where x is not finite.
+inline float quantize_head(const float* x, int64_t dim, int8_t* out) {
+  uint32_t bits = 0;
+  for (int64_t d = 0; d < dim; ++d) {
+    uint32_t magnitude;
+    std::memcpy(&magnitude, x + d, sizeof(magnitude));
+    magnitude &= 0x7FFFFFFFu;
+    bits = magnitude > bits ? magnitude : bits;
+  }
+  float largest;
+  std::memcpy(&largest, &bits, sizeof(largest));
+  const bool is_zero = !(largest > kSmallest), is_finite = bits < kInfinityBits;
+  const float inverse = is_zero || !is_finite ? 0.0f : 127.0f / largest;
+  for (int64_t d = 0; d < dim; d += 16) {
+    store(out + d, __builtin_convertvector((u32x16)(load<f32x16>(x + d) * inverse + kRound), u8x16));
+  }
+  return !is_finite ? __builtin_nanf("") : is_zero ? 0.0f : largest / 127.0f;
+}
+
+inline void from_int8(const int8_t* x, int64_t count, float* out) {
+  for (int64_t i = 0; i < count; ++i) out[i] = static_cast<float>(x[i]);
 }
 
 }  // namespace

@@ -101,23 +101,6 @@ Tensor& int4_linear_out(KernelRuntimeContext& context, const Tensor& x, const Te
   return out;
 }
 
-// Writes value [1, T, heads, head_dim] into the cache [1, S, heads, head_dim] from position `start` on; out is not used.
-Tensor& update_cache_out(KernelRuntimeContext& context, const Tensor& value, Tensor& cache, int64_t start, Tensor& out) {
-  ET_KERNEL_CHECK_MSG(
-      context,
-      value.dim() == 4 && cache.dim() == 4 &&
-          fits(value, ScalarType::Float, {1, value.size(1), cache.size(2), cache.size(3)}) &&
-          fits(cache, ScalarType::Float, {1, cache.size(1), cache.size(2), cache.size(3)}),
-      InvalidArgument, out, "mobilemoe::update_cache: the types or shapes of its inputs do not belong together");
-  ET_KERNEL_CHECK_MSG(context, start >= 0 && start + value.size(1) <= cache.size(1), InvalidArgument, out,
-                      "mobilemoe::update_cache: the positions are not in the cache");
-  if (value.numel() > 0) {
-    std::memcpy(cache.mutable_data_ptr<float>() + start * cache.size(2) * cache.size(3), value.const_data_ptr<float>(),
-                value.nbytes());
-  }
-  return out;
-}
-
 // x as FP32 rows.
 bool is_rows(const Tensor& x) {
   return x.dim() > 0 && x.size(x.dim() - 1) > 0 && x.scalar_type() == ScalarType::Float &&
@@ -169,26 +152,48 @@ Tensor& rms_norm_out(KernelRuntimeContext& context, const Tensor& x, const Tenso
   return out;
 }
 
-Tensor& attention_out(KernelRuntimeContext& context, const Tensor& query, const Tensor& keys, const Tensor& values,
-                      int64_t start, Tensor& out) {
+// A cache [KV heads, blocks, bytes], whose type follows from its bytes.
+bool to_cache(const Tensor& tensor, int64_t head_dim, mobilemoe_cache& cache) {
+  if (tensor.dim() != 3 ||
+      !fits(tensor, ScalarType::Byte, {tensor.size(0), tensor.size(1), tensor.size(2)})) {
+    return false;
+  }
+  const int type = mobilemoe_cache_type(head_dim, tensor.size(2));
+  cache = {type, tensor.size(0), head_dim, tensor.size(1), const_cast<void*>(tensor.const_data_ptr())};
+  return type >= 0;
+}
+
+// Writes key and value [1, T, KV heads, head_dim] into the cache from position `start` on; out is not used.
+Tensor& update_cache_out(KernelRuntimeContext& context, const Tensor& key, const Tensor& value, Tensor& cache,
+                         int64_t start, Tensor& out) {
+  mobilemoe_cache to = {};
   ET_KERNEL_CHECK_MSG(context,
-                      is_rows(query) && query.dim() == 4 && query.size(0) == 1 && keys.dim() == 4 &&
-                          fits(keys, ScalarType::Float, {1, keys.size(1), keys.size(2), query.size(3)}) &&
-                          fits(values, ScalarType::Float, {1, keys.size(1), keys.size(2), query.size(3)}),
+                      key.dim() == 4 && to_cache(cache, key.size(3), to) &&
+                          fits(key, ScalarType::Float, {1, key.size(1), to.num_kv_heads, to.head_dim}) &&
+                          fits(value, ScalarType::Float, {1, key.size(1), to.num_kv_heads, to.head_dim}),
+                      InvalidArgument, out,
+                      "mobilemoe::update_cache: the types or shapes of its inputs do not belong together");
+  const int status = mobilemoe_update_cache(&to, start, key.size(1), key.const_data_ptr<float>(),
+                                            value.const_data_ptr<float>(), num_threads());
+  ET_KERNEL_CHECK_MSG(context, status == MOBILEMOE_OK, InvalidArgument, out, "mobilemoe::update_cache: %s",
+                      mobilemoe_last_error());
+  return out;
+}
+
+Tensor& attention_out(KernelRuntimeContext& context, const Tensor& query, const Tensor& cache, int64_t start,
+                      Tensor& out) {
+  mobilemoe_attention_args args = {};
+  ET_KERNEL_CHECK_MSG(context,
+                      is_rows(query) && query.dim() == 4 && query.size(0) == 1 &&
+                          to_cache(cache, query.size(3), args.cache),
                       InvalidArgument, out,
                       "mobilemoe::attention: the types or shapes of its inputs do not belong together");
   ET_KERNEL_CHECK_MSG(context, executorch::runtime::resize_tensor(out, query.sizes()) == Error::Ok, InvalidArgument,
                       out, "mobilemoe::attention: out is smaller than the query");
-  mobilemoe_attention_args args = {};
   args.num_tokens = query.size(1);
   args.start = start;
   args.num_heads = query.size(2);
-  args.num_kv_heads = keys.size(2);
-  args.head_dim = query.size(3);
-  args.max_length = keys.size(1);
   args.query = query.const_data_ptr<float>();
-  args.keys = keys.const_data_ptr<float>();
-  args.values = values.const_data_ptr<float>();
   args.out = out.mutable_data_ptr<float>();
   ET_KERNEL_CHECK_MSG(context, mobilemoe_attention(&args, num_threads()) == MOBILEMOE_OK, InvalidArgument, out,
                       "mobilemoe::attention: %s", mobilemoe_last_error());

@@ -68,14 +68,25 @@ constexpr int kAhead = 4096;       // bytes that reading a linear's weights fron
 constexpr int kPanelRows = 32;     // outputs of a linear that are unpacked together
 constexpr int kMaxLinearTile = 6;  // tokens that they are multiplied with at a time
 
-constexpr int kKeys = 64;  // keys that attention takes at a time
+constexpr int kKeys = 64;  // keys of a block of the cache, which attention takes at a time
 
 // One query of one head, and its softmax so far.
 struct AttentionRow {
-  const float* query;  // [head_dim]
-  float* sums;         // [head_dim]: values times probabilities, not yet divided by `total`
+  const float* query;      // [head_dim]
+  const int8_t* integers;  // [head_dim]: the query divided by `step`, for keys in INT8
+  float step;
+  float* sums;  // [head_dim]: values times probabilities, not yet divided by `total`
   float largest, total;
   int num_keys;  // that it sees of a block: the first ones
+};
+
+// One block of a head's keys and values: floating-point keys, or INT8 ones and the steps of both.
+struct CachedBlock {
+  const float* keys;          // [head_dim, kKeys], or null
+  const int8_t* cells;        // [head_dim / 4, kKeys, 4], or null
+  const float* key_steps;     // [kKeys]
+  const float* value_steps;   // [kKeys]
+  const float* values;        // [kKeys, head_dim]
 };
 
 struct Isa {
@@ -129,12 +140,13 @@ struct Isa {
   // weight. With `round`, what the rotation gives is rounded to BF16.
   void (*rotate_and_normalize)(float* states, const float* cos, const float* sin, int64_t num_heads, int64_t head_dim,
                                float eps, bool round);
-  // keys [num_keys, head_dim], `stride` apart -> out [head_dim, kKeys], zero where there is no key. head_dim is a
-  // multiple of 16.
-  void (*transpose_keys)(const float* keys, int64_t stride, int num_keys, int64_t head_dim, float* out);
-  // Takes rows over one block of such keys and their values.
-  void (*attend)(AttentionRow* rows, int num_rows, const float* keys, const float* values, int64_t value_stride,
-                 int64_t head_dim, float scale);
+  // Takes rows over one block. head_dim is a multiple of 16.
+  void (*attend)(AttentionRow* rows, int num_rows, const CachedBlock& block, int64_t head_dim, float scale);
+  // Adds the softmax of later keys to that of all before.
+  void (*merge_row)(const AttentionRow& part, AttentionRow* whole, int64_t head_dim);
+  // x [dim] -> INT8 and their step. dim is a multiple of 16.
+  float (*quantize_head)(const float* x, int64_t dim, int8_t* out);
+  void (*from_int8)(const int8_t* x, int64_t count, float* out);
   // One row of packed INT4 -> FP32.
   void (*expand_row)(const uint8_t* qweight, const uint16_t* scale, int64_t num_groups, float* out);
   void (*from_bf16)(const uint16_t* x, int64_t count, float* out);

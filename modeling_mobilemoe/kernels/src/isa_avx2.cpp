@@ -284,6 +284,42 @@ void multiply_row_panel(const uint8_t* panel, const float* scales, int num_group
   multiply(panel, scales, num_groups, inputs, out);
 }
 
+// Half of a block's keys at a time. Signs move from keys to queries: products of unsigned and signed bytes.
+template <int kRows>
+void multiply_keys_tile(const int8_t* cells, const AttentionRow* rows, int64_t head_dim, int32_t* dots) {
+  for (int j = 0; j < kKeys; j += 32) {
+    __m256i sums[kRows][4];
+#pragma GCC unroll 2
+    for (int r = 0; r < kRows; ++r) {
+      for (int i = 0; i < 4; ++i) sums[r][i] = _mm256_setzero_si256();
+    }
+    for (int64_t d = 0; d < head_dim; d += kCellBytes) {
+      const auto* keys = reinterpret_cast<const __m256i*>(cells + (d / kCellBytes * kKeys + j) * kCellBytes);
+#pragma GCC unroll 2
+      for (int r = 0; r < kRows; ++r) {
+        int32_t cell;
+        std::memcpy(&cell, rows[r].integers + d, sizeof(cell));
+        const __m256i x = _mm256_set1_epi32(cell);
+#pragma GCC unroll 4
+        for (int i = 0; i < 4; ++i) {
+          const __m256i key = _mm256_loadu_si256(keys + i);
+          sums[r][i] = add_pairs(sums[r][i], _mm256_maddubs_epi16(_mm256_abs_epi8(key), _mm256_sign_epi8(x, key)));
+        }
+      }
+    }
+#pragma GCC unroll 2
+    for (int r = 0; r < kRows; ++r) {
+      for (int i = 0; i < 4; ++i) {
+        _mm256_storeu_si256(reinterpret_cast<__m256i*>(dots + r * kKeys + j + 8 * i), sums[r][i]);
+      }
+    }
+  }
+}
+
+void multiply_keys(const int8_t* cells, const AttentionRow* rows, int num_rows, int64_t head_dim, int32_t* dots) {
+  (num_rows == 2 ? multiply_keys_tile<2> : multiply_keys_tile<1>)(cells, rows, head_dim, dots);
+}
+
 bool supported() { return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("f16c"); }
 
 }  // namespace
@@ -309,8 +345,10 @@ const Isa kAvx2 = {"avx2",
                    silu_multiply,
                    rms_norm,
                    rotate_and_normalize,
-                   transpose_keys,
                    attend,
+                   merge_row,
+                   quantize_head,
+                   from_int8,
                    expand_row,
                    from_bf16,
                    to_bf16};

@@ -362,6 +362,45 @@ void multiply_row_panel(const uint8_t* panel, const float* scales, int num_group
   kTiles[num_tokens - 1](panel, scales, num_groups, inputs, out);
 }
 
+template <int kRows>
+void multiply_keys_tile(const int8_t* cells, const AttentionRow* rows, int64_t head_dim, int32_t* dots) {
+  __m512i sums[kRows][4];
+#pragma GCC unroll 4
+  for (int r = 0; r < kRows; ++r) {
+    int32_t sum = 0;
+    for (int64_t d = 0; d < head_dim; ++d) sum += rows[r].integers[d];
+    // Keys are multiplied plus 128, without their sign.
+#pragma GCC unroll 4
+    for (int i = 0; i < 4; ++i) sums[r][i] = _mm512_set1_epi32(-128 * sum);
+  }
+  for (int64_t d = 0; d < head_dim; d += kCellBytes) {
+    __m512i keys[4];
+#pragma GCC unroll 4
+    for (int i = 0; i < 4; ++i) {
+      keys[i] = _mm512_xor_si512(_mm512_loadu_si512(cells + d * kKeys + i * 64), _mm512_set1_epi8(-128));
+    }
+#pragma GCC unroll 4
+    for (int r = 0; r < kRows; ++r) {
+      int32_t cell;
+      std::memcpy(&cell, rows[r].integers + d, sizeof(cell));
+      const __m512i x = _mm512_set1_epi32(cell);
+#pragma GCC unroll 4
+      for (int i = 0; i < 4; ++i) add_products(sums[r][i], keys[i], x);
+    }
+  }
+#pragma GCC unroll 4
+  for (int r = 0; r < kRows; ++r) {
+#pragma GCC unroll 4
+    for (int i = 0; i < 4; ++i) _mm512_storeu_si512(dots + r * kKeys + i * 16, sums[r][i]);
+  }
+}
+
+void multiply_keys(const int8_t* cells, const AttentionRow* rows, int num_rows, int64_t head_dim, int32_t* dots) {
+  constexpr decltype(&multiply_keys_tile<1>) kTiles[kAttendRows] = {multiply_keys_tile<1>, multiply_keys_tile<2>,
+                                                                    multiply_keys_tile<3>, multiply_keys_tile<4>};
+  kTiles[num_rows - 1](cells, rows, head_dim, dots);
+}
+
 bool supported() {
   return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
          __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq") &&
@@ -391,8 +430,10 @@ const Isa kAvx512 = {"avx512",
                      silu_multiply,
                      rms_norm,
                      rotate_and_normalize,
-                     transpose_keys,
                      attend,
+                     merge_row,
+                     quantize_head,
+                     from_int8,
                      expand_row,
                      from_bf16,
                      to_bf16};

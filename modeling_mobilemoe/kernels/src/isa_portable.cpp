@@ -102,6 +102,18 @@ void multiply_row_panel(const uint8_t* panel, const float* scales, int num_group
   }
 }
 
+void multiply_keys(const int8_t* cells, const AttentionRow* rows, int num_rows, int64_t head_dim, int32_t* dots) {
+  for (int r = 0; r < num_rows; ++r) {
+    for (int j = 0; j < kKeys; ++j) {
+      int32_t sum = 0;
+      for (int64_t d = 0; d < head_dim; ++d) {
+        sum += cells[(d / kCellBytes * kKeys + j) * kCellBytes + d % kCellBytes] * rows[r].integers[d];
+      }
+      dots[r * kKeys + j] = sum;
+    }
+  }
+}
+
 bool supported() { return true; }
 
 }  // namespace
@@ -127,8 +139,10 @@ const Isa kPortable = {"portable",
                        silu_multiply,
                        rms_norm,
                        rotate_and_normalize,
-                       transpose_keys,
                        attend,
+                       merge_row,
+                       quantize_head,
+                       from_int8,
                        expand_row,
                        from_bf16,
                        to_bf16};

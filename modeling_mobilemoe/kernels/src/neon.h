@@ -170,5 +170,22 @@ inline bool has_dot_products() { return (getauxval(AT_HWCAP) & HWCAP_ASIMDDP) !=
 inline bool has_matrix_products() { return (getauxval(AT_HWCAP2) & HWCAP2_I8MM) != 0; }
 #endif
 
+void multiply_keys(const int8_t* cells, const AttentionRow* rows, int num_rows, int64_t head_dim, int32_t* dots) {
+  for (int r = 0; r < num_rows; ++r) {
+    for (int j = 0; j < kKeys; j += 32) {
+      int32x4_t sums[8];
+      for (int i = 0; i < 8; ++i) sums[i] = vdupq_n_s32(0);
+      for (int64_t d = 0; d < head_dim; d += kCellBytes) {
+        int32_t cell;
+        std::memcpy(&cell, rows[r].integers + d, sizeof(cell));
+        const int8x16_t x = vreinterpretq_s8_s32(vdupq_n_s32(cell));
+        const int8_t* keys = cells + (d / kCellBytes * kKeys + j) * kCellBytes;
+        for (int i = 0; i < 8; ++i) sums[i] = vdotq_s32(sums[i], vld1q_s8(keys + 16 * i), x);
+      }
+      for (int i = 0; i < 8; ++i) vst1q_s32(dots + r * kKeys + j + 4 * i, sums[i]);
+    }
+  }
+}
+
 }  // namespace
 }  // namespace mobilemoe

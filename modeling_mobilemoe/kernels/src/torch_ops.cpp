@@ -178,21 +178,40 @@ Tensor rms_norm(const Tensor& x, const Tensor& weight, double eps) {
   return out;
 }
 
-// query [1, T, heads, D] over caches [1, S, KV heads, D] that hold its keys and values from position `start` on.
-Tensor attention(const Tensor& query, const Tensor& keys, const Tensor& values, int64_t start) {
-  TORCH_CHECK_VALUE(query.dim() == 4 && query.size(0) == 1 && keys.dim() == 4, "query is ", query.sizes(),
-                    " and keys ", keys.sizes(), ", the kernel needs [1, tokens, heads, head_dim] of both.");
+// A cache [KV heads, blocks, bytes], whose type follows from its bytes.
+mobilemoe_cache cache_of(const Tensor& cache, int64_t head_dim) {
+  TORCH_CHECK_VALUE(cache.dim() == 3 && cache.scalar_type() == at::kByte && cache.is_contiguous(), "cache is ",
+                    cache.scalar_type(), " ", cache.sizes(),
+                    ", the kernel needs contiguous bytes [heads, blocks, bytes of a block].");
+  const int type = mobilemoe_cache_type(head_dim, cache.size(2));
+  TORCH_CHECK_VALUE(type >= 0, "blocks of ", cache.size(2), " bytes hold no heads of ", head_dim,
+                    ": neither FP32, BF16 nor INT8.");
+  return {type, cache.size(0), head_dim, cache.size(1), cache.mutable_data_ptr()};
+}
+
+// key and value [1, T, KV heads, D]; what it returns has no meaning.
+Tensor update_cache(const Tensor& key, const Tensor& value, Tensor& cache, int64_t start) {
+  TORCH_CHECK_VALUE(key.dim() == 4 && key.size(0) == 1, "key is ", key.sizes(),
+                    ", the kernel needs [1, tokens, heads, head_dim].");
+  const mobilemoe_cache to = cache_of(cache, key.size(3));
+  const int64_t shape[] = {1, key.size(1), to.num_kv_heads, to.head_dim};
+  check(mobilemoe_update_cache(&to, start, key.size(1),
+                               static_cast<const float*>(address(key, "key", at::kFloat, shape)),
+                               static_cast<const float*>(address(value, "value", at::kFloat, shape)),
+                               at::get_num_threads()));
+  return at::empty({1}, key.options());
+}
+
+// query [1, T, heads, D] over a cache that holds its keys and values from position `start` on.
+Tensor attention(const Tensor& query, const Tensor& cache, int64_t start) {
+  TORCH_CHECK_VALUE(query.dim() == 4 && query.size(0) == 1, "query is ", query.sizes(),
+                    ", the kernel needs [1, tokens, heads, head_dim].");
   mobilemoe_attention_args args = {};
   args.num_tokens = query.size(1);
   args.start = start;
   args.num_heads = query.size(2);
-  args.num_kv_heads = keys.size(2);
-  args.head_dim = query.size(3);
-  args.max_length = keys.size(1);
-  const int64_t shape[] = {1, args.max_length, args.num_kv_heads, args.head_dim};
   args.query = static_cast<const float*>(address(query, "query", at::kFloat, query.sizes()));
-  args.keys = static_cast<const float*>(address(keys, "keys", at::kFloat, shape));
-  args.values = static_cast<const float*>(address(values, "values", at::kFloat, shape));
+  args.cache = cache_of(cache, query.size(3));
   Tensor out = at::empty(query.sizes(), query.options());
   args.out = out.mutable_data_ptr<float>();
   check(mobilemoe_attention(&args, at::get_num_threads()));
@@ -221,6 +240,7 @@ TORCH_LIBRARY_IMPL(mobilemoe, CPU, library) {
   library.impl("int4_linear", int4_linear);
   library.impl("int4_embedding", int4_embedding);
   library.impl("mlp", mlp);
+  library.impl("update_cache", update_cache);
   library.impl("attention", attention);
   library.impl("rms_norm", rms_norm);
   library.impl("feed_forward", feed_forward);
