@@ -21,7 +21,7 @@ from modeling_mobilemoe.kernels.modules import CACHE_BITS, CACHE_BLOCK, DEFAULT_
 PROGRAM_KV_BITS = CACHE_BITS[DEFAULT_CACHE]
 # Of every head's INT8 keys, and values, of a token in a program: an FP32 step.
 INT8_CACHE_OVERHEAD = 4
-MOBILEMOE_MOE_FFN = "mobilemoe::moe_ffn"
+MOBILEMOE_MOE_FFN = "mobilemoe::decoder_layer"
 # Bits that an operator for packed experts stores per group of 32 weights beside the integers: an FP16 scale in ours,
 # an FP32 scale and an INT32 sum in ExecuTorch's.
 MOE_GROUP_BITS = {MOBILEMOE_MOE_FFN: 16, "llama::quantized_moe_ffn": 64}

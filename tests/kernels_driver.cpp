@@ -306,6 +306,121 @@ bool fuzz_attention() {
          mobilemoe_update_cache(&args.cache, -1, 1, keys.get(), values.get(), 1) == MOBILEMOE_BAD_ARGUMENT;
 }
 
+// The layer as its operators one by one.
+int run_operators(const mobilemoe_layer_args& args) {
+  const int64_t t = args.num_tokens, d = args.dim, q = args.query.out_features, k = args.key.out_features;
+  auto normed = buffer<float>(t * d), hidden = buffer<float>(t * d), routed = buffer<float>(t * d);
+  auto query = buffer<float>(t * q), key = buffer<float>(t * k), value = buffer<float>(t * k);
+  auto attended = buffer<float>(t * q);
+  int status = mobilemoe_rms_norm(args.x, args.attention_norm, t, d, args.eps, normed.get(), 1);
+  const mobilemoe_attention_inputs_args inputs = {
+      t,          d,        args.cache.head_dim, args.eps,    0,         normed.get(), args.query, args.key,
+      args.value, args.cos, args.sin,            query.get(), key.get(), value.get()};
+  status += mobilemoe_attention_inputs(&inputs, 2);
+  status += mobilemoe_update_cache(&args.cache, args.start, t, key.get(), value.get(), 1);
+  const mobilemoe_attention_args attention = {t,           args.start, q / args.cache.head_dim,
+                                              query.get(), args.cache, attended.get()};
+  status += mobilemoe_attention(&attention, 1);
+  const mobilemoe_linear_args output = {t, q, d, 0, attended.get(), args.output.qweight, args.output.scale, args.out};
+  status += mobilemoe_linear(&output, 2);
+  for (int64_t i = 0; i < t * d; ++i) hidden[i] = args.x[i] + args.out[i];
+  status += mobilemoe_rms_norm(hidden.get(), args.feed_forward_norm, t, d, args.eps, normed.get(), 1);
+  if (args.experts.num_experts > 0) {
+    mobilemoe_moe_ffn_args experts = args.experts;
+    experts.num_tokens = t;
+    experts.dim = d;
+    experts.x = normed.get();
+    experts.out = routed.get();
+    status += mobilemoe_moe_ffn(&experts, 2);
+    for (int64_t i = 0; i < t * d; ++i) hidden[i] = hidden[i] + routed[i];
+  }
+  const mobilemoe_mlp_args shared = {t, d, 0, normed.get(), args.gate, args.up, args.down, args.out};
+  status += mobilemoe_mlp(&shared, 2);
+  for (int64_t i = 0; i < t * d; ++i) args.out[i] = hidden[i] + args.out[i];
+  return status;
+}
+
+bool fuzz_layer() {
+  mobilemoe_layer_args args = {};
+  const int64_t head_dim = 32 * between(1, 2), kv_heads = between(1, 2), q = kv_heads * head_dim * between(1, 3);
+  const int64_t d = 32 * between(1, 5), f = 32 * between(1, 6), ef = 32 * between(1, 5), e = between(0, 5);
+  const int64_t t = random_bits() % 20 == 0 ? between(9, 40) : between(0, 8);
+  args.num_tokens = t;
+  args.start = random_bits() % 10 == 0 ? between(240, 530) : between(0, 70);
+  args.dim = d;
+  args.eps = 1e-5f;
+  const auto x = random_floats(t * d, 1.0f), norm = random_floats(d, 2.0f), other_norm = random_floats(d, 2.0f);
+  const auto cos = random_floats(t * head_dim / 2, 1.0f), sin = random_floats(t * head_dim / 2, 1.0f);
+  const Matrix query(q, d, false), key(kv_heads * head_dim, d, false), value(kv_heads * head_dim, d, false);
+  const Matrix output(d, q, false), gate(f, d, false), up(f, d, false), down(d, f, false);
+  const auto router = random_floats(e * d, 0.1f), bias = random_floats(e, 0.3f);
+  const auto gate_up = random_bytes(e * d * ef), expert_down = random_bytes(e * ef * d / 2);
+  const auto gate_up_scale = random_scales(e * d * ef / 16, false), down_scale = random_scales(e * ef * d / 32, false);
+  args.x = x.get();
+  args.attention_norm = norm.get();
+  args.feed_forward_norm = other_norm.get();
+  args.cos = cos.get();
+  args.sin = sin.get();
+  args.query = query.get();
+  args.key = key.get();
+  args.value = value.get();
+  args.output = output.get();
+  args.gate = gate.get();
+  args.up = up.get();
+  args.down = down.get();
+  args.experts.num_experts = e;
+  args.experts.expert_dim = ef;
+  args.experts.top_k = e == 0 ? 0 : between(1, e);
+  args.experts.route_scale = 2.5f;
+  args.experts.router = router.get();
+  args.experts.bias = bias.get();
+  args.experts.gate_up_qweight = gate_up.get();
+  args.experts.gate_up_scale = gate_up_scale.get();
+  args.experts.down_qweight = expert_down.get();
+  args.experts.down_scale = down_scale.get();
+  const int32_t type = static_cast<int32_t>(between(0, 2));
+  const int64_t num_blocks = (args.start + t + 63) / 64, cached = args.start * kv_heads * head_dim;
+  const int64_t block_bytes = 128 * head_dim * (type == MOBILEMOE_FP32 ? 4 : type == MOBILEMOE_BF16 ? 2 : 1) +
+                              (type == MOBILEMOE_INT8 ? 512 : 0);
+  const int64_t cache_bytes = kv_heads * num_blocks * block_bytes, out_bytes = t * d * 4;
+  const auto keys = random_floats(cached, 1.0f), values = random_floats(cached, 1.0f);
+  // The output, then the cache, which holds what came before.
+  const auto run = [&](void* out, bool as_operators) {
+    args.out = static_cast<float*>(out);
+    args.cache = {type, kv_heads, head_dim, num_blocks, static_cast<char*>(out) + out_bytes};
+    mobilemoe_update_cache(&args.cache, 0, args.start, keys.get(), values.get(), 1);
+    return as_operators ? run_operators(args) : mobilemoe_decoder_layer(&args, between(1, 3));
+  };
+  auto expected = buffer<uint8_t>(out_bytes + cache_bytes), result = buffer<uint8_t>(out_bytes + cache_bytes);
+  const bool good = agree(out_bytes + cache_bytes, [&](void* out) { return run(out, false); }) &&
+                    run(result.get(), false) == MOBILEMOE_OK && run(expected.get(), true) == MOBILEMOE_OK &&
+                    std::memcmp(expected.get(), result.get(), out_bytes + cache_bytes) == 0;
+  if (!good) {
+    std::printf("layer T=%lld at %lld, D=%lld E=%lld: %s\n", (long long)t, (long long)args.start, (long long)d,
+                (long long)e, mobilemoe_last_error());
+  }
+  // One bad argument: refused, and nothing is touched.
+  switch (random_bits() % 5) {
+    case 0:
+      args.start = num_blocks * 64 + 1;
+      break;
+    case 1:
+      ++args.key.out_features;
+      break;
+    case 2:
+      args.cache.type = 3;
+      break;
+    case 3:
+      args.down.out_features += 32;
+      break;
+    case 4:
+      args.query.qweight = nullptr;
+      break;
+  }
+  return good && mobilemoe_decoder_layer(&args, 2) == MOBILEMOE_BAD_ARGUMENT &&
+         std::memcmp(expected.get(), args.out, out_bytes + cache_bytes) == 0;
+}
+
 bool fuzz_rows() {
   const int64_t t = between(0, 40), d = 32 * between(1, 9), vocab = between(1, 50);
   const auto x = random_floats(t * d, 10.0f), weight = random_floats(d, 2.0f);
@@ -334,9 +449,9 @@ int main(int argc, char** argv) {
   const int64_t num_shapes = std::atoll(argv[1]);
   state = std::atoll(argv[2]);
   for (int64_t i = 0; i < num_shapes; ++i) {
-    bool (*const fuzz[])() = {fuzz_moe_ffn,   fuzz_moe_ffn, fuzz_moe_ffn,         fuzz_moe_ffn,
-                              fuzz_linear,    fuzz_mlp,     fuzz_attention_inputs, fuzz_attention,
-                              fuzz_attention, fuzz_rows};
+    bool (*const fuzz[])() = {fuzz_moe_ffn, fuzz_moe_ffn, fuzz_moe_ffn,          fuzz_layer,
+                              fuzz_linear,  fuzz_mlp,     fuzz_attention_inputs, fuzz_attention,
+                              fuzz_layer,   fuzz_rows};
     if (!fuzz[i % 10]()) {
       std::printf("shape %lld of seed %s failed\n", (long long)i, argv[2]);
       return 1;

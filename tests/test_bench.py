@@ -68,15 +68,13 @@ def test_random_program_runs_and_is_profiled(tiny_config: MobileMoEConfig, tmp_p
     for position, token in enumerate(tokens):
         stepped = model.forward([token], position)
     assert whole.isfinite().all() and whole.std() > 0
-    # All round in the same places; linears of more than three tokens add up in another order.
-    torch.testing.assert_close(stepped, whole, rtol=1e-5, atol=1e-6)
+    assert torch.equal(stepped, whole)
     # The table once, as embedding and head; half of the experts, or none.
     size = (tmp_path / "program" / "model.pte").stat().st_size
     assert 0 < bench_worker.program_bytes_per_token(str(tmp_path / "program"), loaded) < size
     times = bench_worker.profile(str(tmp_path / "program"), tokens, 9)
     for phase in ("prefill", "decode"):
-        assert times[phase]["mobilemoe::mlp.out"] > 0 and times[phase]["mobilemoe::attention_inputs.out"] > 0
-        assert ("mobilemoe::moe_ffn.out" in times[phase]) != dense
+        assert times[phase]["mobilemoe::decoder_layer.out"] > times[phase]["mobilemoe::int4_linear.out"] > 0
 
 
 @pytest.fixture(scope="module")

@@ -120,8 +120,8 @@ def check_result(result: dict, phone: Device, names: list[str], repeats: int) ->
     assert described["samples"] and described["samples"][0]["mhz"] == [1000, 1000]
     assert list(result["models"]) == names
     for model in result["models"].values():
-        assert model["moe_operator"] == "mobilemoe::moe_ffn" and model["proven"]
-        assert model["operator_calls"]["mobilemoe::moe_ffn.out"] > 0
+        assert model["moe_operator"] == "mobilemoe::decoder_layer" and model["proven"]
+        assert model["operator_calls"]["mobilemoe::decoder_layer.out"] > 0
         assert set(model["start_seconds"]) == {"cold", "warm"} and model["start_seconds"]["cold"]["first_token"] > 0
         assert model["peak_memory_bytes"] > 1e6 and model["pss_bytes"] > 1e5
         # As the host's result, see test_bench.py.
@@ -255,7 +255,7 @@ def test_llama_main(phone: Device, kernel_pte: Path, prompt: Path, tmp_path: Pat
     assert row["prefill_tokens_per_s"]["median"] == 40 and row["first_token_ms"]["median"] == 300
     assert row["decode_tokens_per_s"]["median"] == 10 and model["start_seconds"]["warm"]["load"] == 0.5
     # What the export says, not what was seen.
-    assert (model["moe_operator"], model["proven"]) == ("mobilemoe::moe_ffn", False)
+    assert (model["moe_operator"], model["proven"]) == ("mobilemoe::decoder_layer", False)
     calls = (phone.root / PLACE / kernel_pte.name / "calls").read_text()
     assert "--temperature 0 --ignore_eos --cpu_threads 4 --max_new_tokens 4" in calls
 

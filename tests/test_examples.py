@@ -174,7 +174,7 @@ def test_export_benchmark_takes_both_exporters(tmp_path):
     pytest.importorskip("optimum.exporters.executorch", reason="optimum-executorch is not installed: make setup")
     result = run_benchmark("bench_export.py", "--sizes", "tiny", "--max-seq-len", "64", "--directory", str(tmp_path))
     default, optimum = result["exports"]
-    assert (default["moe_op"], default["expert_bits"]) == ("mobilemoe::moe_ffn", 4)
+    assert (default["moe_op"], default["expert_bits"]) == ("mobilemoe::decoder_layer", 4)
     assert (optimum["moe_op"], optimum["expert_bits"]) == ("llama::quantized_moe_ffn", 8)
     for row in (default, optimum):
         assert row["seconds"] > row["stage_seconds"]["lower"] > 0

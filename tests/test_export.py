@@ -136,9 +136,9 @@ def test_program_is_the_checkpoint_on_its_grid(fixture, request):
 
 def test_kernel_program_holds_the_experts_of_the_checkpoint(kernel_directory, text_checkpoint):
     report = report_of(kernel_directory)
-    assert report["moe_op"] == "mobilemoe::moe_ffn" and report["expert_axis"] == "output"
+    assert report["moe_op"] == "mobilemoe::decoder_layer" and report["expert_axis"] == "output"
     assert report["expert_bits"] == 4 and not report["experts_rounded_twice"]
-    assert "mobilemoe::moe_ffn.out" in report["operators"]
+    assert "mobilemoe::decoder_layer.out" in report["operators"]
     assert not any("quantized_moe_ffn" in name for name in report["operators"])
     assert report["parity"]["pte_to_checkpoint"]["cosine_median"] >= 0.999
     # The bytes themselves, wherever the program put them.
@@ -331,7 +331,7 @@ def test_options_go_with_the_kernels_too(kernel_directory, float_text_checkpoint
     options = {"kv_cache": "int8", "all_logits": True, "experts_file": True, "embedding_bits": 8, "max_seq_len": 48}
     directory = export_checkpoint(float_text_checkpoint, tmp_path / "out", **options)
     report = report_of(directory)
-    assert report["moe_op"] == "mobilemoe::moe_ffn" and report["expert_axis"] == "output"
+    assert report["moe_op"] == "mobilemoe::decoder_layer" and report["expert_axis"] == "output"
     assert report["parity"]["pte_to_pytorch_with_the_same_roundings"]["cosine_mean"] >= 0.999
     assert set(report["parity"]["sources"]) == {
         *("INT4 weights", "INT8 activations", "INT8 expert activations", "INT8 KV cache")

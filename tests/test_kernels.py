@@ -25,7 +25,7 @@ from modeling_mobilemoe.fused_mobilemoe import (
     unpack_int4,
 )
 from modeling_mobilemoe.kernels import reference as reference_operators
-from modeling_mobilemoe.kernels.modules import MoEFFN, empty_cache
+from modeling_mobilemoe.kernels.modules import DecoderLayer, MoEFFN, empty_cache
 from modeling_mobilemoe.modeling_mobilemoe import MobileMoERouter, apply_rotary_emb, rms_normalize
 
 
@@ -499,50 +499,52 @@ def test_build_says_what_is_missing(tmp_path, monkeypatch):
     assert not list(tmp_path.rglob("*.so"))
 
 
-class Program(nn.Module):
-    """Both operators that `.pte` programs have: a layer's experts, and one of its linears."""
-
-    def __init__(self, layer: nn.Module):
-        super().__init__()
-        self.moe, self.linear = MoEFFN(layer), layer.feed_forward.shared_expert.up_proj
-
-    def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        routed = self.moe(x)
-        return routed, torch.ops.mobilemoe.int4_linear((x + routed)[None], *self.linear.buffers())
-
-
+@pytest.mark.parametrize("kv_cache", ["fp32", "int8"])
 @torch.no_grad()
-def test_exported_program_gives_the_same_bits(int4_checkpoint: Path):
+def test_exported_program_gives_the_same_bits(int4_checkpoint: Path, kv_cache: str):
     pytest.importorskip("executorch", reason="needs the `export` extra")
-    from executorch.exir import EdgeCompileConfig, ExecutorchBackendConfig, to_edge_transform_and_lower
-    from executorch.exir.passes.sym_shape_eval_pass import ConstraintBasedSymShapeEvalPass
     from executorch.runtime import Runtime
 
+    from mobilemoe.export.exporter import Stages, lower
+    from mobilemoe.export.program import ExportModel, ProgramOptions
+
     model = AutoModelForCausalLM.from_pretrained(int4_checkpoint, dtype=torch.float32)
-    layer, hidden_size = model.model.layers[0], model.config.hidden_size
-    module = Program(layer).eval()
-    shapes = ({0: torch.export.Dim("tokens", min=1, max=40)},)
-    edge = to_edge_transform_and_lower(
-        torch.export.export(module, (tokens(8, hidden_size),), dynamic_shapes=shapes),
-        compile_config=EdgeCompileConfig(_check_ir_validity=False, _skip_dim_order=True),
-    )
-    config = ExecutorchBackendConfig(sym_shape_eval_pass=ConstraintBasedSymShapeEvalPass())
+    options = ProgramOptions(64, expert_bits=4, kv_cache=kv_cache, all_logits=True)
+    module = ExportModel(model, options, MoEFFN).eval()
     kernels.load_executorch()
-    assert {f"{MoEFFN.operator}.out", "mobilemoe::int4_linear.out"} <= Runtime.get().operator_registry.operator_names
-    program = Runtime.get().load_program(edge.to_executorch(config).buffer)
+    program = Runtime.get().load_program(lower(module, {}, False, Stages()).buffer)
     method = program.load_method("forward")
-    for num_tokens in (1, 3, 40):
-        x = tokens(num_tokens, hidden_size)
-        for actual, expected in zip(method.execute((x,)), module(x), strict=True):
-            assert torch.equal(actual, expected)
-        # And the module is that part of the layer, up to the rounding of activations.
-        _, top_k_weights, top_k_index = layer.feed_forward.router(x, layer.feed_forward.expert_bias)
-        exact = layer.feed_forward.experts(x, top_k_index, top_k_weights)
-        assert (module.moe(x) - exact).norm() < 0.03 * exact.norm()
+    generator = torch.Generator().manual_seed(0)
+    whole = []
+    # Many tokens and few, also across the block of the cache.
+    for start, length in ((0, 20), (20, 1), (21, 3), (24, 8), (32, 27), (59, 1)):
+        ids = torch.randint(model.config.vocab_size, (1, length), generator=generator)
+        position = torch.tensor([start])
+        (logits,) = method.execute((ids, position))
+        assert torch.equal(logits, module(ids, position))
+        whole.append((ids, logits))
+    # What is computed in pieces is what is computed at once.
+    ids, logits = (torch.cat(parts, dim=1) for parts in zip(*whole, strict=True))
+    assert torch.equal(module(ids, torch.tensor([0])), logits)
+
+
+def test_a_layer_that_does_not_fit_is_an_error_and_touches_nothing(int4_checkpoint: Path):
+    model = AutoModelForCausalLM.from_pretrained(int4_checkpoint, dtype=torch.float32)
+    layer = DecoderLayer(model.model.layers[0], 64, "int8", MoEFFN(model.model.layers[0]))
+    x = tokens(3, model.config.hidden_size)[None]
+    angles = torch.zeros(1, 3, model.config.head_dim // 2)
+    with pytest.raises(ValueError, match="positions 62 to 64 are not in a cache of 64"):
+        layer(x, angles, angles, 62)
+    with pytest.raises(ValueError, match="cos is Float"):
+        layer(x, angles[:, :2], angles, 0)
+    layer.moe.top_k = 99
+    with pytest.raises(ValueError, match="top_k=99 does not fit"):
+        layer(x, angles, angles, 0)
+    assert not layer.kv_cache.any()
 
 
 def test_module_for_export_refuses_experts_that_the_operator_cannot_read(tiny_model):
-    with pytest.raises(ValueError, match="mobilemoe::moe_ffn multiplies packed INT4 experts"):
+    with pytest.raises(ValueError, match="mobilemoe::decoder_layer multiplies packed INT4 experts"):
         MoEFFN(tiny_model.model.layers[0])
     quantize(tiny_model, Int4Format("input"))
     with pytest.raises(ValueError, match="grouped along their input. Export them with llama::quantized_moe_ffn"):

@@ -45,7 +45,7 @@ def check_report(events: list[dict], directory: Path, tokens: Path) -> None:
         assert row["tokens"] == expected
         assert row["first_token_s"] > 0 and len(row["decode_s"]) == 3
     layers = model_layers(directory)
-    assert done["operators"]["mobilemoe::moe_ffn.out"] % (layers * 4) == 0
+    assert done["operators"]["mobilemoe::decoder_layer.out"] % (layers * 4) == 0
     assert not any(name.startswith("llama::") for name in done["operators"])
     assert done["peak_rss_bytes"] >= loaded["rss_bytes"]
 

@@ -28,7 +28,7 @@ from .worker import cache_bits, program_bytes_per_token, random_tokens
 
 DIRECTORY = "/data/local/tmp/mobilemoe"
 APP = "org.pytorch.minibench"
-MOE_OPERATORS = ("mobilemoe::moe_ffn", "llama::quantized_moe_ffn")
+MOE_OPERATORS = ("mobilemoe::decoder_layer", "llama::quantized_moe_ffn")
 
 
 @dataclass

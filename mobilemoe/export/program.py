@@ -1,9 +1,9 @@
 """The module that becomes a `.pte`: `forward(tokens, pos)` from the operators that ExecuTorch runtimes have.
 
-One MoE operator per layer holds router and routed experts. With `mobilemoe::moe_ffn` everything else that is packed is
-multiplied by our operators too, where the program has it mapped, and the table is also the head. With the stock one,
-linears are XNNPACK's, with the INT4 integers of the checkpoint and INT8 activations. The KV cache lives inside. Shapes
-as in modeling_mobilemoe.py, B is 1.
+With our operators a layer is one `mobilemoe::decoder_layer`, which reads weights where the program is mapped, and
+the table is also the head. With the stock ones, router and routed experts are one `llama::quantized_moe_ffn`, linears
+are XNNPACK's, with the INT4 integers of the checkpoint and INT8 activations. The KV cache lives inside. Shapes as in
+modeling_mobilemoe.py, B is 1.
 """
 
 from dataclasses import dataclass
@@ -14,13 +14,11 @@ from tqdm.auto import tqdm
 
 from modeling_mobilemoe.fused_mobilemoe import Int4Embedding, Int4Format, Int4Linear, unpack_int4
 from modeling_mobilemoe.kernels.modules import (
-    AttentionInputs,
+    DecoderLayer,
     MoEFFN,
     PackedEmbedding,
     PackedLinear,
-    PackedMLP,
     RMSNorm,
-    empty_cache,
 )
 from modeling_mobilemoe.modeling_mobilemoe import (
     MobileMoEDecoderLayer,
@@ -204,7 +202,7 @@ def _linear(weight: torch.Tensor, out_features: int, in_features: int) -> nn.Lin
 
 
 class DelegatedAttentionInputs(nn.Module):
-    """As [`AttentionInputs`], of linears and elementwise work for XNNPACK."""
+    """Queries, keys and values `(B, T, heads, D)` of linears and elementwise work for XNNPACK."""
 
     def __init__(self, attention: nn.Module, options: ProgramOptions):
         super().__init__()
@@ -220,22 +218,15 @@ class DelegatedAttentionInputs(nn.Module):
         return query, key, self.v_proj(x).view(heads)
 
 
-class ExportAttention(nn.Module):
-    def __init__(self, layer: MobileMoEDecoderLayer, options: ProgramOptions, on_kernels: bool):
+class DelegatedAttention(nn.Module):
+    def __init__(self, layer: MobileMoEDecoderLayer, options: ProgramOptions):
         super().__init__()
         attention = layer.self_attn
         self.head_dim = attention.head_dim
-        self.on_kernels = on_kernels
         self.int8_cache = options.kv_cache == "int8"
-        num_heads = attention.config.num_key_value_heads
-        if on_kernels:
-            self.inputs, self.o_proj = AttentionInputs(attention), PackedLinear(attention.o_proj)
-            cache = empty_cache(num_heads, self.head_dim, options.max_seq_len, options.kv_cache)
-            self.register_buffer("kv_cache", cache)
-            return
         self.inputs = DelegatedAttentionInputs(attention, options)
         self.o_proj = export_linear(attention.o_proj, options.weights)
-        per_token = (1, options.max_seq_len, num_heads)
+        per_token = (1, options.max_seq_len, attention.config.num_key_value_heads)
         for name in ("k_cache", "v_cache"):
             dtype = torch.int8 if self.int8_cache else torch.float32
             self.register_buffer(name, torch.zeros((*per_token, self.head_dim), dtype=dtype))
@@ -245,14 +236,11 @@ class ExportAttention(nn.Module):
 
     def forward(self, hidden_states: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, start: int) -> torch.Tensor:
         batch, length, _ = hidden_states.shape
-        attend = self.attend_int8 if self.int8_cache and not self.on_kernels else self.attend
+        attend = self.attend_int8 if self.int8_cache else self.attend
         attended = attend(*self.inputs(hidden_states, cos, sin), start)
         return self.o_proj(attended.reshape(batch, length, -1))
 
     def attend(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, start: int) -> torch.Tensor:
-        if self.on_kernels:
-            torch.ops.mobilemoe.update_cache(key, value, self.kv_cache, start)
-            return torch.ops.mobilemoe.attention(query, self.kv_cache, start)
         torch.ops.llama.update_cache(key, self.k_cache, start)
         torch.ops.llama.update_cache(value, self.v_cache, start)
         return torch.ops.llama.custom_sdpa(query, self.k_cache, self.v_cache, start, None, 0.0, True)
@@ -298,18 +286,14 @@ def int8_values(states: torch.Tensor) -> torch.Tensor:
     return rounding(states.float()).to(states.dtype)
 
 
-class ExportLayer(nn.Module):
-    def __init__(self, layer: MobileMoEDecoderLayer, options: ProgramOptions, moe_module: type[nn.Module] | None):
+class DelegatedLayer(nn.Module):
+    """A layer of XNNPACK's linears and ExecuTorch's operators."""
+
+    def __init__(self, layer: MobileMoEDecoderLayer, options: ProgramOptions, moe_module: type[nn.Module]):
         super().__init__()
-        on_kernels = moe_module in (None, MoEFFN)
-        self.input_layernorm = RMSNorm(layer.input_layernorm) if on_kernels else layer.input_layernorm
-        norm = layer.post_attention_layernorm
-        self.post_attention_layernorm = RMSNorm(norm) if on_kernels else norm
-        self.attention = ExportAttention(layer, options, on_kernels)
-        self.moe = moe_module(layer, options) if moe_module else None
-        if on_kernels:
-            self.shared_expert = PackedMLP(layer.feed_forward.shared_expert)
-            return
+        self.input_layernorm, self.post_attention_layernorm = layer.input_layernorm, layer.post_attention_layernorm
+        self.attention = DelegatedAttention(layer, options)
+        self.moe = moe_module(layer, options)
         self.shared_expert = layer.feed_forward.shared_expert
         for name in ("gate_proj", "up_proj", "down_proj"):
             linear = export_linear(self.shared_expert.get_submodule(name), options.weights)
@@ -318,10 +302,17 @@ class ExportLayer(nn.Module):
     def forward(self, hidden_states: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, start: int) -> torch.Tensor:
         hidden_states = hidden_states + self.attention(self.input_layernorm(hidden_states), cos, sin, start)
         normed = self.post_attention_layernorm(hidden_states)
-        if self.moe is None:
-            return hidden_states + self.shared_expert(normed)
         routed = self.moe(normed.flatten(0, 1)).view_as(normed)
         return hidden_states + routed + self.shared_expert(normed)
+
+
+def export_layer(
+    layer: MobileMoEDecoderLayer, options: ProgramOptions, moe_module: type[nn.Module] | None
+) -> DecoderLayer | DelegatedLayer:
+    """A layer of our operators, without routed experts when `moe_module` is `None`, or of ExecuTorch's."""
+    if moe_module not in (None, MoEFFN):
+        return DelegatedLayer(layer, options, moe_module)
+    return DecoderLayer(layer, options.max_seq_len, options.kv_cache, MoEFFN(layer) if moe_module else None)
 
 
 class ExportModel(nn.Module):
@@ -349,7 +340,7 @@ class ExportModel(nn.Module):
             # In place, so that table and head stay one tensor.
             self.embed_tokens = embedding.bfloat16() if options.weights == "bf16" else embedding
         layers = tqdm(model.model.layers, desc="pack", unit="layer")
-        self.layers = nn.ModuleList([ExportLayer(layer, options, moe_module) for layer in layers])
+        self.layers = nn.ModuleList([export_layer(layer, options, moe_module) for layer in layers])
         if self.on_kernels:
             self.norm, self.lm_head = RMSNorm(model.model.norm), PackedLinear(embedding)
         else:

@@ -138,40 +138,41 @@ def load_executorch() -> None:
 EXPERTS = "Tensor gate_up_qweight, Tensor gate_up_scale, Tensor down_qweight, Tensor down_scale"
 MOE_FFN = f"Tensor x, Tensor router, Tensor bias, {EXPERTS}, int top_k, float route_scale"
 # In lists of weights, every matrix is followed by its scales.
-ATTENTION_INPUTS = "Tensor x, Tensor[] qkv, Tensor cos, Tensor sin, float eps"
-# Both runtimes have these; ExecuTorch's write into memory that it has planned.
 OPERATORS = {
-    "moe_ffn": MOE_FFN,
-    "mlp": "Tensor x, Tensor[] weights",
+    "moe_ffn": f"{MOE_FFN}) -> Tensor",
+    "moe_experts": f"Tensor x, Tensor top_k_index, Tensor top_k_weights, {EXPERTS}) -> Tensor",
+    "mlp": "Tensor x, Tensor[] weights) -> Tensor",
+    # Two in one, because calling an operator costs as much as some of them take.
+    "feed_forward": f"{MOE_FFN}, Tensor[] shared) -> Tensor",
+    "attention_inputs": "Tensor x, Tensor[] qkv, Tensor cos, Tensor sin, float eps) -> (Tensor, Tensor, Tensor)",
+    # The cache is written in place. What it returns has no meaning.
+    "update_cache": "Tensor key, Tensor value, Tensor(a!) cache, SymInt start) -> Tensor",
+    "attention": "Tensor query, Tensor cache, SymInt start) -> Tensor",
+}
+# What programs are made of: ExecuTorch has these alone, and writes into memory that it has planned.
+PROGRAM_OPERATORS = {
     "int4_linear": "Tensor x, Tensor qweight, Tensor scale",
     "int4_embedding": "Tensor tokens, Tensor qweight, Tensor scale",
-    "attention": "Tensor query, Tensor cache, SymInt start",
     "rms_norm": "Tensor x, Tensor weight, float eps",
+    # A norm, then query, key, value and output; a norm, then gate, up and down; router, bias and experts, or nothing.
+    "decoder_layer": (
+        "Tensor x, Tensor cos, Tensor sin, Tensor(a!) cache, SymInt start, Tensor[] attention, "
+        "Tensor[] feed_forward, Tensor[] experts, int top_k, float route_scale, float eps"
+    ),
 }
 definitions = torch.library.Library("mobilemoe", "DEF")
 for name, arguments in OPERATORS.items():
+    definitions.define(f"{name}({arguments}")
+for name, arguments in PROGRAM_OPERATORS.items():
     definitions.define(f"{name}({arguments}) -> Tensor")
-    definitions.define(f"{name}.out({arguments}, *, Tensor(a!) out) -> Tensor(a!)")
-definitions.define(f"attention_inputs({ATTENTION_INPUTS}) -> (Tensor, Tensor, Tensor)")
-definitions.define(
-    f"attention_inputs.out({ATTENTION_INPUTS}, *, Tensor(a!) query, Tensor(b!) key, Tensor(c!) value) "
-    "-> (Tensor(a!), Tensor(b!), Tensor(c!))"
-)
-# The cache is written in place. What it returns has no meaning.
-UPDATE_CACHE = "Tensor key, Tensor value, Tensor(a!) cache, SymInt start"
-definitions.define(f"update_cache({UPDATE_CACHE}) -> Tensor")
-definitions.define(f"update_cache.out({UPDATE_CACHE}, *, Tensor(b!) out) -> Tensor(b!)")
-# For PyTorch alone: experts whose choice the model makes, and two operators in one, because calling an operator costs
-# as much as some of them take.
-definitions.define(f"moe_experts(Tensor x, Tensor top_k_index, Tensor top_k_weights, {EXPERTS}) -> Tensor")
-definitions.define(f"feed_forward({MOE_FFN}, Tensor[] shared) -> Tensor")
+    definitions.define(f"{name}.out({arguments}, *, Tensor(z!) out) -> Tensor(z!)")
 
 
 def _shape_of_x(x, *weights):
     return torch.empty_like(x)
 
 
-for name in ("moe_ffn", "moe_experts", "mlp", "feed_forward", "attention", "rms_norm"):
+for name in ("moe_ffn", "moe_experts", "mlp", "feed_forward", "attention", "rms_norm", "decoder_layer"):
     torch.library.register_fake(f"mobilemoe::{name}", _shape_of_x)
 
 

@@ -34,8 +34,7 @@ def empty_cache(num_heads: int, head_dim: int, length: int, kind: str) -> torch.
 
 class MoEFFN(nn.Module):
     """
-    Router and routed experts of one layer as one `mobilemoe::moe_ffn`: the checkpoint's integers and scales as they
-    are, `(tokens, hidden)` in and out.
+    Router and routed experts of one layer: the checkpoint's integers and scales as they are.
 
     Args:
         layer (`nn.Module`): a decoder layer of a packed model.
@@ -45,7 +44,8 @@ class MoEFFN(nn.Module):
         ValueError: when the experts are not packed, or grouped along their input.
     """
 
-    operator = "mobilemoe::moe_ffn"
+    # What computes them in a program, see [`DecoderLayer`].
+    operator = "mobilemoe::decoder_layer"
     # As the releases group them, see `Int4Format`.
     expert_axis = "output"
 
@@ -66,19 +66,6 @@ class MoEFFN(nn.Module):
         self.register_buffer("expert_bias", layer.feed_forward.expert_bias.float())
         for name in packed:
             self.register_buffer(f"packed_{name}", experts._buffers[name])
-
-    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        return torch.ops.mobilemoe.moe_ffn(
-            hidden_states,
-            self.router,
-            self.expert_bias,
-            self.packed_gate_up_qweight,
-            self.packed_gate_up_scale,
-            self.packed_down_qweight,
-            self.packed_down_scale,
-            self.top_k,
-            self.route_scale,
-        )
 
 
 class PackedMatrices(nn.Module):
@@ -110,27 +97,6 @@ class PackedEmbedding(PackedMatrices):
         return torch.ops.mobilemoe.int4_embedding(tokens, *self.weights())
 
 
-class PackedMLP(PackedMatrices):
-    """A SwiGLU feed-forward of `gate_proj`, `up_proj` and `down_proj`."""
-
-    def __init__(self, mlp: nn.Module):
-        super().__init__(mlp.gate_proj, mlp.up_proj, mlp.down_proj)
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return torch.ops.mobilemoe.mlp(x, self.weights())
-
-
-class AttentionInputs(PackedMatrices):
-    """Queries, keys and values `(B, T, heads, D)`, the first two rotated and normalised."""
-
-    def __init__(self, attention: nn.Module):
-        super().__init__(attention.q_proj, attention.k_proj, attention.v_proj)
-        self.eps = attention.config.rms_norm_eps
-
-    def forward(self, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        return torch.ops.mobilemoe.attention_inputs(x, self.weights(), cos, sin, self.eps)
-
-
 class RMSNorm(nn.Module):
     def __init__(self, norm: nn.Module):
         super().__init__()
@@ -139,3 +105,42 @@ class RMSNorm(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return torch.ops.mobilemoe.rms_norm(x, self.weight, self.eps)
+
+
+class DecoderLayer(nn.Module):
+    """
+    A whole layer as one `mobilemoe::decoder_layer`, `(1, T, hidden)` in and out.
+
+    Args:
+        layer (`nn.Module`): of a packed model.
+        length (`int`): positions of the cache.
+        kv_cache (`str`): as [`empty_cache`].
+        experts (`nn.Module`, *optional*): its [`MoEFFN`]; without, the layer has no routed experts.
+    """
+
+    def __init__(self, layer: nn.Module, length: int, kv_cache: str, experts: MoEFFN | None):
+        super().__init__()
+        attention, shared = layer.self_attn, layer.feed_forward.shared_expert
+        self.eps = attention.config.rms_norm_eps
+        num_heads = attention.config.num_key_value_heads
+        self.register_buffer("kv_cache", empty_cache(num_heads, attention.head_dim, length, kv_cache))
+        self.attention_norm = RMSNorm(layer.input_layernorm)
+        self.attention = PackedMatrices(attention.q_proj, attention.k_proj, attention.v_proj, attention.o_proj)
+        self.feed_forward_norm = RMSNorm(layer.post_attention_layernorm)
+        self.feed_forward = PackedMatrices(shared.gate_proj, shared.up_proj, shared.down_proj)
+        self.moe = experts
+
+    def forward(self, hidden_states: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, start: int) -> torch.Tensor:
+        return torch.ops.mobilemoe.decoder_layer(
+            hidden_states,
+            cos,
+            sin,
+            self.kv_cache,
+            start,
+            [self.attention_norm.weight, *self.attention.weights()],
+            [self.feed_forward_norm.weight, *self.feed_forward.weights()],
+            [] if self.moe is None else list(self.moe._buffers.values()),
+            0 if self.moe is None else self.moe.top_k,
+            0.0 if self.moe is None else self.moe.route_scale,
+            self.eps,
+        )

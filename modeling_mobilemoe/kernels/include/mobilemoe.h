@@ -118,6 +118,24 @@ typedef struct {
 // Token t attends to positions 0 to start + t, scaled by 1 / sqrt(head_dim).
 MOBILEMOE_EXPORT int mobilemoe_attention(const mobilemoe_attention_args* args, int64_t num_threads);
 
+typedef struct {
+  int64_t num_tokens, start, dim;                // the first token's position
+  float eps;                                     // of all norms
+  const float* x;                                // [T, D]
+  const float *attention_norm, *feed_forward_norm;  // [D]
+  mobilemoe_matrix query, key, value, output;    // attention: of D inputs, but for the output
+  const float *cos, *sin;                        // [T, head_dim / 2]
+  mobilemoe_cache cache;                         // the new tokens' keys and values are written
+  mobilemoe_matrix gate, up, down;               // the shared expert
+  mobilemoe_moe_ffn_args experts;                // its weights, num_experts, expert_dim, top_k and route_scale; no
+                                                 // routed experts when num_experts is 0
+  float* out;                                    // [T, D]
+} mobilemoe_layer_args;
+
+// h = x + output(attention(attention_inputs(norm(x)))); out = (h + moe_ffn(norm(h))) + mlp(norm(h)): the operators
+// above, with the same bits. All FP32.
+MOBILEMOE_EXPORT int mobilemoe_decoder_layer(const mobilemoe_layer_args* args, int64_t num_threads);
+
 // out [T, D] = x / sqrt(mean(x^2) + eps) * weight, all FP32.
 MOBILEMOE_EXPORT int mobilemoe_rms_norm(const float* x, const float* weight, int64_t num_tokens, int64_t dim, float eps,
                                         float* out, int64_t num_threads);

@@ -3,193 +3,61 @@
 // Keys are taken in segments of 256, each with a softmax of its own over blocks of 64, and the segments are merged in
 // order: a row's result does not depend on what it is computed with. Few tokens share out the segments among the
 // threads; many share out themselves.
-#include <cmath>
-#include <cstring>
-
-#include "cache.h"
 #include "errors.h"
-#include "isa.h"
-#include "mobilemoe.h"
+#include "segments.h"
 #include "threads.h"
-#include "workspace.h"
 
 namespace mobilemoe {
 namespace {
 
-constexpr int64_t kFewTokens = 8;
-constexpr int64_t kUnitTokens = 32;
-constexpr int64_t kSegmentBlocks = 4, kSegment = kSegmentBlocks * kKeys;
 constexpr int64_t kMaxHeads = 1 << 16;
 
-struct Attention {
-  const mobilemoe_attention_args& args;
-  int64_t num_threads;
-  Cache cache;
-  int64_t dim, heads_per_key, num_segments, max_rows, worker_bytes, partial_bytes;
-  char* workers;   // one Worker each
-  char* partials;  // of few tokens: one Rows for every head of keys and segment
-
-  // Rows of some tokens and all query heads of one head of keys.
-  struct Rows {
-    float* sums;         // [rows, head_dim]
-    AttentionRow* rows;  // [rows]
-
-    Rows(Layout& layout, int64_t num_rows, int64_t dim)
-        : sums(layout.take<float>(num_rows * dim)), rows(layout.take<AttentionRow>(num_rows)) {}
-  };
-
-  struct Worker {
-    float *keys, *values;  // of a block, unpacked
-    int8_t* integers;      // [rows, head_dim]: the queries in INT8
-    Rows part, whole;
-
-    Worker(Layout& layout, int64_t num_rows, int64_t dim)
-        : keys(layout.take<float>(kKeys * dim)),
-          values(layout.take<float>(kKeys * dim)),
-          integers(layout.take<int8_t>(num_rows * dim)),
-          part(layout, num_rows, dim),
-          whole(layout, num_rows, dim) {}
-  };
-
-  Attention(Layout& layout, const mobilemoe_attention_args& a, int64_t threads)
-      : args(a),
-        num_threads(threads),
-        cache{a.cache},
-        dim(a.cache.head_dim),
-        heads_per_key(a.num_heads / a.cache.num_kv_heads),
-        num_segments(ceil_div(a.start + a.num_tokens, kSegment)),
-        max_rows(heads_per_key * smaller(a.num_tokens, kUnitTokens)) {
-    Layout worker, partial;
-    Worker(worker, max_rows, dim);
-    Rows(partial, max_rows, dim);
-    worker_bytes = worker.size();
-    partial_bytes = partial.size();
-    workers = layout.take<char>(worker_bytes * threads);
-    partials = layout.take<char>(is_few() ? partial_bytes * num_segments * a.cache.num_kv_heads : 0);
-  }
-
-  bool is_few() const { return args.num_tokens <= kFewTokens; }
-
-  Worker worker(int64_t index) const {
-    Layout layout(workers + index * worker_bytes);
-    return Worker(layout, max_rows, dim);
-  }
-
-  Rows partial(int64_t kv_head, int64_t segment) const {
-    Layout layout(partials + (kv_head * num_segments + segment) * partial_bytes);
-    return Rows(layout, max_rows, dim);
-  }
-
-  // Where the query of a row is, and its output.
-  int64_t place(int64_t kv_head, int64_t first, int64_t row) const {
-    return ((first + row / heads_per_key) * args.num_heads + kv_head * heads_per_key + row % heads_per_key) * dim;
-  }
-
-  // The first row of tokens from `first` on that sees this position, and those after it.
-  int64_t first_row(int64_t first, int64_t position) const {
-    const int64_t token = position - args.start - first;
-    return token > 0 ? token * heads_per_key : 0;
-  }
-
-  static void reset(const Rows& of, int64_t begin, int64_t end, int64_t dim) {
-    if (begin < end) std::memset(of.sums + begin * dim, 0, (end - begin) * dim * sizeof(float));
-    for (int64_t row = begin; row < end; ++row) {
-      AttentionRow& to = of.rows[row];
-      to.sums = of.sums + row * dim;
-      to.largest = -INFINITY;
-      to.total = 0.0f;
-    }
-  }
-
-  // Queries of tokens [first, last), as rows need them.
-  void load_queries(const Rows& of, const Worker& worker, int64_t kv_head, int64_t first, int64_t last) const {
-    for (int64_t row = 0; row < (last - first) * heads_per_key; ++row) {
-      AttentionRow& to = of.rows[row];
-      to.query = args.query + place(kv_head, first, row);
-      if (cache.args.type != MOBILEMOE_INT8) continue;
-      int8_t* integers = worker.integers + row * dim;
-      to.step = isa().quantize_head(to.query, dim, integers);
-      to.integers = integers;
-    }
-  }
-
-  // Rows of tokens [first, last) over one segment, to `of`, whose queries are there.
-  void attend(const Rows& of, const Worker& worker, int64_t kv_head, int64_t first, int64_t last,
-              int64_t segment) const {
-    const int64_t num_rows = (last - first) * heads_per_key, end = args.start + last;
-    const float scale = 1.0f / std::sqrt(static_cast<float>(dim));
-    reset(of, first_row(first, segment * kSegment), num_rows, dim);
-    for (int64_t key = segment * kSegment; key < smaller((segment + 1) * kSegment, end); key += kKeys) {
-      const int64_t begin = first_row(first, key);
-      for (int64_t row = begin; row < num_rows; ++row) {
-        const int64_t seen = args.start + first + row / heads_per_key + 1 - key;
-        of.rows[row].num_keys = static_cast<int>(smaller(seen, kKeys));
-      }
-      const CachedBlock block = cache.read(kv_head, key / kKeys, worker.keys, worker.values);
-      isa().attend(of.rows + begin, static_cast<int>(num_rows - begin), block, dim, scale);
-    }
-  }
-
-  void merge(const Rows& part, const Rows& whole, int64_t first, int64_t last, int64_t segment) const {
-    for (int64_t row = first_row(first, segment * kSegment); row < (last - first) * heads_per_key; ++row) {
-      isa().merge_row(part.rows[row], whole.rows + row, dim);
-    }
-  }
-
-  void write(const Rows& whole, int64_t kv_head, int64_t first, int64_t last) const {
-    for (int64_t row = 0; row < (last - first) * heads_per_key; ++row) {
-      float* out = args.out + place(kv_head, first, row);
-      for (int64_t d = 0; d < dim; ++d) out[d] = whole.sums[row * dim + d] / whole.rows[row].total;
-    }
-  }
-
-  void run_few() const {
-    const int64_t num_rows = args.num_tokens * heads_per_key, num_heads = args.cache.num_kv_heads;
-    const Phase attended([&] { return num_heads * num_segments; },
-                         [&](int64_t unit, int64_t, int64_t index) {
-                           const int64_t kv_head = unit / num_segments, segment = unit % num_segments;
-                           const Rows part = partial(kv_head, segment);
-                           load_queries(part, worker(index), kv_head, 0, args.num_tokens);
-                           attend(part, worker(index), kv_head, 0, args.num_tokens, segment);
+void run_few(const Attention& attention) {
+  const mobilemoe_attention_args& args = attention.args;
+  const int64_t num_rows = args.num_tokens * attention.heads_per_key, num_heads = args.cache.num_kv_heads;
+  const Phase attended([&] { return num_heads * attention.num_segments; },
+                       [&](int64_t unit, int64_t, int64_t index) {
+                         const int64_t kv_head = unit / attention.num_segments, segment = unit % attention.num_segments;
+                         const Attention::Worker own = attention.worker(index);
+                         const Attention::Rows part = attention.partial(kv_head, segment);
+                         attention.load_queries(part, own, num_rows, [&](int64_t row) {
+                           return args.query + attention.place(kv_head, 0, row);
                          });
-    const Phase merged([&] { return num_heads; },
-                       [&](int64_t kv_head, int64_t, int64_t index) {
-                         const Rows whole = worker(index).whole;
-                         reset(whole, 0, num_rows, dim);
-                         for (int64_t segment = 0; segment < num_segments; ++segment) {
-                           merge(partial(kv_head, segment), whole, 0, args.num_tokens, segment);
-                         }
-                         write(whole, kv_head, 0, args.num_tokens);
+                         attention.attend(part, own, kv_head, 0, args.num_tokens, segment);
                        });
-    run_phases(num_threads, attended, merged);
-  }
+  const Phase merged([&] { return num_heads; },
+                     [&](int64_t kv_head, int64_t, int64_t index) {
+                       attention.finish(kv_head, attention.worker(index).whole);
+                     });
+  run_phases(attention.num_threads, attended, merged);
+}
 
-  void run_many() const {
-    const int64_t num_heads = args.cache.num_kv_heads, num_chunks = ceil_div(args.num_tokens, kUnitTokens);
-    const Phase attended(
-        [&] { return num_chunks * num_heads; },
-        [&](int64_t unit, int64_t, int64_t index) {
-          // Later tokens see more, so they come first.
-          const int64_t kv_head = unit % num_heads, first = (num_chunks - 1 - unit / num_heads) * kUnitTokens;
-          const int64_t last = smaller(first + kUnitTokens, args.num_tokens);
-          const Worker own = worker(index);
-          load_queries(own.part, own, kv_head, first, last);
-          reset(own.whole, 0, (last - first) * heads_per_key, dim);
-          for (int64_t segment = 0; segment * kSegment < args.start + last; ++segment) {
-            attend(own.part, own, kv_head, first, last, segment);
-            merge(own.part, own.whole, first, last, segment);
-          }
-          write(own.whole, kv_head, first, last);
-        });
-    run_phases(num_threads, attended);
-  }
+void run_many(const Attention& attention) {
+  const mobilemoe_attention_args& args = attention.args;
+  const int64_t num_heads = args.cache.num_kv_heads, num_chunks = ceil_div(args.num_tokens, kQueriesPerUnit);
+  const Phase attended(
+      [&] { return num_chunks * num_heads; },
+      [&](int64_t unit, int64_t, int64_t index) {
+        // Later tokens see more, so they come first.
+        const int64_t kv_head = unit % num_heads, first = (num_chunks - 1 - unit / num_heads) * kQueriesPerUnit;
+        const int64_t last = smaller(first + kQueriesPerUnit, args.num_tokens);
+        const int64_t num_rows = (last - first) * attention.heads_per_key;
+        const Attention::Worker own = attention.worker(index);
+        attention.load_queries(own.part, own, num_rows,
+                               [&](int64_t row) { return args.query + attention.place(kv_head, first, row); });
+        Attention::reset(own.whole, 0, num_rows, attention.dim);
+        for (int64_t segment = 0; segment * kSegment < args.start + last; ++segment) {
+          attention.attend(own.part, own, kv_head, first, last, segment);
+          attention.merge(own.part, own.whole, first, last, segment);
+        }
+        attention.write(own.whole, kv_head, first, last);
+      });
+  run_phases(attention.num_threads, attended);
+}
 
-  void run() const { is_few() ? run_few() : run_many(); }
-};
+}  // namespace
 
-int check(const mobilemoe_attention_args* args, int64_t num_threads) {
-  if (args == nullptr) return fail("args is null");
-  const auto& a = *args;
+int check_attention(const mobilemoe_attention_args& a, int64_t num_threads) {
   if (const int status = check_cache(a.cache, a.start, a.num_tokens)) return status;
   if (a.num_heads < 1 || a.num_heads > kMaxHeads || a.num_heads % a.cache.num_kv_heads != 0) {
     return fail("num_heads=%lld is no multiple of num_kv_heads=%lld", (long long)a.num_heads,
@@ -199,18 +67,19 @@ int check(const mobilemoe_attention_args* args, int64_t num_threads) {
   return check_threads(num_threads);
 }
 
-}  // namespace
 }  // namespace mobilemoe
 
 int mobilemoe_attention(const mobilemoe_attention_args* args, int64_t num_threads) {
   using namespace mobilemoe;
-  if (const int status = check(args, num_threads)) return status;
+  if (args == nullptr) return fail("args is null");
+  if (const int status = check_attention(*args, num_threads)) return status;
   if (args->num_tokens == 0) return MOBILEMOE_OK;
   Layout measured;
   Attention(measured, *args, num_threads);
   char* memory = workspace().reserve(measured.size());
   if (memory == nullptr) return out_of_memory(measured.size());
   Layout placed(memory);
-  Attention(placed, *args, num_threads).run();
+  const Attention attention(placed, *args, num_threads);
+  attention.is_few() ? run_few(attention) : run_many(attention);
   return MOBILEMOE_OK;
 }

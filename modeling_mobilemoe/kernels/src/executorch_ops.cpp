@@ -3,8 +3,6 @@
 #include <executorch/runtime/kernel/kernel_includes.h>
 #include <executorch/runtime/kernel/thread_parallel_interface.h>
 
-#include <cstring>
-
 #include "mobilemoe.h"
 
 namespace {
@@ -12,10 +10,7 @@ namespace {
 using executorch::aten::ScalarType;
 using executorch::aten::Tensor;
 using executorch::runtime::Error;
-using executorch::runtime::EValue;
 using executorch::runtime::KernelRuntimeContext;
-using executorch::runtime::Span;
-using executorch::runtime::internal::EventTracerProfileOpScope;
 using TensorList = executorch::aten::ArrayRef<Tensor>;
 
 // As many threads as ExecuTorch's pool has, but not its own: they sleep between operators, which in decoding takes as
@@ -35,40 +30,27 @@ bool fits(const Tensor& tensor, ScalarType dtype, std::initializer_list<int64_t>
   return true;
 }
 
-Tensor& moe_ffn_out(KernelRuntimeContext& context, const Tensor& x, const Tensor& router, const Tensor& bias,
-                    const Tensor& gate_up_qweight, const Tensor& gate_up_scale, const Tensor& down_qweight,
-                    const Tensor& down_scale, int64_t top_k, double route_scale, Tensor& out) {
-  ET_KERNEL_CHECK_MSG(context, x.dim() == 2 && gate_up_qweight.dim() == 3, InvalidArgument, out,
-                      "mobilemoe::moe_ffn: x is [T, D] and gate_up_qweight [E, D, F]");
-  const int64_t t = x.size(0), d = x.size(1), e = gate_up_qweight.size(0), f = gate_up_qweight.size(2);
-  ET_KERNEL_CHECK_MSG(
-      context,
-      fits(x, ScalarType::Float, {t, d}) && fits(router, ScalarType::Float, {e, d}) &&
-          fits(bias, ScalarType::Float, {e}) && fits(gate_up_qweight, ScalarType::Byte, {e, d, f}) &&
-          fits(gate_up_scale, ScalarType::Half, {e, d, f / 16}) &&
-          fits(down_qweight, ScalarType::Byte, {e, f, d / 2}) && fits(down_scale, ScalarType::Half, {e, f, d / 32}),
-      InvalidArgument, out, "mobilemoe::moe_ffn: the types or shapes of its inputs do not belong together");
-  ET_KERNEL_CHECK_MSG(context, executorch::runtime::resize_tensor(out, x.sizes()) == Error::Ok, InvalidArgument, out,
-                      "mobilemoe::moe_ffn: out is smaller than x");
-  mobilemoe_moe_ffn_args args = {};
-  args.num_tokens = t;
+// Router, bias and packed experts of inputs of width d: everything but x and out.
+bool to_experts(const Tensor& router, const Tensor& bias, const Tensor& gate_up_qweight, const Tensor& gate_up_scale,
+                const Tensor& down_qweight, const Tensor& down_scale, int64_t d, mobilemoe_moe_ffn_args& args) {
+  if (gate_up_qweight.dim() != 3) return false;
+  const int64_t e = gate_up_qweight.size(0), f = gate_up_qweight.size(2);
+  if (!fits(router, ScalarType::Float, {e, d}) || !fits(bias, ScalarType::Float, {e}) ||
+      !fits(gate_up_qweight, ScalarType::Byte, {e, d, f}) || !fits(gate_up_scale, ScalarType::Half, {e, d, f / 16}) ||
+      !fits(down_qweight, ScalarType::Byte, {e, f, d / 2}) || !fits(down_scale, ScalarType::Half, {e, f, d / 32})) {
+    return false;
+  }
   args.dim = d;
   args.expert_dim = f;
   args.num_experts = e;
-  args.top_k = top_k;
-  args.route_scale = static_cast<float>(route_scale);
   args.dtype = MOBILEMOE_FP32;
-  args.x = x.const_data_ptr();
   args.router = router.const_data_ptr<float>();
   args.bias = bias.const_data_ptr<float>();
   args.gate_up_qweight = gate_up_qweight.const_data_ptr<uint8_t>();
   args.gate_up_scale = static_cast<const uint16_t*>(gate_up_scale.const_data_ptr());
   args.down_qweight = down_qweight.const_data_ptr<uint8_t>();
   args.down_scale = static_cast<const uint16_t*>(down_scale.const_data_ptr());
-  args.out = out.mutable_data_ptr();
-  ET_KERNEL_CHECK_MSG(context, mobilemoe_moe_ffn(&args, num_threads()) == MOBILEMOE_OK, InvalidArgument, out,
-                      "mobilemoe::moe_ffn: %s", mobilemoe_last_error());
-  return out;
+  return true;
 }
 
 Tensor& int4_linear_out(KernelRuntimeContext& context, const Tensor& x, const Tensor& qweight, const Tensor& scale,
@@ -119,25 +101,6 @@ bool to_matrix(const TensorList& weights, size_t at, int64_t in_features, mobile
   return true;
 }
 
-Tensor& mlp_out(KernelRuntimeContext& context, const Tensor& x, TensorList weights, Tensor& out) {
-  mobilemoe_mlp_args args = {};
-  args.dim = is_rows(x) ? x.size(x.dim() - 1) : 0;
-  ET_KERNEL_CHECK_MSG(context,
-                      args.dim > 0 && weights.size() == 6 && to_matrix(weights, 0, args.dim, args.gate) &&
-                          to_matrix(weights, 2, args.dim, args.up) &&
-                          to_matrix(weights, 4, args.gate.out_features, args.down),
-                      InvalidArgument, out, "mobilemoe::mlp: the types or shapes of its inputs do not belong together");
-  ET_KERNEL_CHECK_MSG(context, executorch::runtime::resize_tensor(out, x.sizes()) == Error::Ok, InvalidArgument, out,
-                      "mobilemoe::mlp: out is smaller than x");
-  args.num_tokens = x.numel() / args.dim;
-  args.dtype = MOBILEMOE_FP32;
-  args.x = x.const_data_ptr();
-  args.out = out.mutable_data_ptr();
-  ET_KERNEL_CHECK_MSG(context, mobilemoe_mlp(&args, num_threads()) == MOBILEMOE_OK, InvalidArgument, out,
-                      "mobilemoe::mlp: %s", mobilemoe_last_error());
-  return out;
-}
-
 Tensor& rms_norm_out(KernelRuntimeContext& context, const Tensor& x, const Tensor& weight, double eps, Tensor& out) {
   ET_KERNEL_CHECK_MSG(context, is_rows(x) && fits(weight, ScalarType::Float, {x.size(x.dim() - 1)}), InvalidArgument,
                       out, "mobilemoe::rms_norm: x and weight are FP32, as wide as each other");
@@ -163,40 +126,42 @@ bool to_cache(const Tensor& tensor, int64_t head_dim, mobilemoe_cache& cache) {
   return type >= 0;
 }
 
-// Writes key and value [1, T, KV heads, head_dim] into the cache from position `start` on; out is not used.
-Tensor& update_cache_out(KernelRuntimeContext& context, const Tensor& key, const Tensor& value, Tensor& cache,
-                         int64_t start, Tensor& out) {
-  mobilemoe_cache to = {};
-  ET_KERNEL_CHECK_MSG(context,
-                      key.dim() == 4 && to_cache(cache, key.size(3), to) &&
-                          fits(key, ScalarType::Float, {1, key.size(1), to.num_kv_heads, to.head_dim}) &&
-                          fits(value, ScalarType::Float, {1, key.size(1), to.num_kv_heads, to.head_dim}),
-                      InvalidArgument, out,
-                      "mobilemoe::update_cache: the types or shapes of its inputs do not belong together");
-  const int status = mobilemoe_update_cache(&to, start, key.size(1), key.const_data_ptr<float>(),
-                                            value.const_data_ptr<float>(), num_threads());
-  ET_KERNEL_CHECK_MSG(context, status == MOBILEMOE_OK, InvalidArgument, out, "mobilemoe::update_cache: %s",
-                      mobilemoe_last_error());
-  return out;
-}
-
-Tensor& attention_out(KernelRuntimeContext& context, const Tensor& query, const Tensor& cache, int64_t start,
-                      Tensor& out) {
-  mobilemoe_attention_args args = {};
-  ET_KERNEL_CHECK_MSG(context,
-                      is_rows(query) && query.dim() == 4 && query.size(0) == 1 &&
-                          to_cache(cache, query.size(3), args.cache),
-                      InvalidArgument, out,
-                      "mobilemoe::attention: the types or shapes of its inputs do not belong together");
-  ET_KERNEL_CHECK_MSG(context, executorch::runtime::resize_tensor(out, query.sizes()) == Error::Ok, InvalidArgument,
-                      out, "mobilemoe::attention: out is smaller than the query");
-  args.num_tokens = query.size(1);
+// A layer over x [1, T, D]: `attention` is a norm, query, key, value and output; `feed_forward` a norm, gate, up and
+// down; `experts` is empty, or router, bias, and the experts' weights.
+Tensor& decoder_layer_out(KernelRuntimeContext& context, const Tensor& x, const Tensor& cos, const Tensor& sin,
+                          Tensor& cache, int64_t start, TensorList attention, TensorList feed_forward,
+                          TensorList experts, int64_t top_k, double route_scale, double eps, Tensor& out) {
+  mobilemoe_layer_args args = {};
+  const bool is_layer = is_rows(x) && x.dim() == 3 && x.size(0) == 1 && cos.dim() == 3 && attention.size() == 9 &&
+                        feed_forward.size() == 7 && (experts.empty() || experts.size() == 6);
+  const int64_t t = is_layer ? x.size(1) : 0, d = is_layer ? x.size(2) : 0, half = is_layer ? cos.size(2) : 0;
+  ET_KERNEL_CHECK_MSG(
+      context,
+      is_layer && fits(cos, ScalarType::Float, {1, t, half}) && fits(sin, ScalarType::Float, {1, t, half}) &&
+          to_cache(cache, 2 * half, args.cache) && fits(attention[0], ScalarType::Float, {d}) &&
+          to_matrix(attention, 1, d, args.query) && to_matrix(attention, 3, d, args.key) &&
+          to_matrix(attention, 5, d, args.value) && to_matrix(attention, 7, args.query.out_features, args.output) &&
+          fits(feed_forward[0], ScalarType::Float, {d}) && to_matrix(feed_forward, 1, d, args.gate) &&
+          to_matrix(feed_forward, 3, d, args.up) && to_matrix(feed_forward, 5, args.gate.out_features, args.down) &&
+          (experts.empty() ||
+           to_experts(experts[0], experts[1], experts[2], experts[3], experts[4], experts[5], d, args.experts)),
+      InvalidArgument, out, "mobilemoe::decoder_layer: the types or shapes of its inputs do not belong together");
+  ET_KERNEL_CHECK_MSG(context, executorch::runtime::resize_tensor(out, x.sizes()) == Error::Ok, InvalidArgument, out,
+                      "mobilemoe::decoder_layer: out is smaller than x");
+  args.num_tokens = t;
   args.start = start;
-  args.num_heads = query.size(2);
-  args.query = query.const_data_ptr<float>();
+  args.dim = d;
+  args.eps = static_cast<float>(eps);
+  args.x = x.const_data_ptr<float>();
+  args.cos = cos.const_data_ptr<float>();
+  args.sin = sin.const_data_ptr<float>();
+  args.attention_norm = attention[0].const_data_ptr<float>();
+  args.feed_forward_norm = feed_forward[0].const_data_ptr<float>();
+  args.experts.top_k = experts.empty() ? 0 : top_k;
+  args.experts.route_scale = static_cast<float>(route_scale);
   args.out = out.mutable_data_ptr<float>();
-  ET_KERNEL_CHECK_MSG(context, mobilemoe_attention(&args, num_threads()) == MOBILEMOE_OK, InvalidArgument, out,
-                      "mobilemoe::attention: %s", mobilemoe_last_error());
+  ET_KERNEL_CHECK_MSG(context, mobilemoe_decoder_layer(&args, num_threads()) == MOBILEMOE_OK, InvalidArgument, out,
+                      "mobilemoe::decoder_layer: %s", mobilemoe_last_error());
   return out;
 }
 
@@ -225,58 +190,9 @@ Tensor& int4_embedding_out(KernelRuntimeContext& context, const Tensor& tokens, 
   return out;
 }
 
-// Three outputs, which EXECUTORCH_LIBRARY's boxing does not take: (x, qkv, cos, sin, eps, query, key, value, returned).
-void attention_inputs_out(KernelRuntimeContext& context, Span<EValue*> stack) {
-  const auto check = [&](bool good, const char* what) {
-    if (!good) {
-      ET_LOG(Error, "mobilemoe::attention_inputs: %s", what);
-      context.fail(Error::InvalidArgument);
-    }
-    return good;
-  };
-  if (!check(stack.size() >= 8, "it takes 5 inputs and 3 outputs")) return;
-  const Tensor &x = stack[0]->toTensor(), &cos = stack[2]->toTensor(), &sin = stack[3]->toTensor();
-  const TensorList qkv = stack[1]->toTensorList();
-  mobilemoe_attention_inputs_args args = {};
-  args.dim = is_rows(x) ? x.size(x.dim() - 1) : 0;
-  args.head_dim = cos.dim() == 3 ? 2 * cos.size(2) : 0;
-  if (!check(args.dim > 0 && args.head_dim > 0 && x.dim() == 3 && qkv.size() == 6 &&
-                 fits(cos, ScalarType::Float, {x.size(0), x.size(1), args.head_dim / 2}) &&
-                 fits(sin, ScalarType::Float, {x.size(0), x.size(1), args.head_dim / 2}) &&
-                 to_matrix(qkv, 0, args.dim, args.query) && to_matrix(qkv, 2, args.dim, args.key) &&
-                 to_matrix(qkv, 4, args.dim, args.value),
-             "the types or shapes of its inputs do not belong together")) {
-    return;
-  }
-  const mobilemoe_matrix* matrices[] = {&args.query, &args.key, &args.value};
-  void** outs[] = {&args.query_out, &args.key_out, &args.value_out};
-  for (int i = 0; i < 3; ++i) {
-    Tensor& out = stack[5 + i]->toTensor();
-    if (!check(matrices[i]->out_features % args.head_dim == 0, "a projection does not divide into heads")) return;
-    const int64_t sizes[] = {x.size(0), x.size(1), matrices[i]->out_features / args.head_dim, args.head_dim};
-    executorch::aten::SizesType shape[4];
-    for (int j = 0; j < 4; ++j) shape[j] = static_cast<executorch::aten::SizesType>(sizes[j]);
-    if (!check(executorch::runtime::resize_tensor(out, {shape, 4}) == Error::Ok, "an output is too small")) return;
-    *outs[i] = out.mutable_data_ptr();
-  }
-  args.num_tokens = x.numel() / args.dim;
-  args.eps = static_cast<float>(stack[4]->toDouble());
-  args.dtype = MOBILEMOE_FP32;
-  args.x = x.const_data_ptr();
-  args.cos = cos.const_data_ptr<float>();
-  args.sin = sin.const_data_ptr<float>();
-  const EventTracerProfileOpScope scope(context.internal_event_tracer(), "mobilemoe::attention_inputs.out");
-  check(mobilemoe_attention_inputs(&args, num_threads()) == MOBILEMOE_OK, mobilemoe_last_error());
-}
-
 }  // namespace
 
-EXECUTORCH_LIBRARY(mobilemoe, "moe_ffn.out", moe_ffn_out);
 EXECUTORCH_LIBRARY(mobilemoe, "int4_linear.out", int4_linear_out);
 EXECUTORCH_LIBRARY(mobilemoe, "int4_embedding.out", int4_embedding_out);
-EXECUTORCH_LIBRARY(mobilemoe, "mlp.out", mlp_out);
-EXECUTORCH_LIBRARY(mobilemoe, "update_cache.out", update_cache_out);
-EXECUTORCH_LIBRARY(mobilemoe, "attention.out", attention_out);
 EXECUTORCH_LIBRARY(mobilemoe, "rms_norm.out", rms_norm_out);
-static const auto registered = executorch::runtime::register_kernel(
-    executorch::runtime::Kernel("mobilemoe::attention_inputs.out", attention_inputs_out));
+EXECUTORCH_LIBRARY(mobilemoe, "decoder_layer.out", decoder_layer_out);

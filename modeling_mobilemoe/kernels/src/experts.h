@@ -94,6 +94,9 @@ struct Pass {
   }
 };
 
+// A status with a sentence, as errors.h.
+int check_moe_ffn(const mobilemoe_moe_ffn_args& args);
+
 // Runs a pass of either kind in the caller's workspace.
 template <typename Kind>
 int run_pass(const Problem& problem, int64_t first, int64_t count) {

@@ -1,8 +1,6 @@
-// Few tokens: memory is the limit. A unit is a block of rows of one pair's expert, a contiguous piece of the weights
-// that is read once, while the next one is fetched.
 #include <cstring>
 
-#include "experts.h"
+#include "few_tokens.h"
 
 namespace mobilemoe {
 namespace {
@@ -54,65 +52,68 @@ void multiply_block(const Experts& experts, Block at, Weights next, const float*
   }
 }
 
-struct FewTokens : Pass {
-  float* gate_up;  // [P, blocks of D, 2F]
-  float* down;     // [P, blocks of F, D]
-  float* sums;     // [threads, 3, D]
+// Pairs by expert, so that a second token of an expert finds its weights in cache.
+Block block_of(const Router& router, const Experts& experts, int64_t unit) {
+  return {router.index[router.sorted[unit / experts.num_blocks()]], unit % experts.num_blocks()};
+}
 
-  FewTokens(Layout& layout, const Problem& of, int64_t at, int64_t count)
-      : Pass(layout, of, at, count),
-        gate_up(layout.take<float>(count * of.args.top_k * of.gate_up.num_blocks() * of.gate_up.columns)),
-        down(layout.take<float>(count * of.args.top_k * of.down.num_blocks() * of.down.columns)),
-        sums(layout.take<float>(of.num_threads * 3 * of.args.dim)) {}
+}  // namespace
+
+void FewTokens::multiply_in(int64_t unit, int64_t next, int64_t worker, const float* x) const {
+  const Experts &in = problem.gate_up, &out = problem.down;
+  const int64_t pair = router.sorted[unit / in.num_blocks()], block = unit % in.num_blocks();
+  // The worker's last block fetches the one of the other matrix that it will likely begin with.
+  const Weights ahead = next < num_in() ? block_of(router, in, next).weights(in)
+                                        : block_of(router, out, smaller(worker, num_out() - 1)).weights(out);
+  multiply_block(in, block_of(router, in, unit), ahead, x + pair / problem.args.top_k * problem.args.dim + block * kBlock,
+                 gate_up + (pair * in.num_blocks() + block) * in.columns);
+}
+
+void FewTokens::multiply_out(int64_t unit, int64_t next) const {
+  const Experts &in = problem.gate_up, &out = problem.down;
+  const int64_t pair = router.sorted[unit / out.num_blocks()], block = unit % out.num_blocks();
+  const int num_rows = rows_in_block(out.rows, block);
+  alignas(64) float gate[kBlock] = {}, up[kBlock] = {}, mid[kBlock];
+  for (int64_t b = 0; b < in.num_blocks(); ++b) {
+    const float* partial = gate_up + (pair * in.num_blocks() + b) * in.columns + block * kBlock;
+    isa().add(gate, partial, 1.0f, num_rows);
+    isa().add(up, partial + problem.args.expert_dim, 1.0f, num_rows);
+  }
+  isa().swiglu(gate, up, num_rows, mid);
+  multiply_block(out, block_of(router, out, unit), block_of(router, out, next < num_out() ? next : unit).weights(out),
+                 mid, down + (pair * out.num_blocks() + block) * problem.args.dim);
+}
+
+void FewTokens::add_up(int64_t token, float* total, float* scratch) const {
+  const int64_t top_k = problem.args.top_k, num_blocks = problem.down.num_blocks(), dim = problem.args.dim;
+  std::memset(total, 0, dim * sizeof(float));
+  for (int64_t pair = token * top_k; pair < (token + 1) * top_k; ++pair) {
+    std::memset(scratch, 0, dim * sizeof(float));
+    for (int64_t b = 0; b < num_blocks; ++b) isa().add(scratch, down + (pair * num_blocks + b) * dim, 1.0f, dim);
+    isa().add(total, scratch, router.weight[pair], dim);
+  }
+}
+
+namespace {
+
+struct FewTokensOfOperator : FewTokens {
+  using FewTokens::FewTokens;
 
   void run() const {
-    const mobilemoe_moe_ffn_args& args = problem.args;
-    const Experts &in = problem.gate_up, &out = problem.down;
-    const int64_t num_pairs = num_tokens * args.top_k, dim = args.dim;
     const float* x = inputs();
+    const int64_t dim = problem.args.dim;
     auto scored = score(x);
     auto chosen = choose();
-    // Pairs by expert, so that a second token of an expert finds its weights in cache.
-    const auto block_of = [&](const Experts& experts, int64_t unit) {
-      return Block{router.index[router.sorted[unit / experts.num_blocks()]], unit % experts.num_blocks()};
-    };
-    const int64_t num_in = num_pairs * in.num_blocks(), num_out = num_pairs * out.num_blocks();
-    const auto first_half = [&](int64_t unit, int64_t next, int64_t worker) {
-      const int64_t pair = router.sorted[unit / in.num_blocks()], block = unit % in.num_blocks();
-      // The worker's last block fetches the one of the other matrix that it will likely begin with.
-      const Weights ahead =
-          next < num_in ? block_of(in, next).weights(in) : block_of(out, smaller(worker, num_out - 1)).weights(out);
-      multiply_block(in, block_of(in, unit), ahead, x + pair / args.top_k * dim + block * kBlock,
-                     gate_up + (pair * in.num_blocks() + block) * in.columns);
-    };
-    const auto second_half = [&](int64_t unit, int64_t next, int64_t) {
-      const int64_t pair = router.sorted[unit / out.num_blocks()], block = unit % out.num_blocks();
-      const int num_rows = rows_in_block(out.rows, block);
-      alignas(64) float gate[kBlock] = {}, up[kBlock] = {}, mid[kBlock];
-      for (int64_t b = 0; b < in.num_blocks(); ++b) {
-        const float* partial = gate_up + (pair * in.num_blocks() + b) * in.columns + block * kBlock;
-        isa().add(gate, partial, 1.0f, num_rows);
-        isa().add(up, partial + args.expert_dim, 1.0f, num_rows);
-      }
-      isa().swiglu(gate, up, num_rows, mid);
-      multiply_block(out, block_of(out, unit), block_of(out, next < num_out ? next : unit).weights(out), mid,
-                     down + (pair * out.num_blocks() + block) * dim);
-    };
-    const auto add_up = [&](int64_t t, int64_t, int64_t worker) {
-      float *total = sums + worker * 3 * dim, *of_pair = total + dim, *ordered = total + 2 * dim;
-      std::memset(total, 0, dim * sizeof(float));
-      for (int64_t pair = t * args.top_k; pair < (t + 1) * args.top_k; ++pair) {
-        std::memset(of_pair, 0, dim * sizeof(float));
-        for (int64_t b = 0; b < out.num_blocks(); ++b) {
-          isa().add(of_pair, down + (pair * out.num_blocks() + b) * dim, 1.0f, dim);
-        }
-        isa().add(total, of_pair, router.weight[pair], dim);
-      }
-      write(t, total, ordered);
-    };
-    Phase gated([num_in] { return num_in; }, first_half);
-    Phase multiplied([num_out] { return num_out; }, second_half);
-    Phase added([this] { return num_tokens; }, add_up);
+    const Phase gated([&] { return num_in(); },
+                      [&](int64_t unit, int64_t next, int64_t worker) { multiply_in(unit, next, worker, x); });
+    const Phase multiplied([&] { return num_out(); },
+                           [&](int64_t unit, int64_t next, int64_t) { multiply_out(unit, next); });
+    const Phase added([&] { return num_tokens; },
+                      [&](int64_t token, int64_t, int64_t worker) {
+                        float* total = sums + worker * 3 * dim;
+                        add_up(token, total, total + dim);
+                        write(token, total, total + 2 * dim);
+                      });
     run_phases(problem.num_threads, scored, chosen, gated, multiplied, added);
   }
 };
@@ -120,7 +121,7 @@ struct FewTokens : Pass {
 }  // namespace
 
 int run_few_tokens(const Problem& problem, int64_t first, int64_t count) {
-  return run_pass<FewTokens>(problem, first, count);
+  return run_pass<FewTokensOfOperator>(problem, first, count);
 }
 
 }  // namespace mobilemoe

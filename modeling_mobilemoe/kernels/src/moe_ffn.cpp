@@ -23,9 +23,9 @@ struct Width {
 
 constexpr int64_t kMaxWidth = 1 << 20, kMaxExperts = 1 << 16, kMaxTokens = int64_t{1} << 40;
 
-int check(const mobilemoe_moe_ffn_args* args) {
-  if (args == nullptr) return fail("args is null");
-  const auto& a = *args;
+}  // namespace
+
+int check_moe_ffn(const mobilemoe_moe_ffn_args& a) {
   if (a.num_tokens < 0 || a.num_tokens > kMaxTokens) return fail("num_tokens=%lld", (long long)a.num_tokens);
   for (const auto& [name, width] : {Width{"dim", a.dim}, Width{"expert_dim", a.expert_dim}}) {
     if (width < kGroup || width > kMaxWidth || width % kGroup != 0) {
@@ -57,12 +57,12 @@ int check(const mobilemoe_moe_ffn_args* args) {
   return MOBILEMOE_OK;
 }
 
-}  // namespace
 }  // namespace mobilemoe
 
 int mobilemoe_moe_ffn(const mobilemoe_moe_ffn_args* args, int64_t num_threads) {
   using namespace mobilemoe;
-  if (const int status = check(args)) return status;
+  if (args == nullptr) return fail("args is null");
+  if (const int status = check_moe_ffn(*args)) return status;
   if (const int status = check_threads(num_threads)) return status;
   if (args->num_tokens == 0) return MOBILEMOE_OK;
   if (args->gate_up_qweight == nullptr || args->gate_up_scale == nullptr || args->down_qweight == nullptr ||
@@ -84,7 +84,8 @@ int mobilemoe_moe_ffn(const mobilemoe_moe_ffn_args* args, int64_t num_threads) {
 int mobilemoe_route(const mobilemoe_moe_ffn_args* args, int64_t* index, float* weight,
                     int64_t num_threads) {
   using namespace mobilemoe;
-  if (const int status = check(args)) return status;
+  if (args == nullptr) return fail("args is null");
+  if (const int status = check_moe_ffn(*args)) return status;
   if (const int status = check_threads(num_threads)) return status;
   if (args->num_tokens == 0) return MOBILEMOE_OK;
   if (index == nullptr || weight == nullptr) return fail("index or weight is null");

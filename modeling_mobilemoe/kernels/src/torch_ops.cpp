@@ -218,6 +218,54 @@ Tensor attention(const Tensor& query, const Tensor& cache, int64_t start) {
   return out;
 }
 
+// A layer over [1, T, D]: `attention` is a norm, query, key, value and output; `feed_forward` a norm, gate, up and down;
+// `experts` is empty, or router, bias, and the experts' weights.
+Tensor decoder_layer(const Tensor& x, const Tensor& cos, const Tensor& sin, Tensor& cache, int64_t start,
+                     at::TensorList attention, at::TensorList feed_forward, at::TensorList experts_of_layer,
+                     int64_t top_k, double route_scale, double eps) {
+  TORCH_CHECK_VALUE(x.dim() == 3 && x.size(0) == 1 && cos.dim() == 3, "x is ", x.sizes(), " and cos ", cos.sizes(),
+                    ", the kernel needs [1, tokens, dim] and [1, tokens, head_dim / 2].");
+  TORCH_CHECK_VALUE(attention.size() == 9 && feed_forward.size() == 7 &&
+                        (experts_of_layer.empty() || experts_of_layer.size() == 6),
+                    "attention, feed_forward and experts have ", attention.size(), ", ", feed_forward.size(), " and ",
+                    experts_of_layer.size(), " tensors, the kernel needs 9, 7, and 6 or none.");
+  const int64_t d = x.size(2), half = cos.size(2);
+  const int64_t angles[] = {1, x.size(1), half};
+  const auto floats = [](const Tensor& tensor, const char* name, at::IntArrayRef shape) {
+    return static_cast<const float*>(address(tensor, name, at::kFloat, shape));
+  };
+  mobilemoe_layer_args args = {};
+  args.num_tokens = x.size(1);
+  args.start = start;
+  args.dim = d;
+  args.eps = static_cast<float>(eps);
+  args.x = floats(x, "x", x.sizes());
+  args.cos = floats(cos, "cos", angles);
+  args.sin = floats(sin, "sin", angles);
+  args.cache = cache_of(cache, 2 * half);
+  args.attention_norm = floats(attention[0], "the attention's norm", {d});
+  args.query = matrix(attention[1], attention[2], d, "query");
+  args.key = matrix(attention[3], attention[4], d, "key");
+  args.value = matrix(attention[5], attention[6], d, "value");
+  args.output = matrix(attention[7], attention[8], args.query.out_features, "output");
+  args.feed_forward_norm = floats(feed_forward[0], "the feed-forward's norm", {d});
+  args.gate = matrix(feed_forward[1], feed_forward[2], d, "gate");
+  args.up = matrix(feed_forward[3], feed_forward[4], d, "up");
+  args.down = matrix(feed_forward[5], feed_forward[6], args.gate.out_features, "down");
+  Tensor out = at::empty(x.sizes(), x.options());
+  if (!experts_of_layer.empty()) {
+    args.experts = experts(x.view({-1, d}), experts_of_layer[2], experts_of_layer[3], experts_of_layer[4],
+                           experts_of_layer[5], out);
+    args.experts.top_k = top_k;
+    args.experts.route_scale = static_cast<float>(route_scale);
+    args.experts.router = floats(experts_of_layer[0], "router", {args.experts.num_experts, d});
+    args.experts.bias = floats(experts_of_layer[1], "bias", {args.experts.num_experts});
+  }
+  args.out = out.mutable_data_ptr<float>();
+  check(mobilemoe_decoder_layer(&args, at::get_num_threads()));
+  return out;
+}
+
 Tensor int4_embedding(const Tensor& tokens, const Tensor& qweight, const Tensor& scale) {
   TORCH_CHECK_VALUE(qweight.dim() == 2, "qweight is ", qweight.sizes(), ", the kernel needs [vocab, dim / 2].");
   const int64_t dim = 2 * qweight.size(1);
@@ -243,6 +291,7 @@ TORCH_LIBRARY_IMPL(mobilemoe, CPU, library) {
   library.impl("update_cache", update_cache);
   library.impl("attention", attention);
   library.impl("rms_norm", rms_norm);
+  library.impl("decoder_layer", decoder_layer);
   library.impl("feed_forward", feed_forward);
   library.impl("attention_inputs", attention_inputs);
 }
