@@ -22,7 +22,7 @@ struct Block {
 
 // Asks for lines [first, last) of the weights to come, as many at once as a core can wait for.
 void fetch(const void* weights, int64_t first, int64_t last) {
-  for (int64_t line = first; line < last; ++line) __builtin_prefetch(static_cast<const char*>(weights) + line * 64);
+  for (int64_t line = first; line < last; ++line) __builtin_prefetch(static_cast<const char*>(weights) + line * 64, 0, 2);
 }
 
 // out [columns] = a block of an expert times its inputs x. Prefetches `next` while it computes: a quarter of what it

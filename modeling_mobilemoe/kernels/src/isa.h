@@ -64,7 +64,7 @@ struct LinearInputs {
 };
 
 constexpr int kSums = 4;           // FP32 sums of a linear's output
-constexpr int kAhead = 4096;       // bytes that reading a linear's weights front to back fetches in advance
+constexpr int kAhead = 8192;       // bytes that reading a linear's weights fetches in advance, into the second level
 constexpr int kPanelRows = 32;     // outputs of a linear that are unpacked together
 constexpr int kMaxLinearTile = 6;  // tokens that they are multiplied with at a time
 

@@ -122,8 +122,8 @@ void multiply_strip(const Strip& strip, int num_rows, const Activations& activat
         const int row = k + c * kCellBytes;
         const Cells cells = transpose_rows(strip.rows + row * strip.stride + g * 16, strip.stride, has_second);
         const char* ahead = reinterpret_cast<const char*>(next) + (g / 2 * num_rows + row) * 24;
-        _mm_prefetch(ahead, _MM_HINT_T0);
-        _mm_prefetch(ahead + 64, _MM_HINT_T0);
+        _mm_prefetch(ahead, _MM_HINT_T1);
+        _mm_prefetch(ahead + 64, _MM_HINT_T1);
         for (int i = 0; i < 4; ++i) {
           even[i] = add_pairs(even[i], _mm256_maddubs_epi16(low_nibbles(cells.byte[i]), x[c]));
           odd[i] = add_pairs(odd[i], _mm256_maddubs_epi16(high_nibbles(cells.byte[i]), x[c]));
@@ -203,7 +203,7 @@ void multiply_rows(const uint8_t* qweight, const uint16_t* scale, int num_rows, 
 #pragma GCC unroll 4
           for (int i = 0; i < 4; ++i) {
             const __m256i packed = load_groups(of_row[i] + g * 16, has_second);
-            _mm_prefetch(reinterpret_cast<const char*>(of_row[i]) + g * 16 + kAhead, _MM_HINT_T0);
+            _mm_prefetch(reinterpret_cast<const char*>(of_row[i]) + g * 16 + kAhead, _MM_HINT_T1);
             products[i] = add_pairs(offset, _mm256_add_epi16(_mm256_maddubs_epi16(low_nibbles(packed), even),
                                                              _mm256_maddubs_epi16(high_nibbles(packed), odd)));
           }

@@ -213,7 +213,7 @@ void multiply_strip(const Strip& strip, int num_rows, const Activations& activat
       const Cells cells = transpose_rows(strip, row, mask);
 #pragma GCC unroll 4
       for (int i = 0; i < 4; ++i) {
-        if (i < 3) _mm_prefetch(reinterpret_cast<const char*>(next) + (row / 4 * 3 + i) * 64, _MM_HINT_T0);
+        if (i < 3) _mm_prefetch(reinterpret_cast<const char*>(next) + (row / 4 * 3 + i) * 64, _MM_HINT_T1);
         add_products(even[i], low_nibbles(cells.byte[i]), x[c]);
         add_products(odd[i], high_nibbles(cells.byte[i]), x[c]);
       }
@@ -278,7 +278,7 @@ void multiply_rows(const uint8_t* qweight, const uint16_t* scale, int num_rows, 
       for (int i = 0; i < 4; ++i) {
         const __m512 converted = _mm512_cvtph_ps(_mm256_maskz_loadu_epi16(used, scales[i] + begin));
         of_rows[i] = _mm512_mul_ps(converted, step);
-        _mm_prefetch(reinterpret_cast<const char*>(scales[i] + begin) + ahead / 8, _MM_HINT_T0);
+        _mm_prefetch(reinterpret_cast<const char*>(scales[i] + begin) + ahead / 8, _MM_HINT_T1);
       }
       __m512i steps[4];
       transpose_groups(of_rows, steps);
@@ -291,7 +291,7 @@ void multiply_rows(const uint8_t* qweight, const uint16_t* scale, int num_rows, 
         for (int i = 0; i < 4; ++i) {
           const uint8_t* at = of_row[i] + g * 16;
           const __m512i packed = _mm512_maskz_loadu_epi8(bytes, at);
-          _mm_prefetch(reinterpret_cast<const char*>(at) + ahead, _MM_HINT_T0);
+          _mm_prefetch(reinterpret_cast<const char*>(at) + ahead, _MM_HINT_T1);
           products[i] = offset;
           add_products(products[i], low_nibbles(packed), even);
           add_products(products[i], high_nibbles(packed), odd);
