@@ -18,6 +18,9 @@ def main(argv: list[str] | None = None) -> None:
     for add in (add_plan, add_export, add_run, add_bench, add_eval, add_card):
         add(commands)
     arguments = parser.parse_args(argv)
+    # Before PyTorch loads OpenMP, whose threads would spin for milliseconds after every operator and take the cores of
+    # whatever else computes.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     try:
         arguments.function(arguments)
     except (ValueError, OSError) as error:
