@@ -48,6 +48,13 @@ def test_kernel_benchmark_prints_json_last():
 
 
 @pytest.mark.slow
+def test_layer_benchmark_prints_json_last():
+    result = run_benchmark("bench_layer.py", "--rounds", "1", "--contexts", "16", "--threads", "1")
+    (row,) = result["layers"]
+    assert row["context"] == 16 and 0 < row["min_ms"] <= row["ms"] <= row["max_ms"] and row["cpu_ms"] > 0
+
+
+@pytest.mark.slow
 def test_granularity_benchmark_prints_json_last():
     times = run_benchmark("bench_granularity.py", "--tokens", "1", "--repeats", "3")["us_per_token"]["1"]
     assert set(times) == {"2", "4", "8", "16"}

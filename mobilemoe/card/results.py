@@ -247,8 +247,8 @@ def architecture_table(config: MobileMoEConfig) -> str:
         ("weights in BF16", f"{2 * config.num_total_parameters / 1e6:,.1f} MB"),
         (
             "key-value cache of 1,024 tokens",
-            f"{kv_cache_bytes(config, 1024) / 1e6:,.1f} MB in FP32, {kv_cache_bytes(config, 1024, 8) / 1e6:,.1f} MB "
-            "in INT8",
+            f"{kv_cache_bytes(config, 1024, 32) / 1e6:,.1f} MB in FP32, "
+            f"{kv_cache_bytes(config, 1024, 8) / 1e6:,.1f} MB in INT8",
         ),
     ]
     return table(("", "value"), rows)
