@@ -3,8 +3,8 @@ Draws one decoder layer of MobileMoE-S, for the README.
 
     python benchmarks/decoder_layer.py [--output docs/decoder_layer.svg]
 
-The sizes are those of `MobileMoEConfig()`. The background is opaque, because GitHub shows the same picture on light and
-on dark pages.
+The sizes are those of `MobileMoEConfig()`. The background is opaque, because GitHub shows the same picture on light
+and on dark pages.
 """
 
 import argparse
