@@ -7,7 +7,7 @@ export MALLOC_MMAP_THRESHOLD_ = 33554432
 export MALLOC_TRIM_THRESHOLD_ = 17179869184
 export MALLOC_TOP_PAD_ = 268435456
 
-.PHONY: setup demo test test-slow lint cards clean
+.PHONY: setup demo test test-slow lint docs cards clean
 
 setup: $(VENV)/.ready
 
@@ -35,6 +35,18 @@ test-slow: setup
 lint: setup
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
+	$(VENV)/bin/ty check
+
+# The site: out/docs/index.html. Its sources are copied with their paths, so that links between documents hold.
+docs: $(VENV)/.docs
+	rm -rf build/docs
+	mkdir -p build/docs
+	git ls-files '*.md' docs 'examples/*.ipynb' ':!.github' ':!*template.md' | xargs cp --parents -t build/docs
+	$(VENV)/bin/mkdocs build --strict
+
+$(VENV)/.docs: $(VENV)/.ready
+	$(VENV)/bin/pip install --quiet --editable ".[docs]"
+	touch $@
 
 # Results that begin with a size belong to its card, those that begin with "all" to all three.
 cards: setup

@@ -18,7 +18,7 @@ from torch import nn
 from tqdm import tqdm
 
 from modeling_mobilemoe import kernels
-from modeling_mobilemoe.quantization_mobilemoe import Int4Experts
+from modeling_mobilemoe.fused_mobilemoe import Int4Experts
 
 
 HIDDEN, EXPANSION = 768, 8

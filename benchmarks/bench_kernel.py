@@ -18,7 +18,7 @@ from torch import nn
 from tqdm import tqdm
 
 from modeling_mobilemoe import kernels
-from modeling_mobilemoe.quantization_mobilemoe import Int4Experts, Int4Format
+from modeling_mobilemoe.fused_mobilemoe import Int4Experts, Int4Format
 
 
 DIM, EXPERT_DIM, NUM_EXPERTS, TOP_K = 768, 384, 60, 4

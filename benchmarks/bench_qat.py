@@ -23,7 +23,7 @@ from tqdm import tqdm
 
 from mobilemoe.train.qat import prepare
 from modeling_mobilemoe import MobileMoEConfig, MobileMoEForCausalLM
-from modeling_mobilemoe.quantization_mobilemoe import Int4Format
+from modeling_mobilemoe.fused_mobilemoe import Int4Format
 
 
 VARIANTS = {

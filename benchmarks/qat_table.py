@@ -26,7 +26,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from mobilemoe.train.qat import Int4FakeQuantizer, prepare
 from modeling_mobilemoe import dequantize, quantize
-from modeling_mobilemoe.quantization_mobilemoe import Int4Format
+from modeling_mobilemoe.fused_mobilemoe import Int4Format
 
 
 AXES = ("output", "input")

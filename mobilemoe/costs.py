@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 
 from modeling_mobilemoe.configuration_mobilemoe import MobileMoEConfig
-from modeling_mobilemoe.quantization_mobilemoe import Int4Format
+from modeling_mobilemoe.fused_mobilemoe import Int4Format
 
 
 # What the key-value cache of an exported program holds (export.py); the paper counts 8.

@@ -4,10 +4,12 @@ Pre-training and mid-training on raw text: two YAML files, one script.
     python recipes/pretrain.py --config recipes/tiny/pretrain.yaml [--any_field value]
 """
 
-from transformers import AutoTokenizer, set_seed
-from trl import SFTConfig, TrlParser
+from pathlib import Path
 
-from mobilemoe.train.recipe import RecipeArguments, load_model, make_trainer, train
+from transformers import AutoTokenizer, set_seed
+from trl import SFTConfig
+
+from mobilemoe.train.recipe import RecipeArguments, load_model, make_trainer, parse_arguments, train
 
 
 def main(recipe: RecipeArguments, training_args: SFTConfig) -> None:
@@ -22,4 +24,4 @@ def main(recipe: RecipeArguments, training_args: SFTConfig) -> None:
 
 
 if __name__ == "__main__":
-    main(*TrlParser((RecipeArguments, SFTConfig)).parse_args_and_config())
+    main(*parse_arguments(Path(__file__).parent, (RecipeArguments, SFTConfig)))

@@ -7,13 +7,15 @@ On one GPU, or on several with `recipes/accelerate/ddp.yaml`.
 """
 
 from dataclasses import dataclass, field
+from pathlib import Path
 
 from transformers import AutoTokenizer
-from trl import SFTConfig, TrlParser
+from trl import SFTConfig
 
 from mobilemoe.train.qat import FakeQuantizationStart, convert, prepare
-from mobilemoe.train.recipe import RecipeArguments, load_model, make_trainer, refuse_fsdp, train
-from modeling_mobilemoe.quantization_mobilemoe import Int4Format
+from mobilemoe.train.recipe import RecipeArguments, load_model, make_trainer, parse_arguments, refuse_fsdp, train
+from modeling_mobilemoe.fused_mobilemoe import Int4Format
+from modeling_mobilemoe.quantization_mobilemoe import quantization_table
 
 
 @dataclass
@@ -52,13 +54,14 @@ def main(recipe: RecipeArguments, quantization: QATArguments, training_args: SFT
     if trainer.state.global_step <= quantization.quantize_from_step:
         raise ValueError(
             f"Training ended after {trainer.state.global_step} steps with quantize_from_step="
-            f"{quantization.quantize_from_step}: no step saw INT4 weights, and packing would only round them. Go on "
+            f"{quantization.quantize_from_step}: no step saw INT4 weights, and packing would only round them. Resume "
             "from the last checkpoint with --resume_from_checkpoint true, or set an earlier step."
         )
     if trainer.is_world_process_zero():
         convert(model).save_pretrained(training_args.output_dir)
+        print(quantization_table(model))
         tokenizer.save_pretrained(training_args.output_dir)
 
 
 if __name__ == "__main__":
-    main(*TrlParser((RecipeArguments, QATArguments, SFTConfig)).parse_args_and_config())
+    main(*parse_arguments(Path(__file__).parent, (RecipeArguments, QATArguments, SFTConfig)))

@@ -4,14 +4,14 @@ Instruction fine-tuning on conversations, or on prompts and completions; the los
     python recipes/sft.py --config recipes/tiny/sft.yaml [--any_field value]
 
 With `--lora_scope attention --lora_rank 16`, adapters train in place of all weights: `output_dir/adapter` holds them,
-and `output_dir` the merged model, from which QAT or export go on. Over a packed INT4 base there is only the adapter.
+and `output_dir` the merged model, for QAT or export. Over a packed INT4 base there is only the adapter.
 """
 
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from transformers import AutoTokenizer, set_seed
-from trl import SFTConfig, TrlParser
+from trl import SFTConfig
 
 from mobilemoe.train.lora import add_lora
 from mobilemoe.train.recipe import (
@@ -19,6 +19,7 @@ from mobilemoe.train.recipe import (
     RecipeArguments,
     load_model,
     make_trainer,
+    parse_arguments,
     refuse_fsdp,
     train,
 )
@@ -72,4 +73,4 @@ def main(recipe: RecipeArguments, lora: LoRAArguments, training_args: SFTConfig)
 
 
 if __name__ == "__main__":
-    main(*TrlParser((RecipeArguments, LoRAArguments, SFTConfig)).parse_args_and_config())
+    main(*parse_arguments(Path(__file__).parent, (RecipeArguments, LoRAArguments, SFTConfig)))

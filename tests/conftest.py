@@ -27,8 +27,8 @@ from mobilemoe.cli import main
 from mobilemoe.train.qat import convert, prepare
 from mobilemoe.train.recipe import CHAT_TEMPLATE
 from modeling_mobilemoe import MobileMoEConfig, MobileMoEForCausalLM, dequantize, quantize
+from modeling_mobilemoe.fused_mobilemoe import Int4Format
 from modeling_mobilemoe.kernels import build_runner
-from modeling_mobilemoe.quantization_mobilemoe import Int4Format
 
 
 torch.set_num_threads(2)

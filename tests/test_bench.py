@@ -16,7 +16,7 @@ from mobilemoe.cli import main
 from mobilemoe.costs import read_device
 from mobilemoe.export import random_program as bench_programs
 from modeling_mobilemoe import MobileMoEConfig
-from modeling_mobilemoe.quantization_mobilemoe import Int4Module
+from modeling_mobilemoe.fused_mobilemoe import Int4Module
 
 
 RECIPES = Path(__file__).parents[1] / "recipes"

@@ -163,7 +163,7 @@ def test_scores_of_metas_models_stand_beside_the_papers(results, tmp_path):
 
 
 def test_card_of_a_fine_tune_shows_what_was_measured(results, text_checkpoint, float_text_checkpoint, tmp_path):
-    recipe = ROOT / "recipes/mobilemoe-s/qat.yaml"
+    recipe = ROOT / "recipes/qat.yaml"
     state = {
         "global_step": 3,
         "log_history": [{"loss": 5.5}, {"loss": 4.25, "num_tokens": 6144.0, "load_imbalance": 1.5}],
@@ -279,9 +279,7 @@ def test_licences_of_ones_own_and_of_what_came_from_meta(float_text_checkpoint, 
     assert check_metadata(text)["license_name"] == "my-licence"
     assert "## Licence\n\n[my-licence](https://example.org/licence)." in text
     # The recipe says where it came from.
-    recipe = yaml.safe_load((ROOT / "recipes/mobilemoe-s/sft.yaml").read_text()) | {
-        "model": "facebook/MobileMoE-S-SFT"
-    }
+    recipe = yaml.safe_load((ROOT / "recipes/sft.yaml").read_text()) | {"model": "facebook/MobileMoE-S-SFT"}
     (tmp_path / "sft.yaml").write_text(yaml.safe_dump(recipe))
     derived = [*model, "--recipe", tmp_path / "sft.yaml", "--license"]
     assert "under Meta's licence only" in failure(tmp_path / "derived.md", *derived, "apache-2.0")

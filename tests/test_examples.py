@@ -1,4 +1,4 @@
-"""The example scripts run from their command lines."""
+"""The demo and the benchmarks run from their command lines."""
 
 import json
 import shutil
@@ -12,18 +12,19 @@ from mobilemoe.train.routing import read_routing
 
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
+BENCHMARKS = EXAMPLES.with_name("benchmarks")
 
 
-def run_example(name: str, *arguments: str, cwd: Path | None = None) -> dict:
+def run_benchmark(name: str, *arguments: str, cwd: Path | None = None) -> dict:
     """Runs a benchmark and returns the JSON line that it prints last."""
-    command = [sys.executable, EXAMPLES / name, *arguments]
+    command = [sys.executable, BENCHMARKS / name, *arguments]
     result = subprocess.run(command, cwd=cwd, capture_output=True, text=True)
     assert result.returncode == 0, result.stderr[-3000:]
     return json.loads(result.stdout.splitlines()[-1])
 
 
 def test_forward_benchmark_prints_json_last():
-    result = run_example("bench_forward.py", "--tokens", "16", "--layers", "1", "--repeats", "3")
+    result = run_benchmark("bench_forward.py", "--tokens", "16", "--layers", "1", "--repeats", "3")
     for model in ("mobilemoe", "olmoe", "qwen3_moe"):
         assert 0 < result[model]["p10"] <= result[model]["ms_per_layer"] <= result[model]["p90"]
 
@@ -31,7 +32,7 @@ def test_forward_benchmark_prints_json_last():
 @pytest.mark.slow
 def test_evaluation_benchmark_prints_json_last(base_checkpoint):
     arguments = ("--model", str(base_checkpoint), "--documents", "2", "--repeats", "1", "--batch-sizes", "4")
-    tasks = run_example("bench_eval.py", *arguments)["tasks"]
+    tasks = run_benchmark("bench_eval.py", *arguments)["tasks"]
     for task in ("short context", "shared examples", "own examples"):
         assert set(tasks[task]["requests_per_s"]) == {"mobilemoe", "hf, batch size 4"}
         # In FP32 the two compute the same.
@@ -40,7 +41,7 @@ def test_evaluation_benchmark_prints_json_last(base_checkpoint):
 
 @pytest.mark.slow
 def test_kernel_benchmark_prints_json_last():
-    result = run_example("bench_kernel.py", "--tokens", "1", "64", "--repeats", "3")
+    result = run_benchmark("bench_kernel.py", "--tokens", "1", "64", "--repeats", "3")
     for tokens in ("1", "64"):
         times = result["ms_per_layer"][tokens]
         assert 0 < times["min"] <= times["kernel"] <= times["p90"]
@@ -48,7 +49,7 @@ def test_kernel_benchmark_prints_json_last():
 
 @pytest.mark.slow
 def test_granularity_benchmark_prints_json_last():
-    times = run_example("bench_granularity.py", "--tokens", "1", "--repeats", "3")["us_per_token"]["1"]
+    times = run_benchmark("bench_granularity.py", "--tokens", "1", "--repeats", "3")["us_per_token"]["1"]
     assert set(times) == {"2", "4", "8", "16"}
     assert all(0 < low <= median <= high for median, low, high in times.values())
 
@@ -58,7 +59,7 @@ def test_llama_cpp_benchmark_prints_json_last(tmp_path):
     pytest.importorskip("llama_cpp", reason="llama-cpp-python is not installed")
     pytest.importorskip("gguf")
     arguments = ("--shapes", "S", "--prompt-lengths", "4", "--new-tokens", "2", "--repeats", "1")
-    models = run_example("bench_llama_cpp.py", *arguments, "--directory", str(tmp_path))["models"]
+    models = run_benchmark("bench_llama_cpp.py", *arguments, "--directory", str(tmp_path))["models"]
     assert list(models) == ["S", "S, llama.cpp"]
     for model in models.values():
         assert model["lengths"]["4"]["decode_tokens_per_s"]["median"] > 0
@@ -66,7 +67,7 @@ def test_llama_cpp_benchmark_prints_json_last(tmp_path):
 
 @pytest.mark.slow
 def test_training_benchmark_prints_json_last():
-    result = run_example("bench_train.py", "--layers", "1", "--length", "32", "--repeats", "3")
+    result = run_benchmark("bench_train.py", "--layers", "1", "--length", "32", "--repeats", "3")
     for model in ("mobilemoe", "mobilemoe-capacity", "olmoe", "qwen3_moe"):
         assert 0 < result[model]["p10"] <= result[model]["tokens_per_s"] <= result[model]["p90"]
         assert 0 < result[model]["mfu"] < 1
@@ -74,7 +75,7 @@ def test_training_benchmark_prints_json_last():
 
 @pytest.mark.slow
 def test_balance_compares_two_trainings(workspace):
-    result = run_example("balance.py", "--steps", "12", "--output", "balance.png", cwd=workspace)
+    result = run_benchmark("balance.py", "--steps", "12", "--output", "balance.png", cwd=workspace)
     assert (workspace / "balance.png").read_bytes().startswith(b"\x89PNG")
     for run in ("with the bias", "without"):
         assert len(read_routing(workspace / "out/balance" / run.replace(" ", "-"))) == 12
@@ -89,17 +90,17 @@ def test_qat_table_measures_every_cell_once(workspace, base_checkpoint):
     data = workspace / "out/demo/data"
     (data / "chat.heldout.jsonl").write_text((data / "chat.train.jsonl").read_text())
     arguments = ("--max-steps", "2", "--rows", "2", "--seeds", "1")
-    result = run_example("qat_table.py", *arguments, cwd=workspace)
+    result = run_benchmark("qat_table.py", *arguments, cwd=workspace)
     cells = workspace / "out/qat_table/seed-1"
     written = {path.name: (path / "cell.json").stat().st_mtime_ns for path in cells.iterdir()}
     assert len(written) == 5
-    assert run_example("qat_table.py", *arguments, cwd=workspace) == result
+    assert run_benchmark("qat_table.py", *arguments, cwd=workspace) == result
     assert {path.name: (path / "cell.json").stat().st_mtime_ns for path in cells.iterdir()} == written
 
 
 @pytest.mark.slow
 def test_qat_benchmark_compares_with_plain_training():
-    result = run_example("bench_qat.py", "--shape", "tiny", "--tokens", "64", "--repeats", "3")
+    result = run_benchmark("bench_qat.py", "--shape", "tiny", "--tokens", "64", "--repeats", "3")
     assert result["tiny"]["plain"]["of_plain"] == 1
     for row in result["tiny"].values():
         assert 0 < row["p10"] <= row["ms_per_step"] <= row["p90"]
@@ -107,7 +108,6 @@ def test_qat_benchmark_compares_with_plain_training():
 
 
 def test_qat_table_asks_for_the_demo(tmp_path, monkeypatch):
-    monkeypatch.syspath_prepend(EXAMPLES)
     import qat_table
 
     monkeypatch.setattr(sys, "argv", ["qat_table.py", "--demo", str(tmp_path)])
@@ -116,15 +116,20 @@ def test_qat_table_asks_for_the_demo(tmp_path, monkeypatch):
 
 
 @pytest.mark.slow
+def test_law_benchmark_counts_what_the_intervals_hold():
+    result = run_benchmark("bench_law.py", "--trials", "2", "--bootstrap", "10")
+    assert result["trials"] == 2 and all(0 <= count <= 2 for count in result["inside"].values())
+
+
+@pytest.mark.slow
 def test_load_benchmark_keeps_int4_in_memory(tmp_path):
-    result = run_example("bench_load.py", "--directory", str(tmp_path / "s"), "--new-tokens", "1")
+    result = run_benchmark("bench_load.py", "--directory", str(tmp_path / "s"), "--new-tokens", "1")
     # Published: the size of the released S-QAT file (facebook/MobileMoE-S-QAT, model.safetensors).
     assert result["file"] == 713_916_240
     assert result["packed"]["resident_over_file"] < 1.25 < result["expanded"]["resident_over_file"]
 
 
 def test_demo_data_never_trains_on_heldout_files(tmp_path, monkeypatch):
-    monkeypatch.syspath_prepend(EXAMPLES)
     import stdlib_data
 
     library = {"kept.py": 'def f(a):\n    """Adds one to a number."""\n    return a + 1\n'}
@@ -141,7 +146,6 @@ def test_demo_data_never_trains_on_heldout_files(tmp_path, monkeypatch):
 
 
 def test_heldout_share_of_the_real_library(monkeypatch):
-    monkeypatch.syspath_prepend(EXAMPLES)
     import stdlib_data
 
     names = [name for name, _ in stdlib_data.standard_library_files()]
@@ -151,7 +155,7 @@ def test_heldout_share_of_the_real_library(monkeypatch):
 
 
 @pytest.mark.slow
-def test_demo_goes_the_whole_road(tmp_path):
+def test_demo_runs_end_to_end(tmp_path):
     shutil.copytree(EXAMPLES.parent / "recipes", tmp_path / "recipes")
     command = [sys.executable, EXAMPLES / "demo.py", "--max-steps", "12"]
     result = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
@@ -166,9 +170,9 @@ def test_demo_goes_the_whole_road(tmp_path):
 
 
 @pytest.mark.slow
-def test_export_benchmark_takes_both_doors(tmp_path):
+def test_export_benchmark_takes_both_exporters(tmp_path):
     pytest.importorskip("optimum.exporters.executorch", reason="optimum-executorch is not installed: make setup")
-    result = run_example("bench_export.py", "--sizes", "tiny", "--max-seq-len", "64", "--directory", str(tmp_path))
+    result = run_benchmark("bench_export.py", "--sizes", "tiny", "--max-seq-len", "64", "--directory", str(tmp_path))
     default, optimum = result["exports"]
     assert (default["moe_op"], default["expert_bits"]) == ("mobilemoe::moe_ffn", 4)
     assert (optimum["moe_op"], optimum["expert_bits"]) == ("llama::quantized_moe_ffn", 8)

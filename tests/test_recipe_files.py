@@ -5,6 +5,8 @@ import itertools
 import json
 import os
 import re
+import shlex
+import tomllib
 from pathlib import Path
 from unittest import mock
 
@@ -17,11 +19,11 @@ from accelerate.commands.launch import _validate_launch_command, launch_command_
 from datasets import load_dataset
 from stand_ins import STAND_INS, chat, localize
 from transformers import AutoConfig
-from trl import SFTConfig, TrlParser
+from trl import SFTConfig
 
 from mobilemoe.train import data
 from mobilemoe.train.data import DataSource, Mixture, collate
-from mobilemoe.train.recipe import CHAT_TEMPLATE, RecipeArguments
+from mobilemoe.train.recipe import CHAT_TEMPLATE, RecipeArguments, parse_arguments
 from modeling_mobilemoe import MobileMoEConfig, MobileMoEForCausalLM
 
 
@@ -55,7 +57,7 @@ SHARES = {
     "qat": FINE_TUNING_SHARES,
 }
 KINDS = [{"text"}, {"messages"}, {"prompt", "completion"}]
-FILES = [f"mobilemoe-{size}/{stage}.yaml" for size in SIZES for stage in STAGES]
+FILES = [f"{stage}.yaml" for stage in STAGES]
 TINY_FILES = [f"tiny/{stage}.yaml" for stage in STAGES]
 
 
@@ -63,23 +65,35 @@ def read(file: str) -> dict:
     return yaml.safe_load((RECIPES / file).read_text())
 
 
-def parse(file: str) -> tuple[RecipeArguments, SFTConfig]:
+def parse(*arguments: str) -> tuple[RecipeArguments, SFTConfig]:
     # BF16 without a GPU needs `use_cpu`, and parsing leaves variables for accelerate in the environment.
     with mock.patch.dict(os.environ):
-        parser = TrlParser((RecipeArguments, SFTConfig))
-        return parser.parse_args_and_config(["--config", str(RECIPES / file), "--use_cpu", "true"])
+        return parse_arguments(RECIPES, (RecipeArguments, SFTConfig), [*arguments, "--use_cpu", "true"])
+
+
+def parse_file(file: str, size: str = "s") -> tuple[RecipeArguments, SFTConfig]:
+    """The tiny files name a model and a directory; for the others a command line does."""
+    place = [] if file.startswith("tiny") else ["--model", f"mobilemoe-{size}", "--output_dir", "out"]
+    return parse("--config", str(RECIPES / file), *place)
+
+
+def stage_commands() -> list[str]:
+    """Those of the four stages, in README's first block."""
+    block = re.search(r"```bash\n(.*?)```", (RECIPES / "README.md").read_text(), flags=re.DOTALL)[1]
+    return [re.sub(r" +#.*", "", line) for line in block.replace("\\\n", "").splitlines()]
 
 
 @pytest.mark.parametrize("file", FILES + TINY_FILES)
 def test_files_parse_and_weights_sum_to_one(file: str):
-    recipe, _ = parse(file)
+    recipe, _ = parse_file(file)
     assert len(recipe.data) == len(read(file)["data"])
     assert sum(source.weight for source in recipe.data) == pytest.approx(1, abs=1e-9)
 
 
 @pytest.mark.parametrize("stage", STAGES)
-def test_effective_numbers_are_those_of_the_sources(stage: str):
-    recipe, args = parse(f"mobilemoe-s/{stage}.yaml")
+@pytest.mark.parametrize("size", SIZES)
+def test_effective_numbers_are_those_of_the_sources(size: str, stage: str):
+    recipe, args = parse_file(f"{stage}.yaml", size)
     num_tokens, length, learning_rate, schedule = SCHEDULES[stage]
     assert (args.max_length, args.learning_rate, args.lr_scheduler_type) == (length, learning_rate, schedule)
     assert (args.adam_beta1, args.adam_beta2, args.adam_epsilon) == (0.9, 0.95, 1e-15)
@@ -92,27 +106,23 @@ def test_effective_numbers_are_those_of_the_sources(stage: str):
     # The comment's arithmetic, with the processes of ddp.yaml and fsdp2.yaml.
     num_sequences = 8 * args.per_device_train_batch_size * args.gradient_accumulation_steps
     assert args.max_steps * num_sequences * length == pytest.approx(num_tokens, rel=1e-4)
-    text = (RECIPES / f"mobilemoe-s/{stage}.yaml").read_text()
+    text = (RECIPES / f"{stage}.yaml").read_text()
     assert f"= {num_sequences * length:,} tokens a step" in text
     assert f"= {args.max_steps:,} steps" in text
 
 
-def test_stages_are_chained():
-    recipes = [parse(f"mobilemoe-s/{stage}.yaml") for stage in STAGES]
-    assert recipes[0][0].model == "recipes/mobilemoe-s"
+@pytest.mark.parametrize("size", SIZES)
+def test_stages_are_chained(size: str):
+    commands = [shlex.split(line.replace("mobilemoe-s", f"mobilemoe-{size}"))[2:] for line in stage_commands()]
+    assert [command[:2] for command in commands] == [["--config", f"recipes/{stage}.yaml"] for stage in STAGES]
+    recipes = [parse(*command) for command in commands]
+    assert recipes[0][0].model == f"recipes/mobilemoe-{size}"
     for (_, before), (recipe, _) in zip(recipes, recipes[1:], strict=False):
         assert recipe.model == before.output_dir
 
 
-@pytest.mark.parametrize("stage", STAGES)
-@pytest.mark.parametrize("size", ["m", "l"])
-def test_sizes_differ_in_their_paths_only(size: str, stage: str):
-    text = (RECIPES / f"mobilemoe-s/{stage}.yaml").read_text()
-    assert (RECIPES / f"mobilemoe-{size}/{stage}.yaml").read_text() == text.replace("mobilemoe-s", f"mobilemoe-{size}")
-
-
 def test_quantization_trains_on_the_fine_tuning_mixture():
-    assert read("mobilemoe-s/qat.yaml")["data"] == read("mobilemoe-s/sft.yaml")["data"]
+    assert read("qat.yaml")["data"] == read("sft.yaml")["data"]
 
 
 @pytest.mark.parametrize("file", FILES)
@@ -128,7 +138,7 @@ def test_only_what_differs_is_listed(file: str):
 
 @pytest.mark.parametrize("stage", STAGES)
 def test_categories_have_their_published_shares(stage: str):
-    text = (RECIPES / f"mobilemoe-s/{stage}.yaml").read_text()
+    text = (RECIPES / f"{stage}.yaml").read_text()
     shares, sums, category = {}, {}, None
     for line in text.splitlines():
         if header := re.fullmatch(r"  # ([a-z ]+): ([\d.]+)  # (secondary source|ours: .*)", line):
@@ -153,7 +163,7 @@ def test_model_has_the_published_parameters(size: str):
 
 @pytest.mark.parametrize("stage", STAGES)
 def test_columns_are_in_the_data(stage: str, tmp_path: Path):
-    sources = read(f"mobilemoe-s/{stage}.yaml")["data"]
+    sources = read(f"{stage}.yaml")["data"]
     for source, local in zip(sources, localize(sources, tmp_path), strict=True):
         assert set(local) <= {"path", "data_files", "weight", "columns", "streaming"}
         names = set(load_dataset("json", data_files=local["data_files"], split="train", streaming=True).column_names)
@@ -179,15 +189,15 @@ def local_sources(file: str, directory: Path) -> list[dict]:
     return [source | {"data_files": str(directory / Path(source["data_files"]).name)} for source in sources]
 
 
-# M and L read what S reads, and the quantization what the fine-tuning reads: two tests above.
-@pytest.mark.parametrize("file", [f"mobilemoe-s/{stage}.yaml" for stage in STAGES[:3]] + TINY_FILES)
+# The quantization reads what the fine-tuning reads: a test above.
+@pytest.mark.parametrize("file", FILES[:3] + TINY_FILES)
 def test_first_batches_have_something_to_learn_from_every_source(file: str, tokenizer, tmp_path: Path, monkeypatch):
     """As the recipe reads them, but for the tokenizer and, so that few rows suffice, shorter sequences and blocks."""
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
     monkeypatch.setattr(data, "BLOCK_SEQUENCES", 8)
     tokenizer = copy.deepcopy(tokenizer)
     tokenizer.chat_template = CHAT_TEMPLATE
-    recipe, args = parse(file)
+    recipe, args = parse_file(file)
     sources = [DataSource(**source) for source in local_sources(file, tmp_path)]
     assert [source.streaming for source in sources] == [source.streaming for source in recipe.data]
     # One reader of those that share the data: every block has all sources.
@@ -202,8 +212,18 @@ def test_first_batches_have_something_to_learn_from_every_source(file: str, toke
 
 
 def test_every_stand_in_is_used():
-    named = {source["path"] for stage in STAGES for source in read(f"mobilemoe-s/{stage}.yaml")["data"]}
+    named = {source["path"] for stage in STAGES for source in read(f"{stage}.yaml")["data"]}
     assert named == set(STAND_INS)
+
+
+def test_every_recipe_is_in_the_wheel():
+    settings = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]
+    assert ROOT / settings["package-dir"]["mobilemoe.recipes"] == RECIPES
+    assert "mobilemoe.recipes" in settings["packages"]
+    # An editable install finds a mapped package by this file only.
+    assert (RECIPES / "__init__.py").is_file()
+    shipped = {path for pattern in settings["package-data"]["mobilemoe.recipes"] for path in RECIPES.glob(pattern)}
+    assert {path for suffix in ("yaml", "json") for path in RECIPES.rglob(f"*.{suffix}")} <= shipped
 
 
 def test_every_data_set_is_in_the_table():
@@ -213,12 +233,25 @@ def test_every_data_set_is_in_the_table():
 
 def test_readme_commands_name_existing_files():
     text = (RECIPES / "README.md").read_text()
-    commands = re.findall(r"^(?:python|accelerate launch) .*", text, flags=re.MULTILINE)
-    stages = re.findall(r"^python recipes/\w+\.py --config recipes/(\S+) +#", text, flags=re.MULTILINE)
-    assert stages == FILES
+    commands = re.findall(r"^(?:python|accelerate launch) .*", text.replace("\\\n", ""), flags=re.MULTILINE)
+    assert len(commands) >= len(STAGES)
     for command in commands:
         command = command.partition("#")[0]
-        assert all((ROOT / path).is_file() for path in re.findall(r"recipes/\S+", command)), command
+        assert all((ROOT / path).exists() for path in re.findall(r"\brecipes/\S+", command)), command
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_readme_says_what_a_size_needs(size: str):
+    text = (RECIPES / "README.md").read_text()
+    row = re.search(rf"^\| {size.upper()} \| `recipes/mobilemoe-{size}` \| (.*) \|$", text, flags=re.MULTILINE)[1]
+    config = MobileMoEConfig.from_pretrained(RECIPES / f"mobilemoe-{size}")
+    total = config.num_total_parameters
+    assert row.split(" | ") == [
+        f"{total / 1e9:.2f}B",
+        f"{config.num_active_parameters / 1e6:.1f}M",
+        f"{16 * total / 1e9:.0f} GB",
+        f"{12 * total / 1e9:.0f} GB",
+    ]
 
 
 @pytest.mark.parametrize(

@@ -20,15 +20,16 @@ STAGES = {"pretrain": "pretrain", "midtrain": "pretrain", "sft": "sft", "qat": "
 
 
 def run_recipe(workspace, script, config, *overrides):
-    command = [sys.executable, ROOT / f"recipes/{script}.py", "--config", config]
-    environment = os.environ | {"HF_HOME": str(workspace / "hf")}
+    # The workspace's own copy, whose `tiny` is smaller.
+    command = [sys.executable, f"recipes/{script}.py", "--config", config]
+    environment = os.environ | {"HF_HOME": str(workspace / "hf"), "PYTHONPATH": str(ROOT)}
     return subprocess.run([*command, *overrides], cwd=workspace, env=environment, capture_output=True, text=True)
 
 
 def test_four_stages_end_in_a_packed_checkpoint(workspace):
     previous = None
     for number, (stage, script) in enumerate(STAGES.items(), start=1):
-        config = ROOT / f"recipes/tiny/{stage}.yaml"
+        config = f"recipes/tiny/{stage}.yaml"
         result = run_recipe(workspace, script, config, "--max_steps", "3", "--logging_steps", "1")
         assert result.returncode == 0, result.stderr[-3000:]
         output = workspace / f"out/demo/{number}-{stage}"
@@ -54,7 +55,7 @@ def test_four_stages_end_in_a_packed_checkpoint(workspace):
 
 def test_lora_leaves_an_adapter_and_the_merged_model(workspace):
     options = ("--max_steps", "2", "--lora_scope", "all", "--lora_budget", "40000", "--output_dir", "out/lora")
-    result = run_recipe(workspace, "sft", ROOT / "recipes/tiny/sft.yaml", *options)
+    result = run_recipe(workspace, "sft", "tiny/sft", *options)
     assert result.returncode == 0, result.stderr[-3000:]
     assert "self_attn.q_proj" in result.stdout and "trainable: 3" in result.stdout
     base = AutoModelForCausalLM.from_pretrained(workspace / "out/demo/2-midtrain")
@@ -68,7 +69,7 @@ def test_lora_leaves_an_adapter_and_the_merged_model(workspace):
             assert (logits - adapted(input_ids).logits).abs().max() > 1e-4
     # QAT goes on from it.
     options = ("--max_steps", "2", "--model", "out/lora", "--output_dir", "out/lora-qat")
-    result = run_recipe(workspace, "qat", ROOT / "recipes/tiny/qat.yaml", *options)
+    result = run_recipe(workspace, "qat", "tiny/qat", *options)
     assert result.returncode == 0, result.stderr[-3000:]
     assert AutoModelForCausalLM.from_pretrained(workspace / "out/lora-qat").config.quantization == INT4_BLOCK
 
@@ -76,11 +77,9 @@ def test_lora_leaves_an_adapter_and_the_merged_model(workspace):
 def test_lora_over_a_packed_model_leaves_the_adapter(workspace):
     """TRL's loss reads the packed head as a matrix; the packed tensors themselves do not change."""
     options = ("--max_steps", "2", "--model", "out/demo/4-qat", "--output_dir", "out/qlora")
-    result = run_recipe(workspace, "sft", ROOT / "recipes/tiny/sft.yaml", *options)
+    result = run_recipe(workspace, "sft", "tiny/sft", *options)
     assert result.returncode != 0 and "purely quantized" in result.stderr
-    result = run_recipe(
-        workspace, "sft", ROOT / "recipes/tiny/sft.yaml", *options, "--lora_scope", "dense", "--lora_rank", "4"
-    )
+    result = run_recipe(workspace, "sft", "tiny/sft", *options, "--lora_scope", "dense", "--lora_rank", "4")
     assert result.returncode == 0, result.stderr[-3000:]
     assert (workspace / "out/qlora/adapter/adapter_model.safetensors").exists()
     assert not (workspace / "out/qlora/model.safetensors").exists()

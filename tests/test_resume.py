@@ -146,7 +146,7 @@ def test_run_killed_three_times_ends_like_one_never_killed(workspace, uninterrup
     kill_after_steps(start(workspace, output_dir, *resume), NUM_STEPS - 1 - third - int(last.name.split("-")[1]))
     assert NUM_STEPS not in complete(output_dir)
     errors = finish(start(workspace, output_dir, *resume), output_dir)
-    assert f"{cut_off} was not completed and is passed over" in errors
+    assert f"{cut_off} is incomplete and skipped" in errors
     assert_same_outcome(output_dir, uninterrupted)
 
 

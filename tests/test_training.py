@@ -1,4 +1,4 @@
-"""What a recipe is made of: models, checkpoints to go on from, room for them, and files that cannot work."""
+"""What a recipe is made of: models, checkpoints to resume from, room for them, and files that cannot work."""
 
 import importlib.util
 import inspect
@@ -13,8 +13,9 @@ import datasets
 import pytest
 import torch
 import yaml
-from transformers import AutoModelForCausalLM, TrainerCallback
-from trl import TrlParser
+from transformers import AutoModelForCausalLM, PreTrainedConfig, TrainerCallback
+from transformers.integrations import integration_utils
+from trl import SFTConfig
 
 from mobilemoe.train import recipe as training
 from mobilemoe.train.lora import add_lora
@@ -22,10 +23,12 @@ from mobilemoe.train.recipe import (
     RecipeArguments,
     check_disk_space,
     find_checkpoint,
+    find_recipe,
     load_model,
+    parse_arguments,
     set_up_routing,
 )
-from modeling_mobilemoe.quantization_mobilemoe import Int4Format
+from modeling_mobilemoe.fused_mobilemoe import Int4Format
 
 
 ROOT = Path(__file__).parents[1]
@@ -53,6 +56,70 @@ def test_load_model_starts_from_a_config_or_a_checkpoint(tmp_path, tiny_model, t
 def test_balancing_is_on_where_nothing_is_said(tiny_model):
     assert set_up_routing(tiny_model, RecipeArguments(""), 1).update_rate == 1e-3
     assert set_up_routing(tiny_model, RecipeArguments("", expert_bias_update_rate=0.0), 1).update_rate == 0
+
+
+# Names of shipped recipes
+
+
+@pytest.mark.parametrize(
+    ("option", "name", "path"),
+    [
+        ("config", "sft", "sft.yaml"),
+        ("config", "tiny/sft", "tiny/sft.yaml"),
+        ("model", "mobilemoe-s", "mobilemoe-s"),
+        ("model", "tiny", "tiny"),
+    ],
+)
+def test_shipped_recipes_have_names_and_existing_paths_win(option, name, path, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    recipes = ROOT / "recipes"
+    assert find_recipe(recipes, option, name) == str(recipes / path)
+    own = tmp_path / name
+    own.parent.mkdir(exist_ok=True)
+    if option == "config":
+        # A directory is no YAML file: an output directory may have a stage's name.
+        own.mkdir()
+        assert find_recipe(recipes, option, name) == str(recipes / path)
+        own.rmdir()
+        own.touch()
+    else:
+        own.mkdir()
+    assert find_recipe(recipes, option, name) == name
+
+
+@pytest.mark.parametrize(
+    ("option", "name", "shipped"),
+    [
+        ("config", "sfft", "midtrain, pretrain, qat, sft, tiny/midtrain, tiny/pretrain, tiny/qat, tiny/sft"),
+        ("config", "accelerate/ddp", "midtrain, "),
+        ("model", "mobilemoe-x", "mobilemoe-l, mobilemoe-m, mobilemoe-s, tiny"),
+    ],
+)
+def test_unknown_name_lists_the_shipped_ones(option, name, shipped):
+    with pytest.raises(ValueError, match=f"{option}={name} is no existing path, .* or one of {shipped}"):
+        find_recipe(ROOT / "recipes", option, name)
+
+
+def test_model_with_a_slash_may_be_on_the_hub():
+    assert find_recipe(ROOT / "recipes", "model", "facebook/MobileMoE-S-SFT") == "facebook/MobileMoE-S-SFT"
+
+
+@pytest.mark.parametrize(
+    ("given", "missing"),
+    [
+        ({}, "--model and --output_dir"),
+        ({"--model": "mobilemoe-s"}, "--output_dir"),
+        ({"--output_dir": "out"}, "--model"),
+    ],
+)
+@pytest.mark.parametrize("stage", ["pretrain", "midtrain", "sft", "qat"])
+def test_model_and_output_must_be_given(stage, given, missing, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    parts = (RecipeArguments, SFTConfig)
+    arguments = ["--config", stage, "--use_cpu", "true", *(word for option in given.items() for word in option)]
+    with mock.patch.dict(os.environ), pytest.raises(ValueError, match=f"^{missing} not set: .* Add them, for example"):
+        parse_arguments(ROOT / "recipes", parts, arguments)
+    assert list(tmp_path.iterdir()) == []
 
 
 # Checkpoints
@@ -86,7 +153,7 @@ def test_last_complete_checkpoint_is_found(tmp_path, resume, caplog, monkeypatch
     shutil.copytree(expected, tmp_path / "checkpoint-best")
     assert find_checkpoint(str(tmp_path), resume) == expected
     for step in (12, 14, 100):
-        assert f"{tmp_path / f'checkpoint-{step}'} was not completed and is passed over" in caplog.text
+        assert f"{tmp_path / f'checkpoint-{step}'} is incomplete and skipped" in caplog.text
     assert "checkpoint-10 " not in caplog.text
 
 
@@ -114,7 +181,7 @@ def test_disk_must_have_room_for_weights_and_optimizer(tmp_path, tiny_model, mon
     monkeypatch.setattr(training.shutil, "disk_usage", lambda path: free)
     check_disk_space(str(tmp_path), tiny_model)
     free.free -= 1
-    with pytest.raises(OSError, match=r"needs about 0\.00 GB, and .* has 0\.00 GB left\. Free space and go on from"):
+    with pytest.raises(OSError, match=r"needs about 0\.00 GB, and .* has 0\.00 GB left\. Free space and resume from"):
         check_disk_space(str(tmp_path), tiny_model)
     # What does not train has no optimizer state.
     tiny_model.get_input_embeddings().weight.requires_grad = False
@@ -161,8 +228,7 @@ def run(recipe, tmp_path, script="pretrain"):
     parts = [parameter.annotation for parameter in inspect.signature(main).parameters.values()]
     # Parsing leaves variables for accelerate in the environment.
     with mock.patch.dict(os.environ):
-        parser = TrlParser(parts)
-        main(*parser.parse_args_and_config(args=["--config", str(path)]))
+        main(*parse_arguments(ROOT / "recipes", parts, ["--config", str(path)]))
 
 
 def test_trainer_gives_the_model_what_separates_documents(recipe, tmp_path, monkeypatch):
@@ -199,6 +265,29 @@ def test_resume_in_a_yaml_file_is_a_boolean(recipe, tmp_path):
         assert row["loss"] == pytest.approx(expected["loss"], abs=1e-5)
 
 
+class Recorder(TrainerCallback):
+    rows: list[dict] = []
+
+    def on_log(self, args, state, control, logs=None, **kwargs) -> None:
+        self.rows.append(dict(logs))
+
+
+@pytest.mark.parametrize("disable_tqdm", [True, False])
+def test_reporters_see_what_the_callbacks_add_to_the_logs(recipe, tmp_path, monkeypatch, disable_tqdm):
+    monkeypatch.setitem(integration_utils.INTEGRATION_TO_CALLBACK, "recorder", Recorder)
+    monkeypatch.setattr(Recorder, "rows", [])
+    run(recipe | {"report_to": "recorder", "disable_tqdm": disable_tqdm}, tmp_path)
+    assert [row["num_tokens"] for row in Recorder.rows[:2]] == [8 * 64, 2 * 8 * 64]
+    assert all({"load_imbalance", "router_z_loss"} <= row.keys() for row in Recorder.rows[:2])
+    assert "total_flos" in Recorder.rows[-1]
+
+
+def test_base_class_cannot_read_our_config(tiny_checkpoint):
+    """When it can, `train` need not lend it an attribute: delete both."""
+    with pytest.raises(AttributeError, match="max_position_embeddings"):
+        PreTrainedConfig.from_json_file(tiny_checkpoint / "config.json")
+
+
 def test_full_disk_stops_a_run_before_anything_is_written(recipe, tmp_path, monkeypatch):
     monkeypatch.setattr(training.shutil, "disk_usage", lambda path: SimpleNamespace(free=1000))
     with pytest.raises(OSError, match="A checkpoint needs about"):
@@ -209,7 +298,7 @@ def test_full_disk_stops_a_run_before_anything_is_written(recipe, tmp_path, monk
 def test_disk_that_fills_up_keeps_the_last_checkpoint(recipe, tmp_path, monkeypatch):
     usage = iter([10**12, 10**12, 1000])
     monkeypatch.setattr(training.shutil, "disk_usage", lambda path: SimpleNamespace(free=next(usage)))
-    with pytest.raises(OSError, match="go on from the last checkpoint with --resume_from_checkpoint true"):
+    with pytest.raises(OSError, match="resume from the last checkpoint with --resume_from_checkpoint true"):
         run(recipe | {"save_strategy": "steps", "save_steps": 1}, tmp_path)
     monkeypatch.undo()
     assert [path.name for path in (tmp_path / "out").glob("checkpoint-*")] == ["checkpoint-1"]
@@ -248,9 +337,9 @@ BAD_FILES = {
     ),
     "workers": (
         {"dataloader_num_workers": 1},
-        ["dataloader_num_workers=1", "would not have", "Leave it at 0"],
+        ["dataloader_num_workers=1", "cannot record", "Leave it at 0"],
     ),
-    "save strategy": ({"save_strategy": "epoch"}, ["save_strategy=epoch", "place in the mixture", "Set steps"]),
+    "save strategy": ({"save_strategy": "epoch"}, ["save_strategy=epoch", "position in the mixture", "Set steps"]),
     "weights without the optimizer": ({"save_only_model": True}, ["save_only_model=true", "AdamW", "Leave it out"]),
     "nothing to resume": ({"resume_from_checkpoint": True}, ["holds no complete checkpoint", "Leave it out"]),
 }

@@ -251,7 +251,6 @@ def context(subject: Subject, contents: dict[str, list[dict]], licence: str) -> 
         "load": f"facebook/MobileMoE-{size}-QAT" if size else subject.label,
         "tune": f"facebook/MobileMoE-{size}-SFT" if size else subject.label,
         "out": f"out/mobilemoe-{lower}" if size else "out/model",
-        "recipes": f"recipes/mobilemoe-{lower or 's'}",
         "stages": ", ".join(f"`facebook/MobileMoE-{size}-{stage}`" for stage in STAGES),
         "active": millions(config.num_active_parameters),
         "total": millions(config.num_total_parameters),

@@ -24,9 +24,10 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from modeling_mobilemoe.checkpoint_mobilemoe import replace_when_complete
 from modeling_mobilemoe.configuration_mobilemoe import MobileMoEConfig
+from modeling_mobilemoe.fused_mobilemoe import Int4Format
 from modeling_mobilemoe.kernels import BuildError, load_executorch
 from modeling_mobilemoe.kernels.modules import MoEFFN
-from modeling_mobilemoe.quantization_mobilemoe import Int4Format, MobileMoEInt4Config, dequantize, quantize
+from modeling_mobilemoe.quantization_mobilemoe import MobileMoEInt4Config, dequantize, quantize
 
 from ..artifacts import local_checkpoint, weights_sha256
 from ..costs import kv_cache_bytes, parameter_counts, program_bytes

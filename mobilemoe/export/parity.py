@@ -12,8 +12,8 @@ import torch
 from torch import nn
 from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
 
+from modeling_mobilemoe.fused_mobilemoe import Int4Embedding, Int4Experts, Int4Head, Int4Linear
 from modeling_mobilemoe.kernels import available
-from modeling_mobilemoe.quantization_mobilemoe import Int4Embedding, Int4Experts, Int4Head, Int4Linear
 
 from ..runtime import PteModel
 from .packing import expand_rows, operator_rows

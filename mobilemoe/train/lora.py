@@ -25,8 +25,8 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from modeling_mobilemoe.configuration_mobilemoe import MobileMoEConfig
+from modeling_mobilemoe.fused_mobilemoe import Int4Experts, Int4Linear
 from modeling_mobilemoe.modeling_mobilemoe import MobileMoEExperts
-from modeling_mobilemoe.quantization_mobilemoe import Int4Experts, Int4Linear
 
 
 ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")

@@ -24,13 +24,14 @@ from torchao.quantization.qat import (
 )
 from transformers import PreTrainedModel, TrainerCallback
 
+from modeling_mobilemoe.fused_mobilemoe import Int4Format
 from modeling_mobilemoe.modeling_mobilemoe import (
     MobileMoEExperts,
     MobileMoEPreTrainedModel,
     MobileMoERMSNorm,
     MobileMoERouter,
 )
-from modeling_mobilemoe.quantization_mobilemoe import Int4Format, modules_to_pack, quantize
+from modeling_mobilemoe.quantization_mobilemoe import modules_to_pack, quantize
 
 
 # Weights rounded at a time: what a core's cache holds, or enough to fill a GPU.
@@ -352,7 +353,7 @@ class FakeQuantizationStart(TrainerCallback):
 
 def convert(model: PreTrainedModel) -> PreTrainedModel:
     """
-    Ends quantization-aware training: packs the weights in the format of [`prepare`], in place, and prints the result.
+    Ends quantization-aware training: packs the weights in the format of [`prepare`], in place.
 
     Raises:
         ValueError: when the model is not prepared, or training diverged.
@@ -366,5 +367,5 @@ def convert(model: PreTrainedModel) -> PreTrainedModel:
         elif isinstance(module, FakeQuantizedRMSNorm):
             del module.weight_fake_quantizer, module.activation_fake_quantizer
             module.__class__ = MobileMoERMSNorm
-    # The other modules are replaced by packed ones, which read `_parameters`.
+    # The other modules are replaced by packed ones, which read the stored parameters.
     return quantize(model, int4_format)

@@ -1,9 +1,11 @@
-"""What a recipe is made of: its arguments, the model, the trainer, and checkpoints that a run can go on from."""
+"""What a recipe is made of: its arguments, the model, the trainer, and checkpoints to resume from."""
 
 import copy
 import json
 import os
 import shutil
+import sys
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from importlib.resources import files
@@ -16,8 +18,10 @@ from transformers import (
     PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
+    PrinterCallback,
     TrainerCallback,
 )
+from transformers.integrations import get_reporting_integration_callbacks
 from transformers.trainer_callback import ExportableState
 from transformers.utils import logging
 
@@ -73,6 +77,69 @@ class RecipeArguments:
                         f"Entry {number} of `data` is {source}: {error}. Its keys are "
                         f"{', '.join(DataSource.__dataclass_fields__)}; path is needed."
                     ) from error
+
+
+def find_recipe(recipes: Path, option: str, value: str) -> str:
+    """
+    The path that `--config` or `--model` names: an existing path, or a shipped YAML file or model by its short name.
+
+    Args:
+        recipes (`Path`): directory of the shipped recipes.
+        option (`str`): "config" or "model".
+        value (`str`): for example "sft" or "tiny/sft"; "mobilemoe-s" or "tiny".
+
+    Raises:
+        ValueError: when it is neither. A model with a slash may be on the Hub.
+    """
+    if option == "config":
+        exists = Path(value).is_file()
+        files = [path for path in recipes.glob("**/*.yaml") if path.parent.name != "accelerate"]
+        shipped = {path.relative_to(recipes).with_suffix("").as_posix(): path for path in files}
+    else:
+        exists = Path(value).is_dir() or "/" in value
+        shipped = {path.parent.name: path.parent for path in recipes.glob("*/config.json")}
+    if exists:
+        return value
+    if value in shipped:
+        return str(shipped[value])
+    raise ValueError(
+        f"{option}={value} is no existing path, and no recipe with that name is shipped. Set a path, or one of "
+        f"{', '.join(sorted(shipped))}."
+    )
+
+
+def parse_arguments(recipes: Path, parts: Sequence[type], args: Sequence[str] | None = None) -> tuple:
+    """
+    The arguments of a recipe script, from its command line and its YAML file.
+
+    Args:
+        recipes (`Path`): directory of the shipped recipes, which `--config` and `--model` may name.
+        parts (`Sequence[type]`): dataclasses to fill, `RecipeArguments` first and `SFTConfig` last.
+        args (`Sequence[str]`, *optional*): the command line, `sys.argv` when absent.
+
+    Raises:
+        ValueError: for unknown keys and names, and without a model or an output directory.
+    """
+    from trl import TrlParser
+
+    args = list(sys.argv[1:] if args is None else args)
+    if "--config" in args[:-1]:
+        position = args.index("--config") + 1
+        args[position] = find_recipe(recipes, "config", args[position])
+    parser = TrlParser(parts)
+    # Otherwise argparse prints its usage of some hundred lines, and the trainer writes to `trainer_output`.
+    parser.set_defaults_with_config(model="", output_dir="")
+    arguments = parser.parse_args_and_config(args)
+    recipe, training_args = arguments[0], arguments[-1]
+    given = {"--model": recipe.model, "--output_dir": training_args.output_dir}
+    if not all(given.values()):
+        raise ValueError(
+            f"{' and '.join(name for name in given if not given[name])} not set: the YAML files of S, M and L leave "
+            "the size and the directory to the command line. Add them, for example --model mobilemoe-s --output_dir "
+            "out/mobilemoe-s/1-pretrain."
+        )
+    recipe.model = find_recipe(recipes, "model", recipe.model)
+    return arguments
 
 
 def load_model(path: str, attn_implementation: str | None = None) -> MobileMoEForCausalLM:
@@ -142,7 +209,7 @@ class MixtureCallback(TrainerCallback, ExportableState):
         if not control.should_save:
             return
         if state.is_world_process_zero:
-            # A run that went on from an earlier step meets what was saved after it.
+            # A run resumed from an earlier step finds checkpoints that were saved after it.
             shutil.rmtree(Path(args.output_dir, f"checkpoint-{state.global_step}"), ignore_errors=True)
             check_disk_space(args.output_dir, model)
         # The exchange also makes the others wait for that.
@@ -176,7 +243,7 @@ def check_disk_space(output_dir: str, model: PreTrainedModel) -> None:
     if free < weights + states:
         raise OSError(
             f"A checkpoint needs about {(weights + states) / 1e9:.2f} GB, and {output_dir} has {free / 1e9:.2f} GB "
-            "left. Free space and go on from the last checkpoint with --resume_from_checkpoint true."
+            "left. Free space and resume from the last checkpoint with --resume_from_checkpoint true."
         )
 
 
@@ -187,7 +254,7 @@ def saved_checkpoints(output_dir: str) -> list[Path]:
 
 def find_checkpoint(output_dir: str, resume_from_checkpoint: str | bool | None) -> Path | None:
     """
-    The checkpoint to go on from: the one that is named, or for "true" the last complete one of the run.
+    The checkpoint to resume from: the one that is named, or for "true" the last complete one of the run.
 
     Raises:
         ValueError: when there is none, or the named one is not complete.
@@ -206,7 +273,7 @@ def find_checkpoint(output_dir: str, resume_from_checkpoint: str | bool | None) 
     for checkpoint in saved_checkpoints(output_dir):
         if _mixture_state(checkpoint) is not None:
             return checkpoint
-        logger.warning(f"{checkpoint} was not completed and is passed over.")
+        logger.warning(f"{checkpoint} is incomplete and skipped.")
     raise ValueError(
         f"resume_from_checkpoint is set, but {output_dir} holds no complete checkpoint. "
         "Leave it out to start from the beginning, and set save_steps to have checkpoints."
@@ -219,6 +286,60 @@ def _mixture_state(checkpoint: Path) -> dict | None:
     except (FileNotFoundError, json.JSONDecodeError):
         return None
     return state["stateful_callbacks"].get("MixtureCallback", {}).get("mixture")
+
+
+def check_training_args(model: PreTrainedModel, training_args: "SFTConfig") -> None:
+    """
+    Refuses what a recipe cannot train with, before any data is read.
+
+    Raises:
+        ValueError: without `max_steps`, for a length beyond the context, and for settings that break resuming.
+    """
+    if training_args.max_steps < 1:
+        raise ValueError(
+            f"max_steps={training_args.max_steps}: the mixture starts its sources again when they end, so only "
+            "max_steps says when to stop. Set it to tokens / (max_length * sequences per step)."
+        )
+    context = model.config.max_position_embeddings
+    if training_args.max_length is None or not 1 < training_args.max_length <= context:
+        raise ValueError(
+            f"max_length={training_args.max_length} does not fit the model's context of {context} tokens "
+            f"(max_position_embeddings). Set a length from 2 to {context}."
+        )
+    if training_args.dataloader_num_workers:
+        raise ValueError(
+            f"dataloader_num_workers={training_args.dataloader_num_workers}: a checkpoint cannot record how far a "
+            "worker has read. Leave it at 0; a thread packs the next block while the model trains."
+        )
+    if training_args.save_strategy not in ("no", "steps"):
+        raise ValueError(
+            f"save_strategy={training_args.save_strategy.value}: only a checkpoint saved at a step records the "
+            "position in the mixture. Set steps, or no."
+        )
+    if training_args.save_only_model:
+        raise ValueError(
+            "save_only_model=true: resuming without the optimizer's state would restart AdamW and change the losses. "
+            "Leave it out."
+        )
+
+
+def find_start(training_args: "SFTConfig") -> tuple[Path | None, int, dict | None]:
+    """
+    The checkpoint that a run resumes from, its step, and its position in the mixture; `(None, 0, None)` for a new run.
+
+    Raises:
+        ValueError: when there is no checkpoint to resume from, or a new run would mix its own with those of another.
+    """
+    checkpoint = find_checkpoint(training_args.output_dir, training_args.resume_from_checkpoint)
+    if checkpoint is not None:
+        first_step = json.loads((checkpoint / "trainer_state.json").read_text())["global_step"]
+        return checkpoint, first_step, _mixture_state(checkpoint)
+    if saved_checkpoints(training_args.output_dir):
+        raise ValueError(
+            f"output_dir={training_args.output_dir} holds checkpoints of another run, and a later resume could "
+            "mistake them for this run's. Set resume_from_checkpoint to true, name another directory, or remove them."
+        )
+    return None, 0, None
 
 
 def make_trainer(
@@ -238,38 +359,8 @@ def make_trainer(
     """
     from trl import SFTTrainer
 
-    if training_args.max_steps < 1:
-        raise ValueError(
-            f"max_steps={training_args.max_steps}: the mixture starts its sources again when they end, so only "
-            "max_steps says when to stop. Set it to tokens / (max_length * sequences per step)."
-        )
-    context = model.config.max_position_embeddings
-    if training_args.max_length is None or not 1 < training_args.max_length <= context:
-        raise ValueError(
-            f"max_length={training_args.max_length} does not fit the model's context of {context} tokens "
-            f"(max_position_embeddings). Set a length from 2 to {context}."
-        )
-    if training_args.dataloader_num_workers:
-        raise ValueError(
-            f"dataloader_num_workers={training_args.dataloader_num_workers}: checkpoints would not have a worker's "
-            "place in the mixture. Leave it at 0; a thread packs the next block while the model trains."
-        )
-    if training_args.save_strategy not in ("no", "steps"):
-        raise ValueError(
-            f"save_strategy={training_args.save_strategy.value}: only checkpoints of a step hold the place in the "
-            "mixture. Set steps, or no."
-        )
-    if training_args.save_only_model:
-        raise ValueError(
-            "save_only_model=true: a checkpoint without the optimizer's state would start AdamW again, and losses "
-            "would differ. Leave it out."
-        )
-    checkpoint = find_checkpoint(training_args.output_dir, training_args.resume_from_checkpoint)
-    if checkpoint is None and saved_checkpoints(training_args.output_dir):
-        raise ValueError(
-            f"output_dir={training_args.output_dir} holds checkpoints of another run, and a later resume could take "
-            "them for this one's. Set resume_from_checkpoint to true, name another directory, or remove them."
-        )
+    check_training_args(model, training_args)
+    checkpoint, first_step, mixture_state = find_start(training_args)
     routing = set_up_routing(model, recipe, training_args.gradient_accumulation_steps)
     # Base checkpoints have no chat template, but mid-training reads conversations too.
     reading = copy.deepcopy(tokenizer)
@@ -281,13 +372,10 @@ def make_trainer(
         training_args.seed,
         recipe.num_data_readers,
         training_args.world_size,
-        None if checkpoint is None else _mixture_state(checkpoint),
+        mixture_state,
     )
-    first_step = 0
-    if checkpoint is not None:
-        first_step = json.loads((checkpoint / "trainer_state.json").read_text())["global_step"]
     sequences_per_step = training_args.per_device_train_batch_size * training_args.gradient_accumulation_steps
-    # The mixture goes on by itself from the checkpoint's place, and its rows are what the model takes.
+    # The mixture resumes by itself from the checkpoint's position, and its rows are what the model takes.
     training_args.ignore_data_skip = True
     training_args.dataset_kwargs = {"skip_prepare_dataset": True}
     training_args.packing = False
@@ -299,16 +387,22 @@ def make_trainer(
         train_dataset=mixture.dataset(),
         data_collator=partial(collate, flatten="flash" in model.config._attn_implementation),
         processing_class=tokenizer,
+        callbacks=[MixtureCallback(mixture, sequences_per_step, first_step), routing],
     )
-    # After the one that decides when to save and before all reporters, which should see what these add to the logs.
-    trainer.callback_handler.callbacks[1:1] = [MixtureCallback(mixture, sequences_per_step, first_step), routing]
+    # Our callbacks add to the logs, so reporters go after them, and last the one that removes `total_flos`.
+    for kind in (*get_reporting_integration_callbacks(training_args.report_to), PrinterCallback):
+        reporter = trainer.pop_callback(kind)
+        if reporter is not None:
+            trainer.add_callback(reporter)
     return trainer
 
 
 def train(trainer: "SFTTrainer") -> None:
     """Trains from the beginning, or from the checkpoint that `make_trainer` found."""
-    # The trainer reads a checkpoint's config.json with the base class, which looks for this attribute on itself when
-    # there is a `rope_scaling` of type llama3, before it has set any (transformers 5.23, `standardize_rope_params`).
+    # To compare versions, the trainer reads a checkpoint's config.json with the base class, which then looks for this
+    # attribute on itself before any is set. Passing a config or class is not possible:
+    # https://github.com/huggingface/transformers/blob/v5.24.0/src/transformers/trainer.py#L3670
+    # https://github.com/huggingface/transformers/blob/v5.24.0/src/transformers/modeling_rope_utils.py#L843
     PreTrainedConfig.max_position_embeddings = None
     try:
         trainer.train(resume_from_checkpoint=trainer.args.resume_from_checkpoint)

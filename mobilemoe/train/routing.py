@@ -12,6 +12,7 @@ from torch import nn
 from transformers import PreTrainedModel, TrainerCallback
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
+from modeling_mobilemoe.fused_mobilemoe import Int4FeedForward
 from modeling_mobilemoe.modeling_mobilemoe import MobileMoEFeedForward, MobileMoERouter, grouped_mm_experts
 
 
@@ -192,7 +193,9 @@ class ExpertBiasCallback(TrainerCallback):
     def __init__(self, model: PreTrainedModel, update_rate: float = 1e-3, capacity_factor: float | None = None):
         self.update_rate = update_rate
         self.capacity_factor = capacity_factor
-        self.layers = [module for module in model.modules() if isinstance(module, MobileMoEFeedForward)]
+        self.layers = [
+            module for module in model.modules() if isinstance(module, (MobileMoEFeedForward, Int4FeedForward))
+        ]
         self.num_experts = len(self.layers[0].expert_bias)
         device = self.layers[0].expert_bias.device
         self.totals = torch.zeros(len(self.layers), self.num_experts + 4, device=device)

@@ -1,0 +1,1 @@
+"""Training stages: a script, and a YAML file per stage. `mobilemoe.recipes` where the package is installed."""

@@ -1,0 +1,51 @@
+"""What the repository says of itself: workflows, versions, the pages of the site, what the type checker reads."""
+
+import re
+import tomllib
+
+import pytest
+import yaml
+from conftest import ROOT
+
+
+WORKFLOWS = sorted((ROOT / ".github" / "workflows").glob("*.yml"))
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
+VERSION = PROJECT["project"]["version"]
+
+
+@pytest.mark.parametrize("workflow", WORKFLOWS, ids=lambda path: path.stem)
+def test_workflows_call_targets_that_exist(workflow):
+    targets = set(re.findall(r"^([\w-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
+    content = yaml.safe_load(workflow.read_text())
+    # Nothing may be written unless a job asks for it.
+    assert content["permissions"] == {"contents": "read"}
+    for job in content["jobs"].values():
+        for step in job["steps"]:
+            assert set(re.findall(r"\bmake ([\w-]+)", step.get("run", ""))) <= targets
+            # A branch of an action, "main" say, may change under us.
+            assert re.fullmatch(r"[\w./-]+@(v\d+|release/v\d+)", step.get("uses", "none@v1"))
+
+
+def test_one_version_everywhere():
+    assert yaml.safe_load((ROOT / "CITATION.cff").read_text())["version"] == VERSION
+    assert f"## [{VERSION}]" in (ROOT / "CHANGELOG.md").read_text()
+
+
+def test_every_module_of_the_api_pages_exists():
+    pages = sorted((ROOT / "docs" / "api").glob("*.md"))
+    modules = [name for page in pages for name in re.findall(r"^::: (\S+)", page.read_text(), re.MULTILINE)]
+    assert modules
+    for name in modules:
+        path = ROOT / name.replace(".", "/")
+        assert path.with_suffix(".py").is_file() or (path / "__init__.py").is_file(), name
+
+
+def test_every_page_of_the_site_exists():
+    # As text: its tags are mkdocs' own.
+    pages = re.findall(r"^ +- .*?([\w./-]+\.md)$", (ROOT / "mkdocs.yml").read_text(), re.MULTILINE)
+    assert len(pages) > 10
+    assert [page for page in pages if not (ROOT / page).is_file()] == []
+
+
+def test_the_type_checker_reads_files_that_exist():
+    assert [name for name in PROJECT["tool"]["ty"]["src"]["include"] if not (ROOT / name).is_file()] == []
