@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from transformers import AutoTokenizer
 from trl import SFTConfig, TrlParser
 
-from mobilemoe.train.qat import FakeQuantizationStart, convert, prepare
+from mobilemoe.train.qat import FakeQuantizationStart, convert, preparation_table, prepare
 from mobilemoe.train.recipe import RecipeArguments, load_model, make_trainer, refuse_fsdp, train
 from modeling_mobilemoe.quantization_mobilemoe import Int4Format
 
@@ -24,7 +24,7 @@ class QATArguments:
     quantize_activations: bool = field(
         default=True, metadata={"help": "Round inputs to INT8 per token, coarser than our kernels."}
     )
-    quantize_from_step: int = field(default=0, metadata={"help": "Optimizer steps in full precision before that."})
+    quantize_from_step: int = field(default=0, metadata={"help": "Optimizer steps in full precision before QAT."})
 
 
 def check_quantization(quantization: QATArguments, recipe: RecipeArguments, training_args: SFTConfig) -> None:
@@ -35,7 +35,7 @@ def check_quantization(quantization: QATArguments, recipe: RecipeArguments, trai
             "would see INT4 weights, and packing would only round them. Set a step below max_steps."
         )
     if recipe.expert_bias_update_rate is None:
-        # Biases are packed in BF16, whose spacing is wider than the usual step of 1e-3 from 0.25 on.
+        # Biases are packed in BF16, whose spacing exceeds the usual step of 1e-3 from 0.25 on.
         recipe.expert_bias_update_rate = 0.0
 
 
@@ -45,6 +45,8 @@ def main(recipe: RecipeArguments, quantization: QATArguments, training_args: SFT
     int4_format = Int4Format(quantization.expert_axis)
     model = load_model(recipe.model, recipe.attn_implementation)
     model = prepare(model, int4_format, quantization.quantize_activations)
+    if training_args.process_index == 0:
+        print(preparation_table(model))
     trainer = make_trainer(model, tokenizer, recipe, training_args)
     trainer.add_callback(FakeQuantizationStart(quantization.quantize_from_step))
     train(trainer)
@@ -52,7 +54,7 @@ def main(recipe: RecipeArguments, quantization: QATArguments, training_args: SFT
     if trainer.state.global_step <= quantization.quantize_from_step:
         raise ValueError(
             f"Training ended after {trainer.state.global_step} steps with quantize_from_step="
-            f"{quantization.quantize_from_step}: no step saw INT4 weights, and packing would only round them. Go on "
+            f"{quantization.quantize_from_step}: no step saw INT4 weights, and packing would only round them. Resume "
             "from the last checkpoint with --resume_from_checkpoint true, or set an earlier step."
         )
     if trainer.is_world_process_zero():
