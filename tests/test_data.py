@@ -96,7 +96,7 @@ def test_tokens_follow_the_weights(two_sources, tokenizer, streaming):
         starts = np.flatnonzero(row["position_ids"] == 0)
         for start, end in zip(starts, [*starts[1:], 128], strict=True):
             text = tokenizer.decode(row["input_ids"][start:end], skip_special_tokens=True)
-            # A long text may go on in another sequence, without its name.
+            # A long text may continue in another sequence, without its name.
             tokens["b" if text.startswith("b") else "a" if text else "padding"] += end - start
     assert tokens["b"] / (tokens["a"] + tokens["b"]) == pytest.approx(0.7, abs=0.02)
     assert tokens["padding"] < 0.1 * tokens.total()
@@ -172,7 +172,7 @@ def test_processes_share_what_one_would_take(two_sources, tokenizer, streaming):
     assert len(steps[1]) == 10
 
 
-# Going on
+# Resuming
 
 
 def round_trip(state):
@@ -519,7 +519,7 @@ def test_sequences_before_a_broken_place_are_all_given(tmp_path, tokenizer, monk
     # All blocks that the first file fills.
     assert len(given) >= 48
     assert ids(given) == whole[: len(given)]
-    # The place before the error is good to go on from once the file is repaired.
+    # Training can resume before the error once the file is repaired.
     state = round_trip(mixture.state(len(given) - 3))
     (tmp_path / "a-2.jsonl").write_text(good)
     again = Mixture([source], tokenizer, 64, 0, 1, state=state)

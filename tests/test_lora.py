@@ -1,4 +1,4 @@
-"""LoRA: the scope alone trains, counts are PEFT's, adapters merge, save and load, and the road goes on to INT4."""
+"""LoRA: the scope alone trains, counts are PEFT's, adapters merge, save and load, and merged models pack to INT4."""
 
 import copy
 

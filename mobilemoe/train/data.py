@@ -80,7 +80,8 @@ class Source:
         from datasets import load_dataset
 
         self.source, self.tokenizer, self.max_length = source, tokenizer, max_length
-        arguments = {name: getattr(source, name) for name in ("name", "split", "revision", "data_dir", "data_files")}
+        ours = ("path", "weight", "columns", "streaming")
+        arguments = {name: value for name, value in dataclasses.asdict(source).items() if name not in ours}
         rows = []
         # StopIteration is what `datasets` raises for an empty JSON file.
         with self._readable(), suppress(StopIteration):
