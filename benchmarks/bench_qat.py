@@ -11,7 +11,6 @@ the peak above that before the first step, measured in a process of its own. One
 """
 
 import argparse
-import contextlib
 import json
 import multiprocessing
 import platform
@@ -46,8 +45,7 @@ class Step:
         self.model = MobileMoEForCausalLM(config).train()
         if VARIANTS[variant] is not None:
             axis, activations = VARIANTS[variant]
-            with contextlib.redirect_stdout(None):
-                prepare(self.model, Int4Format(axis), activations)
+            prepare(self.model, Int4Format(axis), activations)
         self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=1e-4, fused=True)
         length = min(256, tokens)
         self.input_ids = torch.randint(3, config.vocab_size, (tokens // length, length))

@@ -70,8 +70,7 @@ def losses(directory: Path, demo: Path, rows: int) -> dict[str, dict[str, float]
     result = {}
     for name, model in models.items():
         result[name] = {"plain": heldout_loss(model.eval(), directory, demo, rows)}
-        with contextlib.redirect_stdout(None):
-            prepare(model)
+        prepare(model)
         for module in model.modules():
             # The weights are on the grid already; rounded values need not round to themselves.
             if isinstance(module, Int4FakeQuantizer):

@@ -126,6 +126,13 @@ def tokenizer():
 
 
 @pytest.fixture(scope="session")
+def chat_tokenizer(tokenizer):
+    tokenizer = copy.deepcopy(tokenizer)
+    tokenizer.chat_template = CHAT_TEMPLATE
+    return tokenizer
+
+
+@pytest.fixture(scope="session")
 def base_checkpoint(tiny_config: MobileMoEConfig, tokenizer, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A full-precision checkpoint with a tokenizer and, as base models, no chat template."""
     path = tmp_path_factory.mktemp("checkpoints") / "base"
