@@ -14,6 +14,8 @@ from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
 from modeling_mobilemoe.modeling_mobilemoe import MobileMoEFeedForward, MobileMoERouter, grouped_mm_experts
 
+from ..display import picture
+
 
 # What is measured of every layer at every step, in the order of a row's tensor.
 MEASURES = ("imbalance", "dropped", "entropy", "z_loss")
@@ -300,8 +302,6 @@ def read_routing(output_dir: str | os.PathLike) -> list[dict]:
 
 def plot_routing(output_dir: str | os.PathLike) -> None:
     """Draws `routing.jsonl` into `routing.png`: every measure over the steps, its median and maximum over layers."""
-    from matplotlib.figure import Figure
-
     rows = read_routing(output_dir)
     num_experts = len(json.loads(Path(output_dir, "expert_load.json").read_text())["load"][0])
     titles = {
@@ -312,14 +312,13 @@ def plot_routing(output_dir: str | os.PathLike) -> None:
     }
     # The loads that a capacity factor of 1.5 has room for, and the entropy of an even distribution.
     lines = {"imbalance": (1.5, "1.5"), "entropy": (math.log(num_experts), f"ln {num_experts}")}
-    figure = Figure(figsize=(12, 7), layout="constrained")
-    for axis, name in zip(figure.subplots(2, 2).flat, MEASURES, strict=True):
-        steps = [row["step"] for row in rows]
-        axis.plot(steps, [statistics.median(row[name]) for row in rows], label="median layer")
-        axis.plot(steps, [max(row[name]) for row in rows], label="highest layer")
-        if name in lines:
-            value, label = lines[name]
-            axis.axhline(value, color="grey", linestyle="--", label=label)
-        axis.set(xlabel="optimizer step", title=titles[name])
-        axis.legend()
-    figure.savefig(Path(output_dir, "routing.png"), dpi=120)
+    with picture(Path(output_dir, "routing.png"), (12, 7), 2, 2) as axes:
+        for axis, name in zip(axes, MEASURES, strict=True):
+            steps = [row["step"] for row in rows]
+            axis.plot(steps, [statistics.median(row[name]) for row in rows], label="median layer")
+            axis.plot(steps, [max(row[name]) for row in rows], label="highest layer")
+            if name in lines:
+                value, label = lines[name]
+                axis.axhline(value, color="grey", linestyle="--", label=label)
+            axis.set(xlabel="optimizer step", title=titles[name])
+            axis.legend()
