@@ -26,7 +26,7 @@ def test_numbers_are_aligned_right_and_text_left(capsys):
         "name   limit  tokens/s",
         "─" * 22,
         "a [b]     7%  9 (8-10)",
-        "ab              1000",
+        "ab                1000",
     ]
 
 

@@ -194,12 +194,14 @@ def test_command_line_prints_tables_or_json(capsys, tmp_path):
         # One sentence of why, one table, what its columns are.
         "Width 768, 20 layers, E = 8, 272M of 1,263M parameters active: lowest predicted loss among the 202 of 1188",
         "2.3533 nats per token, 95 % interval 2.3384 to 2.3682.",
-        "8 768 20 60 x 384 272M 1,263M 0.806 2.3533",
-        "chosen",
+        "4 768 20 28 x 384 272M 697M 0.486 2.3536",
+        "tied 8 768 20 60 x 384 272M 1,263M 0.806 2.3533",
+        "chosen 16 ",
         "tok/s: decoding at that context on device. First token of a 512-token prompt after",
         "Tied: within the law's error (0.0076).",
     ):
         assert text in " ".join(printed.split())
+    assert "extrapolates" not in printed
     assert (tmp_path / "plan.png").stat().st_size > 20_000
     run_cli("plan", *limits, "--json", "--output", tmp_path / "s")
     printed = json.loads(capsys.readouterr().out)
@@ -333,7 +335,6 @@ def test_printed_plan_names_a_device_without_a_prefill_rate(capsys):
     show(*plan_report(plan(Request(5e9, 4096, tokens=300e9, device=Device(25e9, name="bus")))))
     printed = " ".join(capsys.readouterr().out.split())
     assert "on bus." in printed and "First token" not in printed
-    assert "extrapolates" not in printed
     show(*plan_report(plan(Request(5e9, 4096, tokens=6e12))))
     printed = " ".join(capsys.readouterr().out.split())
     assert "The law extrapolates: " in printed and "tokens 6e+12 is outside the fitted 1e+11 to 5e+11" in printed

@@ -37,7 +37,9 @@ def plan_table(result: Plan) -> "Group":
     """The best shape of every E within the limits."""
     best, request, device = result.best, result.request, result.request.device
 
-    def against(shape: Candidate) -> str:
+    def verdict(shape: Candidate) -> str:
+        if shape.config is best.config:
+            return "chosen"
         difference = shape.loss - best.loss
         return "tied" if abs(difference) <= result.law.rmse else f"{difference:+.4f}"
 
@@ -52,7 +54,7 @@ def plan_table(result: Plan) -> "Group":
             millions(shape.config.num_total_parameters),
             f"{shape.memory / 1e9:.3g}",
             f"{shape.loss:.4f}",
-            against(shape),
+            verdict(shape),
         ]
         for shape in result.per_expansion
     ]
