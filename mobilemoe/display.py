@@ -17,18 +17,21 @@ if TYPE_CHECKING:
 WIDTH = 80
 # A column of text is not made narrower than this; longer words continue on the next line.
 TEXT_WIDTH = 12
+# The header of a column of numbers is not broken below this.
+HEADER_WIDTH = 8
 NUMBER = re.compile(r"[-+±~]?\d[\d.,]*(\D|$)|[-–]?$")
 PLOT_STYLE = {
     "axes.axisbelow": True,
     "axes.grid": True,
+    "axes.grid.axis": "y",
     "axes.spines.right": False,
     "axes.spines.top": False,
     "axes.titlesize": 10,
     "figure.titlesize": 10,
     "font.size": 9,
     "grid.alpha": 0.3,
+    "legend.edgecolor": "none",
     "legend.fontsize": 8,
-    "legend.frameon": False,
 }
 
 
@@ -66,7 +69,7 @@ def table(
         cells = [row[index] for row in rows]
         longest_word = max(map(len, header.split()), default=0)
         if all(map(NUMBER.match, cells)):
-            width = max([longest_word, *map(len, cells)])
+            width = max([longest_word, min(len(header), HEADER_WIDTH), *map(len, cells)])
             # A column that must not wrap takes line breaks of its own in its header.
             header = "\n".join(textwrap.wrap(header, width))
             result.add_column(Text(header), justify="right", no_wrap=True, min_width=width)

@@ -19,14 +19,14 @@ def test_numbers_are_short_and_have_no_exponent():
 
 def test_numbers_are_aligned_right_and_text_left(capsys):
     lines = lines_of(
-        capsys, table(("name", "of limit", "tokens/s"), [("a [b]", "7%", "9 (8-10)"), ("ab", None, 1000)])
+        capsys, table(("name", "of the limit", "tokens/s"), [("a [b]", "7%", "9 (8-10)"), ("ab", None, 1000)])
     )
     assert lines == [
-        "          of",
-        "name   limit  tokens/s",
-        "─" * 22,
-        "a [b]     7%  9 (8-10)",
-        "ab                1000",
+        "         of the",
+        "name      limit  tokens/s",
+        "─" * 25,
+        "a [b]        7%  9 (8-10)",
+        "ab                   1000",
     ]
 
 

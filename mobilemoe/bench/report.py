@@ -26,14 +26,19 @@ def tables(result: dict, paper: bool = False) -> "list[Group]":
                 rows = [(operator, f"{milliseconds:.3f}") for operator, milliseconds in operators.items()]
                 made.append(table(("operator", "ms"), rows, f"{name}, {phase}, {length} tokens"))
     if paper:
-        measured = {"S", "MobileLLM-Pro", *result["models"]}
-        rows = [
-            (device, name, length, *(number(row[key]) if key in row else "" for key in MEASURES))
-            for device, name, length, row in published_speeds()
-            if name in measured
-        ]
-        made.append(table(("phone", "model", "context", *MEASURES.values()), rows, "Published by the paper"))
+        made.append(paper_table({"S", "MobileLLM-Pro", *result["models"]}))
     return made
+
+
+def paper_table(models: set[str]) -> "Group":
+    rows, above = [], None
+    for device, name, length, row in published_speeds():
+        if name in models:
+            speeds = (number(row[key]) if key in row else "" for key in MEASURES)
+            # A phone once.
+            rows.append(("" if device == above else device, name, length, *speeds))
+            above = device
+    return table(("phone", "model", "context", *MEASURES.values()), rows, "Published by the paper")
 
 
 def cell(row: dict | None) -> str:
@@ -44,10 +49,20 @@ def speed_table(result: dict) -> "Group":
     rows = []
     for name, model in result["models"].items():
         for index, (length, row) in enumerate(model["lengths"].items()):
+            prefill, first_token, decode = map(row.get, MEASURES)
             share = row.get("decode_of_memory_limit")
-            limit = "" if share is None else f"{share:.0%}"
-            # The name once per model.
-            rows.append(("" if index else name, length, *(cell(row.get(key)) for key in MEASURES), limit))
+            rows.append(
+                (
+                    # Once per model.
+                    "" if index else name,
+                    length,
+                    cell(prefill),
+                    # Its spread is that of the prefill.
+                    "" if first_token is None else number(first_token["median"]),
+                    cell(decode),
+                    "" if share is None else f"{share:.0%}",
+                )
+            )
     machine = result["machine"]
     title = f"{machine['cpu']}, {machine['threads']} threads, {result['prompt']}: median (10-90 %)"
     caption = "of limit: of the decode speed at which the weights are read as fast as the memory allows"
@@ -71,7 +86,7 @@ def draw(result: dict, path: str | Path, paper: bool = False) -> None:
     `paper`, those of the paper's phones for the same shapes are dashed lines.
     """
     panels = {"prefill_tokens_per_s": "prompt, tokens", "decode_tokens_per_s": "context, tokens"}
-    with picture(path, (9, 3.6), 1, 2) as axes:
+    with picture(path, (10, 3.6), 1, 2) as axes:
         for axis, (key, label) in zip(axes, panels.items(), strict=True):
             for name, model in result["models"].items():
                 measured = {int(length): row[key] for length, row in model["lengths"].items() if key in row}
@@ -86,8 +101,9 @@ def draw(result: dict, path: str | Path, paper: bool = False) -> None:
             for name, points in published.items():
                 axis.plot(*zip(*points, strict=True), linestyle="--", marker=".", linewidth=1, label=name)
             axis.set_xscale("log", base=2)
+            axis.xaxis.set_major_formatter("{x:.0f}")
             axis.set_ylim(bottom=0)
             axis.set(xlabel=label, title=f"{key.split('_')[0]}, tokens/s")
         # Decoding has all lines; of prefill some sources say nothing.
-        axes[1].legend()
+        axes[1].legend(loc="upper left", bbox_to_anchor=(1, 1))
         axes[0].figure.suptitle(f"{result['machine']['cpu']}, {result['machine']['threads']} threads")
