@@ -114,7 +114,10 @@ def report_table(reports: dict[str, dict], column: str | None = None) -> "Group"
     columns = ["task", "shots", "metric"]
     for number, model in enumerate(reports):
         columns += [Path(model).name, *(["difference"] if number else [])]
-    columns += [] if column is None else [f"paper, {column}"]
+    title = f"{compared['suite']}, percent ± standard error"
+    if column is not None:
+        columns.append("paper")
+        title += f"; paper: {column}"
     first, rows = next(iter(reports.values())), []
     for name, row in compared["rows"].items():
         task = first["tasks"].get(name, {"num_fewshot": "", "metric": ""})
@@ -126,7 +129,7 @@ def report_table(reports: dict[str, dict], column: str | None = None) -> "Group"
         if column is not None:
             cells.append("" if row["paper"] is None else f"{row['paper']:.1f}")
         rows.append(cells)
-    return table(columns, rows, f"{compared['suite']}, percent ± standard error", bold=len(rows) - 1)
+    return table(columns, rows, title, bold=len(rows) - 1)
 
 
 def plot_reports(reports: dict[str, dict], path: Path, column: str | None = None) -> None:

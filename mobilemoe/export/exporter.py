@@ -95,11 +95,11 @@ def export_checkpoint(
     check_resources(config, options, output_dir, moe_module)
 
     stages = Stages()
-    exportable, reference, tokenizer, config, eos_ids = load(checkpoint, config, options, moe_module, crosses, stages)
+    module, reference, tokenizer, config, ends = load(checkpoint, config, options, moe_module, crosses, stages)
     report = {"model": str(model), "weights_sha256": weights_sha256(checkpoint)}
-    report |= describe_program(exportable, moe_module, crosses, eos_ids, experts_file)
-    program = lower(exportable, metadata(config, options, eos_ids), experts_file, stages)
-    del exportable
+    report |= describe_program(module, moe_module, crosses, ends, experts_file)
+    program = lower(module, metadata(config, options, ends), experts_file, stages)
+    del module
     report["operators"] = program_operators(program)
 
     with stop_signal_as_exit(), replace_when_complete(output_dir) as partial:
