@@ -104,10 +104,8 @@ def export_checkpoint(
 
     with stop_signal_as_exit(), replace_when_complete(output_dir) as partial:
         with stages("write"):
-            write_program(partial, program, report)
+            write_files(partial, program, tokenizer, config, report)
             del program
-            tokenizer.save_pretrained(partial)
-            config.save_pretrained(partial)
             write_report(partial, report)
         with stages("compare"):
             report["parity"] = reference.report(PteModel(partial))
@@ -221,14 +219,16 @@ def describe_program(
     }
 
 
-def write_program(directory: Path, program, report: dict) -> None:
-    """`model.pte`, and the experts where they have a file of their own; their sizes go to the report."""
+def write_files(directory: Path, program, tokenizer, config: MobileMoEConfig, report: dict) -> None:
+    """All but `export.json`; the sizes of the program, and of a file for the experts, go to the report."""
     with open(directory / "model.pte", "wb") as file:
         program.write_to_file(file)
     program.write_tensor_data_to_file(directory)
     report["pte_bytes"] = (directory / "model.pte").stat().st_size
     if report["experts_file"]:
         report["ptd_bytes"] = (directory / report["experts_file"]).stat().st_size
+    tokenizer.save_pretrained(directory)
+    config.save_pretrained(directory)
 
 
 def check_config(checkpoint: Path, max_seq_len: int | None) -> MobileMoEConfig:
