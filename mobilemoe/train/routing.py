@@ -16,6 +16,7 @@ from modeling_mobilemoe.fused_mobilemoe import Int4FeedForward
 from modeling_mobilemoe.modeling_mobilemoe import MobileMoEFeedForward, MobileMoERouter, grouped_mm_experts
 
 from ..artifacts import write_text
+from ..display import picture
 
 
 # The statistics of each layer and step, in the order of a row's tensor.
@@ -304,8 +305,6 @@ def read_routing(output_dir: str | os.PathLike) -> list[dict]:
 
 def plot_routing(output_dir: str | os.PathLike) -> None:
     """Draws `routing.jsonl` into `routing.png`: every measure over the steps, its median and maximum over layers."""
-    from matplotlib.figure import Figure
-
     rows = read_routing(output_dir)
     num_experts = len(json.loads(Path(output_dir, "expert_load.json").read_text())["load"][0])
     titles = {
@@ -316,14 +315,13 @@ def plot_routing(output_dir: str | os.PathLike) -> None:
     }
     # The loads that a capacity factor of 1.5 has room for, and the entropy of an even distribution.
     lines = {"imbalance": (1.5, "1.5"), "entropy": (math.log(num_experts), f"ln {num_experts}")}
-    figure = Figure(figsize=(12, 7), layout="constrained")
-    for axis, name in zip(figure.subplots(2, 2).flat, MEASURES, strict=True):
-        steps = [row["step"] for row in rows]
-        axis.plot(steps, [statistics.median(row[name]) for row in rows], label="median layer")
-        axis.plot(steps, [max(row[name]) for row in rows], label="highest layer")
-        if name in lines:
-            value, label = lines[name]
-            axis.axhline(value, color="grey", linestyle="--", label=label)
-        axis.set(xlabel="optimizer step", title=titles[name])
-        axis.legend()
-    figure.savefig(Path(output_dir, "routing.png"), dpi=120)
+    with picture(Path(output_dir, "routing.png"), (12, 7), 2, 2) as axes:
+        for axis, name in zip(axes, MEASURES, strict=True):
+            steps = [row["step"] for row in rows]
+            axis.plot(steps, [statistics.median(row[name]) for row in rows], label="median layer")
+            axis.plot(steps, [max(row[name]) for row in rows], label="highest layer")
+            if name in lines:
+                value, label = lines[name]
+                axis.axhline(value, color="grey", linestyle="--", label=label)
+            axis.set(xlabel="optimizer step", title=titles[name])
+            axis.legend()
