@@ -2,10 +2,11 @@
 
 import argparse
 import json
+import logging
 import os
+import shlex
 import sys
 import time
-from pathlib import Path
 
 
 # Modules of one extra; others are in that of the command.
@@ -17,7 +18,14 @@ def main(argv: list[str] | None = None) -> None:
     commands = parser.add_subparsers(dest="command", required=True)
     for add in (add_plan, add_export, add_run, add_bench, add_eval, add_card):
         add(commands)
+    argv = sys.argv[1:] if argv is None else argv
     arguments = parser.parse_args(argv)
+    # For the JSON files that a verb writes.
+    arguments.command_line = shlex.join(["mobilemoe", *argv])
+    logger, handler = logging.getLogger("mobilemoe"), logging.StreamHandler()
+    handler.setFormatter(logging.Formatter(f"[{arguments.command}] %(message)s"))
+    logger.addHandler(handler)
+    logger.setLevel(logging.INFO)
     try:
         arguments.function(arguments)
     except (ValueError, OSError) as error:
@@ -25,6 +33,8 @@ def main(argv: list[str] | None = None) -> None:
     except ModuleNotFoundError as error:
         extra = EXTRAS.get(error.name.partition(".")[0], arguments.extra)
         sys.exit(f"mobilemoe {arguments.command}: {error.name} is not installed. pip install 'mobilemoe[{extra}]'")
+    finally:
+        logger.removeHandler(handler)
 
 
 def add_plan(commands) -> None:
@@ -119,7 +129,7 @@ def run_export(arguments: argparse.Namespace) -> None:
 
     names = ("max_seq_len", "expert_bits", "weights", "embedding_bits", "kv_cache", "all_logits", "experts_file")
     options = {name: getattr(arguments, name) for name in (*names, "moe_op")}
-    output = export_checkpoint(arguments.model, arguments.output, **options)
+    output = export_checkpoint(arguments.model, arguments.output, **options, command=arguments.command_line)
     print(f"{output / 'model.pte'}: {(output / 'model.pte').stat().st_size / 1e6:,.1f} MB; more in export.json")
 
 
@@ -136,7 +146,9 @@ def add_run(commands) -> None:
 
 
 def run_generation(arguments: argparse.Namespace) -> None:
-    if (Path(arguments.model) / "model.pte").is_file():
+    from .artifacts import is_pte
+
+    if is_pte(arguments.model):
         from .runtime import PteModel
 
         model = PteModel(arguments.model)
@@ -217,7 +229,7 @@ def run_bench(arguments: argparse.Namespace) -> None:
         phone |= {} if arguments.threads is None else {"num_threads": arguments.threads}
         names = ("prompt_lengths", "new_tokens", "repeats", "prompt_file")
         options = PhoneOptions(**{name: getattr(arguments, name) for name in names}, **phone)
-        result = bench_phone(arguments.model, options)
+        result = bench_phone(arguments.model, options, arguments.command_line)
     else:
         if phone:
             given = ", ".join(f"--{name.replace('_', '-')}" for name in phone)
@@ -231,15 +243,15 @@ def run_bench(arguments: argparse.Namespace) -> None:
             arguments.prompt_file,
             arguments.runtime,
             arguments.profile,
+            arguments.command_line,
         )
     # First what was measured: a table or a picture that fails must not cost it.
     if arguments.json:
-        Path(arguments.json).parent.mkdir(parents=True, exist_ok=True)
-        Path(arguments.json).write_text(json.dumps(result, indent=2) + "\n")
+        result.save(arguments.json)
     print_table(result, arguments.paper)
     if arguments.picture:
         draw(result, arguments.picture, arguments.paper)
-    print(json.dumps(result))
+    print(json.dumps(result.as_dict()))
 
 
 def add_eval(commands) -> None:
@@ -283,13 +295,19 @@ def run_evaluation(arguments: argparse.Namespace) -> None:
 
         prepare_data(arguments.suite, arguments.data_dir, arguments.tasks)
     elif arguments.action == "compare":
-        from .eval.report import compare
+        from .eval.report import compare, print_table
 
-        compare(arguments.results, arguments.output, arguments.paper)
+        reports = compare(arguments.results, arguments.output, arguments.paper, arguments.command_line)
+        print_table(reports, arguments.paper)
     elif arguments.action == "check":
-        from .eval.agreement import check_models
+        from .eval.agreement import check_lines, check_models
 
-        check_models(arguments.model, arguments.reference, arguments.text, arguments.max_tokens, arguments.json)
+        texts, command = arguments.text, arguments.command_line
+        check = check_models(arguments.model, arguments.reference, texts, arguments.max_tokens, command)
+        if arguments.json:
+            check.save(arguments.json)
+        for line in check_lines(check):
+            print(line)
     else:
         from .eval.report import paper_scores, print_table
         from .eval.run import evaluate
@@ -308,11 +326,12 @@ def run_evaluation(arguments: argparse.Namespace) -> None:
                 dtype=arguments.dtype,
                 tokens_per_batch=arguments.tokens_per_batch,
                 run_unsafe_code=arguments.confirm_run_unsafe_code,
+                command=arguments.command_line,
             )
         except KeyboardInterrupt:
             sys.exit(
                 f"mobilemoe eval: interrupted. Finished tasks are kept in {arguments.output}/tasks; "
-                "the same command goes on behind them."
+                "the same command resumes after them."
             )
         print_table({arguments.model: report}, arguments.paper)
 

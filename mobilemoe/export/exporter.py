@@ -1,6 +1,6 @@
-"""Checkpoint -> directory with `model.pte`, tokenizer, `config.json` and `export.json`: the one room behind two doors.
+"""Checkpoint -> directory with `model.pte`, tokenizer, `config.json` and `export.json`.
 
-The doors are `mobilemoe export` and `optimum-cli export executorch`. The program follows the contract of ExecuTorch's
+Shared by `mobilemoe export` and `optimum-cli export executorch`. The program follows the contract of ExecuTorch's
 LLM runners: `forward(tokens, pos)` with tokens int64 `[1, S]` and the start position int64 `[1]`, FP32 logits of the
 last token `[1, vocab]` out, and the constant methods that they read.
 """
@@ -28,7 +28,7 @@ from modeling_mobilemoe.kernels import BuildError, load_executorch
 from modeling_mobilemoe.kernels.modules import MoEFFN
 from modeling_mobilemoe.quantization_mobilemoe import Int4Format, MobileMoEInt4Config, dequantize, quantize
 
-from ..artifacts import local_checkpoint, weights_sha256
+from ..artifacts import EXPORT_FILE, PROGRAM_FILE, Export, local_checkpoint, weights_sha256
 from ..costs import kv_cache_bytes, parameter_counts, program_bytes
 from ..machine import available_memory, package_versions, peak_memory
 from ..runtime import PteModel, end_of_sequence_ids
@@ -36,6 +36,8 @@ from .program import MOE_MODULES, DenseMoE, ExportModel, ProgramOptions, Quantiz
 
 
 EXPERTS_FILE = "experts"
+# Packages that decide what a program computes.
+VERSIONS = ("torch", "transformers", "torchao", "executorch")
 # Length of the example that a program is traced with, and the shortest context. `torch.export` takes a length for 2 or
 # more: in a context of 2 it would conclude that every call starts at position 0.
 TRACED_TOKENS = 8
@@ -52,6 +54,7 @@ def export_checkpoint(
     all_logits: bool = False,
     experts_file: bool = False,
     moe_op: str | None = None,
+    command: str | None = None,
 ) -> Path:
     """
     Exports a checkpoint to `output_dir/model.pte`, compares it with PyTorch, and describes it in `export.json`.
@@ -74,6 +77,7 @@ def export_checkpoint(
             (kernels/README.md), fast and on the released grid; a runtime needs it compiled in. `"llama"` is
             `llama::quantized_moe_ffn`, in every ExecuTorch runtime since 1.5. The first one where it compiles and
             neither experts along the input nor `expert_bits` ask for the other, when absent.
+        command (`str`, *optional*): the command line that asked for this, for `export.json`.
 
     Raises:
         ValueError: for a request that cannot be met, memory or disk that will not do, or a program that does not
@@ -147,45 +151,48 @@ def export_checkpoint(
             # Every runner asks the program for it.
             config.bos_token_id = tokenizer.bos_token_id
         del source
-    report = {
-        "model": str(model),
-        "weights_sha256": weights_sha256(checkpoint),
-        "versions": package_versions(("torch", "transformers", "torchao", "executorch")),
-        "moe_op": moe_module.operator,
-        "expert_axis": moe_module.expert_axis,
-        "experts_rounded_twice": crosses,
-        "expert_rounding_sqnr_db": expert_rounding_sqnr(exportable) if crosses else None,
-        **asdict(options),
-        **({"expert_bits": None, "embedding_bits": None} if weights != "int4" else {}),
-        "eos_ids": eos_ids,
-        "experts_file": f"{EXPERTS_FILE}.ptd" if experts_file else None,
-    }
+    rounding_sqnr = expert_rounding_sqnr(exportable) if crosses else None
     program = lower(exportable, metadata(config, options, eos_ids), experts_file, stages)
     del exportable
-    report["operators"] = program_operators(program)
+    operators = program_operators(program)
 
     with stop_signal_as_exit(), replace_when_complete(output_dir) as partial:
         with stages("write"):
-            with open(partial / "model.pte", "wb") as file:
+            with open(partial / PROGRAM_FILE, "wb") as file:
                 program.write_to_file(file)
             program.write_tensor_data_to_file(partial)
             del program
             tokenizer.save_pretrained(partial)
             config.save_pretrained(partial)
-            report["pte_bytes"] = (partial / "model.pte").stat().st_size
-            if experts_file:
-                report["ptd_bytes"] = (partial / report["experts_file"]).stat().st_size
-            write_report(partial, report)
+            report = Export(
+                command=command,
+                model=str(model),
+                weights_sha256=weights_sha256(checkpoint),
+                versions=package_versions(VERSIONS),
+                moe_op=moe_module.operator,
+                expert_axis=moe_module.expert_axis,
+                experts_rounded_twice=crosses,
+                expert_rounding_sqnr_db=rounding_sqnr,
+                **asdict(options) | ({"expert_bits": None, "embedding_bits": None} if weights != "int4" else {}),
+                eos_ids=eos_ids,
+                experts_file=f"{EXPERTS_FILE}.ptd" if experts_file else None,
+                operators=operators,
+                pte_bytes=(partial / PROGRAM_FILE).stat().st_size,
+            )
+            if report.experts_file is not None:
+                report.ptd_bytes = (partial / report.experts_file).stat().st_size
+            # Needed to load the program, and written again once it has run.
+            report.save(partial / EXPORT_FILE)
         with stages("compare"):
-            report["parity"] = reference.report(PteModel(partial))
-        report["seconds"] = stages.seconds | {"total": round(sum(stages.seconds.values()), 1)}
-        report["peak_memory_bytes"] = peak_memory()
-        write_report(partial, report)
-    print(parity_table(report["parity"]))
+            report.parity = reference.report(PteModel(partial))
+        report.seconds = stages.seconds | {"total": round(sum(stages.seconds.values()), 1)}
+        report.peak_memory_bytes = peak_memory()
+        report.save(partial / EXPORT_FILE)
+    print(parity_table(report.parity))
     if crosses:
         print(
             f"Experts: from groups along the output to INT{options.expert_bits} along the input, "
-            f"{report['expert_rounding_sqnr_db']} dB of signal to rounding noise in the weights"
+            f"{report.expert_rounding_sqnr_db} dB of signal to rounding noise in the weights"
         )
     return output_dir
 
@@ -429,7 +436,3 @@ def stop_signal_as_exit() -> Iterator[None]:
         yield
     finally:
         signal.signal(signal.SIGTERM, previous)
-
-
-def write_report(directory: Path, report: dict) -> None:
-    (directory / "export.json").write_text(json.dumps(report, indent=2) + "\n")

@@ -15,6 +15,7 @@ from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
 from modeling_mobilemoe.kernels import available
 from modeling_mobilemoe.quantization_mobilemoe import Int4Embedding, Int4Experts, Int4Head, Int4Linear
 
+from ..artifacts import LogitAgreement, Parity
 from ..runtime import PteModel
 from .packing import expand_rows, operator_rows
 from .program import ProgramOptions, int8_values
@@ -169,10 +170,7 @@ def greedy_tokens(model: PreTrainedModel, prompt: list[int], num_tokens: int, eo
     return produced
 
 
-def compare(expected: list[torch.Tensor], actual: list[torch.Tensor]) -> dict[str, float]:
-    """
-    Cosine over positions, signal to noise in dB, mean KL divergence in nats, share of equal top tokens.
-    """
+def compare(expected: list[torch.Tensor], actual: list[torch.Tensor]) -> LogitAgreement:
     cosine, equal, signal, noise, kl = [], [], 0.0, 0.0, 0.0
     # One prompt at a time: in FP64 all of them would take as much memory as the program.
     for rows, others in zip(expected, actual, strict=True):
@@ -184,14 +182,14 @@ def compare(expected: list[torch.Tensor], actual: list[torch.Tensor]) -> dict[st
         noise += (rows - others).square().sum()
         kl += nn.functional.kl_div(others.log_softmax(-1), rows.log_softmax(-1), reduction="sum", log_target=True)
     cosine = torch.cat(cosine)
-    return {
-        "cosine_median": round(cosine.median().item(), 7),
-        "cosine_mean": round(cosine.mean().item(), 7),
-        "cosine_min": round(cosine.min().item(), 7),
-        "sqnr_db": round((10 * torch.log10(signal / noise.clamp(min=1e-30))).item(), 2),
-        "kl_nats": round((kl / len(cosine)).item(), 7),
-        "top1_agreement": round(torch.cat(equal).float().mean().item(), 4),
-    }
+    return LogitAgreement(
+        cosine_median=round(cosine.median().item(), 7),
+        cosine_mean=round(cosine.mean().item(), 7),
+        cosine_min=round(cosine.min().item(), 7),
+        sqnr_db=round((10 * torch.log10(signal / noise.clamp(min=1e-30))).item(), 2),
+        kl_nats=round((kl / len(cosine)).item(), 7),
+        top1_agreement=round(torch.cat(equal).float().mean().item(), 4),
+    )
 
 
 class Reference:
@@ -214,7 +212,7 @@ class Reference:
         self.greedy = [
             greedy_tokens(model, prompt, min(NEW_TOKENS, max_seq_len - len(prompt)), eos_ids) for prompt in prompts
         ]
-        self.sources: dict[str, dict[str, float]] = {}
+        self.sources: dict[str, LogitAgreement] = {}
 
     def add_int4_rounding(self, model: PreTrainedModel) -> None:
         """For a full-precision checkpoint, after `quantize`: from here on the packed model is the measure."""
@@ -244,7 +242,7 @@ class Reference:
                 self.sources[next(iter(sources))] = compare(packed, logits)
         self.same_rounding = logits
 
-    def report(self, program: PteModel) -> dict:
+    def report(self, program: PteModel) -> Parity:
         """
         Raises:
             ValueError: when the program does not compute the model.
@@ -258,15 +256,6 @@ class Reference:
             program.all_logits(prompt) if program.has_all_logits else program.forward(prompt, 0)[None]
             for prompt in self.prompts
         ]
-        report = {
-            "positions": sum(len(prompt) for prompt in self.prompts),
-            "pte_to_checkpoint": compare(self.checkpoint, logits),
-            "pte_to_pytorch_with_the_same_roundings": compare(self.same_rounding, logits),
-            "prefill_to_token_by_token": compare(
-                [stepped[-len(rows) :] for stepped, rows in zip(logits, whole, strict=True)], whole
-            ),
-            "sources": self.sources,
-        }
         agreed = total = 0
         for prompt, expected in zip(self.prompts, self.greedy, strict=True):
             produced = list(program.generate(prompt, len(expected)))
@@ -275,9 +264,22 @@ class Reference:
                 if ours != theirs:
                     break
                 agreed += 1
-        report["greedy_tokens_equal"], report["greedy_tokens"] = agreed, total
-        for name in ("pte_to_pytorch_with_the_same_roundings", "prefill_to_token_by_token"):
-            cosine = report[name]["cosine_median"]
+        report = Parity(
+            positions=sum(len(prompt) for prompt in self.prompts),
+            pte_to_checkpoint=compare(self.checkpoint, logits),
+            pte_to_pytorch_with_the_same_roundings=compare(self.same_rounding, logits),
+            prefill_to_token_by_token=compare(
+                [stepped[-len(rows) :] for stepped, rows in zip(logits, whole, strict=True)], whole
+            ),
+            sources=self.sources,
+            greedy_tokens_equal=agreed,
+            greedy_tokens=total,
+        )
+        for name, agreement in (
+            ("pte_to_pytorch_with_the_same_roundings", report.pte_to_pytorch_with_the_same_roundings),
+            ("prefill_to_token_by_token", report.prefill_to_token_by_token),
+        ):
+            cosine = agreement.cosine_median
             if not cosine >= MIN_COSINE:
                 raise ValueError(
                     f"The exported program does not compute this model: the median cosine of {name} is {cosine}, "
@@ -287,22 +289,20 @@ class Reference:
         return report
 
 
-def parity_table(parity: dict) -> str:
+def parity_table(parity: Parity) -> str:
     rows = {
-        ".pte to the checkpoint": parity["pte_to_checkpoint"],
-        **{f"  {source} alone, in PyTorch": row for source, row in parity["sources"].items()},
-        ".pte to PyTorch, same roundings": parity["pte_to_pytorch_with_the_same_roundings"],
-        "prefill to token by token": parity["prefill_to_token_by_token"],
+        ".pte to the checkpoint": parity.pte_to_checkpoint,
+        **{f"  {source} alone, in PyTorch": row for source, row in parity.sources.items()},
+        ".pte to PyTorch, same roundings": parity.pte_to_pytorch_with_the_same_roundings,
+        "prefill to token by token": parity.prefill_to_token_by_token,
     }
     width = max(map(len, rows)) + 2
     lines = [f"{'':{width}s}{'cosine':>10s}{'lowest':>10s}{'SQNR dB':>9s}{'KL nats':>11s}{'top-1':>8s}"]
     for name, row in rows.items():
         lines.append(
-            f"{name:{width}s}{row['cosine_mean']:10.6f}{row['cosine_min']:10.6f}{row['sqnr_db']:9.1f}"
-            f"{row['kl_nats']:11.2e}{row['top1_agreement']:8.3f}"
+            f"{name:{width}s}{row.cosine_mean:10.6f}{row.cosine_min:10.6f}{row.sqnr_db:9.1f}"
+            f"{row.kl_nats:11.2e}{row.top1_agreement:8.3f}"
         )
-    equal, total = parity["greedy_tokens_equal"], parity["greedy_tokens"]
-    lines.append(
-        f"{parity['positions']} positions; greedy: {equal} of {total} tokens equal until the first difference"
-    )
+    equal, total = parity.greedy_tokens_equal, parity.greedy_tokens
+    lines.append(f"{parity.positions} positions; greedy: {equal} of {total} tokens equal until the first difference")
     return "\n".join(lines)

@@ -14,6 +14,8 @@ from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
 from modeling_mobilemoe.modeling_mobilemoe import MobileMoEFeedForward, MobileMoERouter, grouped_mm_experts
 
+from ..artifacts import write_json, write_text
+
 
 # What is measured of every layer at every step, in the order of a row's tensor.
 MEASURES = ("imbalance", "dropped", "entropy", "z_loss")
@@ -225,13 +227,10 @@ class ExpertBiasCallback(TrainerCallback):
         import matplotlib.figure  # noqa: F401
 
         file = Path(args.output_dir, "routing.jsonl")
-        file.parent.mkdir(parents=True, exist_ok=True)
         # A run repeats the steps since its checkpoint, a fresh one all. A cut-off line has no end.
         lines = file.read_text().splitlines(keepends=True) if file.exists() else []
         kept = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= state.global_step]
-        partial_file = file.with_suffix(".partial")
-        partial_file.write_text("".join(kept))
-        os.replace(partial_file, file)
+        write_text(file, "".join(kept))
 
     @torch.no_grad()
     def on_optimizer_step(self, args, state, control, **kwargs) -> None:
@@ -289,7 +288,7 @@ class ExpertBiasCallback(TrainerCallback):
     def on_train_end(self, args, state, control, **kwargs) -> None:
         self._flush(args, state)
         if state.is_world_process_zero:
-            Path(args.output_dir, "expert_load.json").write_text(json.dumps({"load": self.load.tolist()}) + "\n")
+            write_json(Path(args.output_dir, "expert_load.json"), {"load": self.load.tolist()})
             plot_routing(args.output_dir)
 
 
