@@ -141,6 +141,13 @@ class Export(Artifact):
     seconds: dict[str, float] | None = None
     peak_memory_bytes: int | None = None
 
+    @property
+    def sources(self) -> list[str]:
+        return [self.model]
+
+    def is_of(self, directory: str | os.PathLike) -> bool:
+        return self.weights_sha256 == weights_sha256(directory)
+
 
 class ModelDescription(BaseModel):
     """What a model was when it was measured, see [`describe_model`]."""
@@ -157,6 +164,12 @@ class ModelDescription(BaseModel):
     def source(self) -> str:
         """Name of the model; of a `.pte`, of the one that it was made from."""
         return self.name if self.export is None else self.export.model
+
+    def is_of(self, directory: str | os.PathLike) -> bool:
+        """Whether this is about the checkpoint in a directory, or a `.pte` of it."""
+        if self.export is not None:
+            return self.export.is_of(directory)
+        return self.sha256 == describe_model(directory).sha256
 
 
 class Score(BaseModel):
@@ -219,6 +232,17 @@ class Evaluation(Artifact):
     left_out: list[str]
     mean: float | None
     mean_stderr: float | None
+
+    @property
+    def description(self) -> ModelDescription:
+        return self.model
+
+    @property
+    def sources(self) -> list[str]:
+        return [self.description.source]
+
+    def is_of(self, directory: str | os.PathLike) -> bool:
+        return self.description.is_of(directory)
 
     def result(self, name: str) -> Score:
         """Of a task, or the mean over them."""
@@ -285,6 +309,17 @@ class Check(Artifact):
     descriptions: dict[str, ModelDescription]
     machine: Machine
     domains: dict[str, TextAgreement]
+
+    @property
+    def description(self) -> ModelDescription:
+        return self.descriptions["model"]
+
+    @property
+    def sources(self) -> list[str]:
+        return [self.description.source]
+
+    def is_of(self, directory: str | os.PathLike) -> bool:
+        return self.description.is_of(directory)
 
 
 class BenchmarkMachine(BaseModel):
@@ -392,6 +427,12 @@ class Benchmark(Artifact):
     phone: Phone | None = None
     models: dict[str, BenchmarkedModel]
 
+    @property
+    def sources(self) -> list[str]:
+        """Names of its MobileMoE models; a `.pte` directory is not one."""
+        names = [name for name, model in self.models.items() if model.config.get("model_type") == "mobilemoe"]
+        return [name for name in names if not is_pte(name)]
+
 
 class DecodeSpeed(BaseModel):
     context: int
@@ -444,6 +485,31 @@ def result_kind(path: str | os.PathLike) -> type[Evaluation | Benchmark | Export
         return None
     kinds = (Evaluation, Benchmark, Export, Check)
     return next((kind for kind in kinds if isinstance(content, dict) and kind.mark in content), None)
+
+
+def read_result(path: str | os.PathLike) -> Evaluation | Benchmark | Export | Check:
+    """
+    A result from its file, or from the directory that holds `report.json` or `export.json`.
+
+    Raises:
+        ValueError: for anything else.
+    """
+    path = Path(path)
+    names = [name for name in (EVALUATION_FILE, EXPORT_FILE) if (path / name).is_file()]
+    if path.is_dir() and len(names) != 1:
+        raise ValueError(f"{path} holds {len(names)} of {EVALUATION_FILE} and {EXPORT_FILE}. Name one file.")
+    file = path / names[0] if names else path
+    if not file.is_file():
+        raise ValueError(f"There is no result {path}. Name a JSON that `mobilemoe eval`, `bench` or `export` wrote.")
+    kind = result_kind(file)
+    if kind is None:
+        # Fails for what is not a JSON object.
+        Artifact.load(file)
+        raise ValueError(
+            f"{file} is no result. Name report.json of `mobilemoe eval`, export.json of `mobilemoe export`, or what "
+            "`mobilemoe bench --json` or `mobilemoe eval check --json` wrote."
+        )
+    return kind.load(file)
 
 
 def read_export(directory: str | os.PathLike) -> Export:
