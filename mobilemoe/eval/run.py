@@ -84,10 +84,9 @@ def evaluate(
     revisions = data_revisions(suite, selected, data_dir)
     description = describe_model(model)
     settings = suite_settings(suite, limit, dtype)
+    identity = {"model": description.sha256} | settings.model_dump()
     fingerprints = {
-        name: fingerprint(
-            {"model": description.sha256, "task": task, "data": revisions[task["dataset"]]} | settings.model_dump()
-        )
+        name: fingerprint({"task": task, "data": revisions[task["dataset"]]} | identity)
         for name, task in selected.items()
     }
     output_dir = Path(output_dir)
@@ -97,9 +96,8 @@ def evaluate(
         lm = load_model(model, dtype, tokens_per_batch, settings.apply_chat_template)
         for name, task in todo.items():
             logger.info("%s (%d of %d)", name, len(results) + 1, len(selected))
-            revision = revisions[task["dataset"]]
-            origin = {"command": command, "fingerprint": fingerprints[name], "data_revision": revision}
-            results[name] = run_task(lm, task, settings, data_dir, origin)
+            origin = {"fingerprint": fingerprints[name], "data_revision": revisions[task["dataset"]]}
+            results[name] = run_task(lm, task, settings, data_dir, {"command": command} | origin)
             results[name].save(task_file(output_dir, name))
             logger.info("%s: %s", name, format_score(results[name]))
     mean = mean_score(results[name] for name in selected)
