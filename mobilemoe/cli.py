@@ -8,11 +8,11 @@ import argparse
 import json
 import logging
 import os
+import shlex
 import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
 
 from . import __version__
 
@@ -23,7 +23,10 @@ MODEL_HELP = "checkpoint directory, Hub id, or directory with model.pte"
 
 
 def main(argv: list[str] | None = None) -> None:
+    argv = sys.argv[1:] if argv is None else argv
     arguments = make_parser().parse_args(argv)
+    # For the JSON files that a verb writes.
+    arguments.command_line = shlex.join(["mobilemoe", *argv])
     try:
         with log_to_stderr(arguments.command):
             arguments.function(arguments)
@@ -186,15 +189,17 @@ def add_export(commands) -> None:
 
 
 def run_export(arguments: argparse.Namespace) -> None:
+    from .artifacts import PROGRAM_FILE, read_export
     from .display import show
     from .export.exporter import export_checkpoint
     from .export.report import export_report
 
     names = ("max_seq_len", "expert_bits", "weights", "embedding_bits", "kv_cache", "all_logits", "experts_file")
     options = {name: getattr(arguments, name) for name in (*names, "moe_op")}
-    output = export_checkpoint(arguments.model, arguments.output, **options)
-    show(*export_report(json.loads((output / "export.json").read_text())))
-    print(f"{output / 'model.pte'}: {(output / 'model.pte').stat().st_size / 1e6:,.1f} MB; more in export.json")
+    output = export_checkpoint(arguments.model, arguments.output, **options, command=arguments.command_line)
+    report = read_export(output)
+    show(*export_report(report))
+    print(f"{output / PROGRAM_FILE}: {report.pte_bytes / 1e6:,.1f} MB; more in export.json")
 
 
 def add_run(commands) -> None:
@@ -211,7 +216,9 @@ def add_run(commands) -> None:
 
 
 def run_generation(arguments: argparse.Namespace) -> None:
-    if (Path(arguments.model) / "model.pte").is_file():
+    from .artifacts import is_pte
+
+    if is_pte(arguments.model):
         from .runtime import PteModel
 
         model = PteModel(arguments.model)
@@ -295,7 +302,7 @@ def run_bench(arguments: argparse.Namespace) -> None:
         phone |= {} if arguments.threads is None else {"num_threads": arguments.threads}
         names = ("prompt_lengths", "new_tokens", "repeats", "prompt_file")
         options = PhoneOptions(**{name: getattr(arguments, name) for name in names}, **phone)
-        result = bench_phone(arguments.model, options)
+        result = bench_phone(arguments.model, options, arguments.command_line)
     else:
         if phone:
             given = ", ".join(f"--{name.replace('_', '-')}" for name in phone)
@@ -309,15 +316,15 @@ def run_bench(arguments: argparse.Namespace) -> None:
             arguments.prompt_file,
             arguments.runtime,
             arguments.profile,
+            arguments.command_line,
         )
     # First what was measured: a table or a picture that fails must not cost it.
     if arguments.json:
-        Path(arguments.json).parent.mkdir(parents=True, exist_ok=True)
-        Path(arguments.json).write_text(json.dumps(result, indent=2) + "\n")
+        result.save(arguments.json)
     show(*tables(result, arguments.paper))
     if arguments.picture:
         draw(result, arguments.picture, arguments.paper)
-    print(json.dumps(result))
+    print(json.dumps(result.as_dict()))
 
 
 def add_eval(commands) -> None:
@@ -372,11 +379,16 @@ def run_evaluation(arguments: argparse.Namespace) -> None:
         from .display import show
         from .eval.report import compare
 
-        show(compare(arguments.results, arguments.output, arguments.paper))
+        show(compare(arguments.results, arguments.output, arguments.paper, arguments.command_line))
     elif arguments.action == "check":
-        from .eval.agreement import check_models
+        from .eval.agreement import check_lines, check_models
 
-        check_models(arguments.model, arguments.reference, arguments.text, arguments.max_tokens, arguments.json)
+        texts, command = arguments.text, arguments.command_line
+        check = check_models(arguments.model, arguments.reference, texts, arguments.max_tokens, command)
+        if arguments.json:
+            check.save(arguments.json)
+        for line in check_lines(check):
+            print(line)
     else:
         from .display import show
         from .eval.report import paper_scores, report_table
@@ -396,11 +408,12 @@ def run_evaluation(arguments: argparse.Namespace) -> None:
                 dtype=arguments.dtype,
                 tokens_per_batch=arguments.tokens_per_batch,
                 run_unsafe_code=arguments.confirm_run_unsafe_code,
+                command=arguments.command_line,
             )
         except KeyboardInterrupt:
             sys.exit(
                 f"mobilemoe eval: interrupted. Finished tasks are kept in {arguments.output}/tasks; "
-                "the same command goes on behind them."
+                "the same command resumes after them."
             )
         show(report_table({arguments.model: report}, arguments.paper))
 

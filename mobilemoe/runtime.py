@@ -1,6 +1,5 @@
 """Runs models from Python, token ids in and logits out: an exported `.pte` through ExecuTorch, or a checkpoint."""
 
-import json
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from pathlib import Path
@@ -10,6 +9,8 @@ from huggingface_hub.errors import GatedRepoError
 from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
 
 from modeling_mobilemoe.kernels import BuildError, load_executorch
+
+from .artifacts import PROGRAM_FILE, read_export
 
 
 class LanguageModel(ABC):
@@ -176,28 +177,25 @@ class PteModel(LanguageModel):
         from executorch.runtime import Runtime
 
         path = Path(path)
-        for name in ("model.pte", "export.json"):
-            if not (path / name).is_file():
-                raise ValueError(f"{path} holds no {name}. Make one: mobilemoe export --model CHECKPOINT --output DIR")
-        report = json.loads((path / "export.json").read_text())
-        size = (path / "model.pte").stat().st_size
-        if size != report["pte_bytes"]:
+        report = read_export(path)
+        size = (path / PROGRAM_FILE).stat().st_size
+        if size != report.pte_bytes:
             raise ValueError(
-                f"{path / 'model.pte'} has {size} bytes, export.json says {report['pte_bytes']}: it was cut off or "
+                f"{path / PROGRAM_FILE} has {size} bytes, export.json says {report.pte_bytes}: it was cut off or "
                 "belongs to another export. Copy the whole directory again."
             )
         runtime = Runtime.get()
-        if any(name.startswith("mobilemoe::") for name in report["operators"]):
+        if any(name.startswith("mobilemoe::") for name in report.operators):
             load_kernels()
-        check_operators(report["operators"], runtime.operator_registry.operator_names)
-        data_path = path / report["experts_file"] if report["experts_file"] else None
+        check_operators(report.operators, runtime.operator_registry.operator_names)
+        data_path = path / report.experts_file if report.experts_file else None
         if data_path is not None and not data_path.is_file():
             raise ValueError(f"{data_path} is missing: it holds the experts of model.pte. Copy the whole directory.")
-        self._program = runtime.load_program(path / "model.pte", data_path=data_path)
+        self._program = runtime.load_program(path / PROGRAM_FILE, data_path=data_path)
         self._method = self._program.load_method("forward")
-        self.has_all_logits = report["all_logits"]
-        self.max_seq_len = report["max_seq_len"]
-        self.eos_ids = report["eos_ids"]
+        self.has_all_logits = report.all_logits
+        self.max_seq_len = report.max_seq_len
+        self.eos_ids = report.eos_ids
         # A benchmark's program of random weights has none.
         if (path / "tokenizer.json").is_file():
             self.tokenizer = AutoTokenizer.from_pretrained(path)

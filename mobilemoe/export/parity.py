@@ -16,6 +16,7 @@ from modeling_mobilemoe.fused_mobilemoe import Int4Embedding, Int4Experts, Int4H
 from modeling_mobilemoe.kernels import reference
 from modeling_mobilemoe.modeling_mobilemoe import MobileMoEAttention, MobileMoEMLP, MobileMoERMSNorm, MobileMoERouter
 
+from ..artifacts import LogitAgreement, Parity
 from ..runtime import PteModel
 from .packing import expand_rows, operator_rows
 from .program import ProgramOptions, int8_values
@@ -218,10 +219,7 @@ def greedy_tokens(model: PreTrainedModel, prompt: list[int], num_tokens: int, eo
     return produced
 
 
-def compare(expected: list[torch.Tensor], actual: list[torch.Tensor]) -> dict[str, float]:
-    """
-    Cosine over positions, signal to noise in dB, mean KL divergence in nats, share of equal top tokens.
-    """
+def compare(expected: list[torch.Tensor], actual: list[torch.Tensor]) -> LogitAgreement:
     cosine, equal, signal, noise, kl = [], [], 0.0, 0.0, 0.0
     # One prompt at a time: in FP64 all of them would take as much memory as the program.
     for rows, others in zip(expected, actual, strict=True):
@@ -233,14 +231,14 @@ def compare(expected: list[torch.Tensor], actual: list[torch.Tensor]) -> dict[st
         noise += (rows - others).square().sum()
         kl += nn.functional.kl_div(others.log_softmax(-1), rows.log_softmax(-1), reduction="sum", log_target=True)
     cosine = torch.cat(cosine)
-    return {
-        "cosine_median": round(cosine.median().item(), 7),
-        "cosine_mean": round(cosine.mean().item(), 7),
-        "cosine_min": round(cosine.min().item(), 7),
-        "sqnr_db": round((10 * torch.log10(signal / noise.clamp(min=1e-30))).item(), 2),
-        "kl_nats": round((kl / len(cosine)).item(), 7),
-        "top1_agreement": round(torch.cat(equal).float().mean().item(), 4),
-    }
+    return LogitAgreement(
+        cosine_median=round(cosine.median().item(), 7),
+        cosine_mean=round(cosine.mean().item(), 7),
+        cosine_min=round(cosine.min().item(), 7),
+        sqnr_db=round((10 * torch.log10(signal / noise.clamp(min=1e-30))).item(), 2),
+        kl_nats=round((kl / len(cosine)).item(), 7),
+        top1_agreement=round(torch.cat(equal).float().mean().item(), 4),
+    )
 
 
 class Reference:
@@ -263,7 +261,7 @@ class Reference:
         self.greedy = [
             greedy_tokens(model, prompt, min(NEW_TOKENS, max_seq_len - len(prompt)), eos_ids) for prompt in prompts
         ]
-        self.sources: dict[str, dict[str, float]] = {}
+        self.sources: dict[str, LogitAgreement] = {}
 
     def add_int4_rounding(self, model: PreTrainedModel) -> None:
         """For a full-precision checkpoint, after `quantize`: from here on the packed model is the measure."""
@@ -291,7 +289,7 @@ class Reference:
                 self.sources[next(iter(sources))] = compare(packed, logits)
         self.same_rounding = logits
 
-    def report(self, program: PteModel) -> dict:
+    def report(self, program: PteModel) -> Parity:
         """
         Raises:
             ValueError: when the program does not compute the model.
@@ -305,15 +303,6 @@ class Reference:
             program.all_logits(prompt) if program.has_all_logits else program.forward(prompt, 0)[None]
             for prompt in self.prompts
         ]
-        report = {
-            "positions": sum(len(prompt) for prompt in self.prompts),
-            "pte_to_checkpoint": compare(self.checkpoint, logits),
-            "pte_to_pytorch_with_the_same_roundings": compare(self.same_rounding, logits),
-            "prefill_to_token_by_token": compare(
-                [stepped[-len(rows) :] for stepped, rows in zip(logits, whole, strict=True)], whole
-            ),
-            "sources": self.sources,
-        }
         agreed = total = 0
         for prompt, expected in zip(self.prompts, self.greedy, strict=True):
             produced = list(program.generate(prompt, len(expected)))
@@ -322,9 +311,22 @@ class Reference:
                 if ours != theirs:
                     break
                 agreed += 1
-        report["greedy_tokens_equal"], report["greedy_tokens"] = agreed, total
-        for name in ("pte_to_pytorch_with_the_same_roundings", "prefill_to_token_by_token"):
-            cosine = report[name]["cosine_median"]
+        report = Parity(
+            positions=sum(len(prompt) for prompt in self.prompts),
+            pte_to_checkpoint=compare(self.checkpoint, logits),
+            pte_to_pytorch_with_the_same_roundings=compare(self.same_rounding, logits),
+            prefill_to_token_by_token=compare(
+                [stepped[-len(rows) :] for stepped, rows in zip(logits, whole, strict=True)], whole
+            ),
+            sources=self.sources,
+            greedy_tokens_equal=agreed,
+            greedy_tokens=total,
+        )
+        for name, agreement in (
+            ("pte_to_pytorch_with_the_same_roundings", report.pte_to_pytorch_with_the_same_roundings),
+            ("prefill_to_token_by_token", report.prefill_to_token_by_token),
+        ):
+            cosine = agreement.cosine_median
             if not cosine >= MIN_COSINE:
                 raise ValueError(
                     f"The exported program does not compute this model: the median cosine of {name} is {cosine}, "
