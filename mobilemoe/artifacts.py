@@ -4,7 +4,7 @@ import hashlib
 import json
 import os
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Generator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, ClassVar, Literal, Self
@@ -585,7 +585,7 @@ def describe_model(model: str | os.PathLike) -> ModelDescription:
 
 
 @contextmanager
-def replace_file(path: str | os.PathLike) -> Iterator[Path]:
+def replace_file(path: str | os.PathLike) -> Generator[Path, None, None]:
     """Gives a temporary path beside `path`; when the block ends well, the file written there takes its place."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)

@@ -33,7 +33,7 @@ def main(argv: list[str] | None = None) -> None:
     except (ValueError, OSError) as error:
         sys.exit(f"mobilemoe {arguments.command}: {error}")
     except ModuleNotFoundError as error:
-        extra = EXTRAS.get(error.name.partition(".")[0], arguments.extra)
+        extra = EXTRAS.get(str(error.name).partition(".")[0], arguments.extra)
         sys.exit(f"mobilemoe {arguments.command}: {error.name} is not installed. pip install 'mobilemoe[{extra}]'")
 
 
@@ -228,7 +228,7 @@ def run_generation(arguments: argparse.Namespace) -> None:
         model = CheckpointModel(arguments.model)
     prompt = model.encode(arguments.prompt, chat=arguments.chat)
     started = time.perf_counter()
-    first_token, tokens, text = None, [], ""
+    first_token, tokens, text = 0.0, [], ""
     sampling = {"temperature": arguments.temperature, "top_p": arguments.top_p, "seed": arguments.seed}
     for token in model.generate(prompt, arguments.max_new_tokens, **sampling):
         first_token = first_token or time.perf_counter()
@@ -312,7 +312,7 @@ def run_bench(arguments: argparse.Namespace) -> None:
             arguments.prompt_lengths,
             arguments.new_tokens,
             arguments.repeats,
-            os.cpu_count() if arguments.threads is None else arguments.threads,
+            os.cpu_count() or 1 if arguments.threads is None else arguments.threads,
             arguments.prompt_file,
             arguments.runtime,
             arguments.profile,

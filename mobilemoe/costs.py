@@ -6,6 +6,7 @@ FP32 router, the tied embedding once. A checkpoint (`quantization_mobilemoe.py`)
 """
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -101,6 +102,7 @@ def program_bytes(
     """
     counts = parameter_counts(config)
     if weights == "int4":
+        assert moe_op is not None
         parts = int4_bytes(config)
         parts["experts"] = packed_bytes(counts["experts"], expert_bits, MOE_GROUP_BITS[moe_op])
         # Our operators read the head from the embedding; XNNPACK and ExecuTorch's wider embedding need their own copy.
@@ -262,8 +264,8 @@ def prefill_matmul_flops(config: MobileMoEConfig, tokens: int) -> float:
 
 def calibrate(
     config: MobileMoEConfig,
-    decode: list[tuple[int, float]],
-    prefill: list[tuple[int, float]] = (),
+    decode: Sequence[tuple[int, float]],
+    prefill: Sequence[tuple[int, float]] = (),
     kv_bits: int = PROGRAM_KV_BITS,
     name: str = "device",
 ) -> Device:
