@@ -8,8 +8,7 @@ from torch import nn
 
 from mobilemoe.export.parity import reference_logits, rounded_as
 from mobilemoe.export.program import ExportModel, ProgramOptions
-from mobilemoe.export.random_program import random_packed_model
-from modeling_mobilemoe import MobileMoEConfig, kernels
+from modeling_mobilemoe import kernels
 from modeling_mobilemoe.kernels import reference
 from modeling_mobilemoe.kernels.modules import MoEFFN
 from modeling_mobilemoe.modeling_mobilemoe import apply_rotary_emb, rms_normalize
@@ -109,29 +108,9 @@ def test_products_are_those_of_rounded_inputs():
     torch.testing.assert_close(reference.attention(query, states, states, 81), expected, rtol=1e-5, atol=1e-5)
 
 
-def wide_model(num_layers: int) -> nn.Module:
-    """As wide as S, with fewer layers and tokens, in FP32."""
-    config = MobileMoEConfig(num_hidden_layers=num_layers, vocab_size=1024)
-    # Packed models refuse `float`; what is packed keeps its type anyway.
-    return nn.Module.float(random_packed_model(config))
-
-
-@pytest.fixture
-def cache_operator():
-    """The operator that only ExecuTorch has."""
-
-    def update_cache(value: torch.Tensor, cache: torch.Tensor, start: int) -> torch.Tensor:
-        cache[:, start : start + value.shape[1]] = value
-        return value.new_empty(1)
-
-    with torch.library._scoped_library("mobilemoe", "IMPL") as library:
-        library.impl("update_cache", update_cache, "CPU")
-        yield
-
-
 @needs_kernels
 @torch.no_grad()
-def test_a_program_of_full_width_has_the_bits_of_the_model(cache_operator):
+def test_a_program_of_full_width_has_the_bits_of_the_model(cache_operator, wide_model):
     """Random weights: what a difference in the last bit would grow to is tens of dB after a few layers."""
     model = wide_model(4)
     tokens = torch.randint(0, 1024, (1, 13), generator=torch.Generator().manual_seed(1))

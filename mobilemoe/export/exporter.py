@@ -197,6 +197,7 @@ def load(
             reference.add_sources(source, options, crosses, on_kernels=moe_module is MoEFFN)
     with stages("pack"):
         exportable = ExportModel(source, options, moe_module)
+        reference.check_layers(exportable)
         if source.config.bos_token_id is None:
             # Every runner asks the program for it.
             source.config.bos_token_id = tokenizer.bos_token_id

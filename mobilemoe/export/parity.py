@@ -5,8 +5,9 @@ Experts may cross to another grid. Each is put into the PyTorch model alone, the
 is the program itself. On our operators nothing differs: `kernels/reference.py` has their bits.
 """
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from typing import NamedTuple
 
 import torch
 from torch import nn
@@ -19,7 +20,7 @@ from modeling_mobilemoe.modeling_mobilemoe import MobileMoEAttention, MobileMoEM
 from ..artifacts import LogitAgreement, Parity
 from ..runtime import PteModel
 from .packing import expand_rows, operator_rows
-from .program import ProgramOptions, int8_values
+from .program import ExportModel, ProgramOptions, bf16_scale, int8_values
 
 
 PROMPTS = (
@@ -29,9 +30,21 @@ PROMPTS = (
     "Dear team,\n\nthank you for the report you sent on Monday. I have three questions:",
 )
 PROMPT_TOKENS, NEW_TOKENS = 24, 16
-# Between the program and PyTorch with the same roundings, median over positions. Noise leaves 0.9999 and more, also
-# where a near-tie between two experts moves single positions; wrong weights or routing, in one layer, leave less.
+# Signal to noise that a correct program reaches, in dB. Only our operators have a limit on logits that holds for any
+# weights: they have the bits of the reference. It leaves room for the last bit on another host.
+EXACT_DB = 100.0
+# XNNPACK and `llama::quantized_moe_ffn` state no order of their sums, and a deep model amplifies a last bit: an input
+# moves by an INT8 step, a token to another expert. So every layer is compared alone, with the reference's input: the
+# median token, and the best token of every expert that at least two tokens choose.
+LAYER_DB, EXPERT_TOKENS = 60.0, 2
+# Their logits may be as far from the checkpoint's as the roundings alone put them, and this much.
+MARGIN_DB = 3.0
+# In full precision, the cosine of the median position.
 MIN_COSINE = 0.999
+REPORT_THIS = (
+    "Nothing was written. Compare torch, torchao and executorch with the `export` extra, and report this with "
+    "`pip freeze`."
+)
 SOURCES = ("expert grid", "BF16 scales", "INT8 activations", "INT8 expert activations", "INT8 KV cache")
 
 
@@ -145,53 +158,86 @@ def rounded_as(
 
     `on_kernels` has the activations of our operators, and all sums in their order; else they are XNNPACK's.
     """
-    undo: list[Callable[[], object]] = []
-
-    def replace(*references: type[nn.Module]) -> None:
-        by_class = {kind.__base__: kind for kind in references}
-        for module in model.modules():
-            kind = type(module)
-            if kind in by_class:
-                undo.append(lambda module=module, kind=kind: setattr(module, "__class__", kind))
-                module.__class__ = by_class[kind]
-
-    linears = [module for module in model.modules() if isinstance(module, Int4Linear | Int4Head)]
-    if on_kernels:
-        # The runtime's attention over an INT8 cache is not ours.
-        replace(*SAME_SUMS[: -1 if "INT8 KV cache" in sources else None])
-        for source in sources & ACTIVATIONS.keys():
-            replace(*ACTIVATIONS[source])
-    elif "INT8 activations" in sources:
-        for linear in linears:
-            hook = linear.register_forward_pre_hook(lambda _, inputs: (int8_values(inputs[0]),))
-            undo.append(hook.remove)
-    if "BF16 scales" in sources:
-        for linear in linears:
-            if isinstance(linear, Int4Linear):
-                undo.append(lambda linear=linear, scale=linear.weight_scale: setattr(linear, "weight_scale", scale))
-                linear.weight_scale = bf16_scale(linear.weight_scale)
-        embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
-        # The table keeps its scales, only the head's are rounded.
-        table = Int4Embedding(0, 0, torch.float32)
-        table.num_embeddings, table.qweight = embedding.num_embeddings, embedding.qweight
-        table.weight_scale = bf16_scale(embedding.weight_scale)
-        undo.append(lambda original=head._embedding: setattr(head, "_embedding", original))
-        head._embedding = (table,)
-    if "expert grid" in sources:
-        for module in model.modules():
-            if isinstance(module, Int4Experts):
-                module.__class__, module.operator_bits = OperatorExperts, expert_bits
-                undo.append(lambda module=module: setattr(module, "__class__", Int4Experts))
-    try:
+    with ExitStack() as undo:
+        if on_kernels:
+            # The runtime's attention over an INT8 cache is not ours.
+            put_in_place(model, SAME_SUMS[: -1 if "INT8 KV cache" in sources else None], undo)
+            for source in sources & ACTIVATIONS.keys():
+                put_in_place(model, ACTIVATIONS[source], undo)
+        elif "INT8 activations" in sources:
+            for module in model.modules():
+                if isinstance(module, Int4Linear | Int4Head):
+                    hook = module.register_forward_pre_hook(lambda _, inputs: (int8_values(inputs[0]),))
+                    undo.callback(hook.remove)
+        if "BF16 scales" in sources:
+            round_scales(model, undo)
+        if "expert grid" in sources:
+            for experts in put_in_place(model, (OperatorExperts,), undo):
+                experts.operator_bits = expert_bits
         yield model
-    finally:
-        for step in undo:
-            step()
 
 
-def bf16_scale(scale: torch.Tensor) -> torch.Tensor:
-    # FP16 holds every FP16 number that was rounded to BF16's eight bits.
-    return scale.bfloat16().half()
+def put_in_place(model: PreTrainedModel, references: tuple[type[nn.Module], ...], undo: ExitStack) -> list[nn.Module]:
+    """Puts a module of one of these classes in place of every module of their base class; both share all tensors."""
+    by_class = {kind.__base__: kind for kind in references}
+    placed = []
+    for name, module in list(model.named_modules()):
+        if type(module) in by_class:
+            kind = by_class[type(module)]
+            # As `copy.copy`, but of another class.
+            reference_module = kind.__new__(kind)
+            reference_module.__setstate__(module.__getstate__())
+            model.set_submodule(name, reference_module)
+            undo.callback(model.set_submodule, name, module)
+            placed.append(reference_module)
+    return placed
+
+
+def round_scales(model: PreTrainedModel, undo: ExitStack) -> None:
+    """Group scales of linears and of the head to BF16."""
+    for module in model.modules():
+        if isinstance(module, Int4Linear):
+            undo.callback(setattr, module, "weight_scale", module.weight_scale)
+            module.weight_scale = bf16_scale(module.weight_scale)
+    embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
+    # The table keeps its scales, only the head's are rounded.
+    table = Int4Embedding(0, 0, torch.float32)
+    table.num_embeddings, table.qweight = embedding.num_embeddings, embedding.qweight
+    table.weight_scale = bf16_scale(embedding.weight_scale)
+    undo.callback(setattr, head, "_embedding", head._embedding)
+    head._embedding = (table,)
+
+
+class LayerRecord(NamedTuple):
+    """What a layer of the reference did with the prompts."""
+
+    # By prompt, `(2, tokens, hidden)`: input and output.
+    states: list[torch.Tensor]
+    # `(tokens of all prompts, top_k)`
+    experts: torch.Tensor
+
+
+@contextmanager
+def layers_recorded(model: PreTrainedModel, prompts: list[list[int]]) -> Iterator[list[LayerRecord]]:
+    """Records every layer, in their order, while the block runs the prompts as one batch."""
+    layers: list[LayerRecord] = []
+    chosen: list[torch.Tensor] = []
+
+    def router_hook(_, inputs: tuple[torch.Tensor, ...], outputs: tuple[torch.Tensor, ...]) -> None:
+        chosen.append(outputs[2].view(len(prompts), -1, outputs[2].shape[-1]))
+
+    def layer_hook(_, inputs: tuple[torch.Tensor, ...], output: torch.Tensor) -> None:
+        lengths = [len(prompt) for prompt in prompts]
+        pairs = zip(inputs[0], output, lengths, strict=True)
+        states = [torch.stack((before, after))[:, :length] for before, after, length in pairs]
+        experts = torch.cat([rows[:length] for rows, length in zip(chosen[-1], lengths, strict=True)])
+        layers.append(LayerRecord(states, experts))
+
+    with ExitStack() as undo:
+        for layer in model.model.layers:
+            undo.callback(layer.feed_forward.router.register_forward_hook(router_hook).remove)
+            undo.callback(layer.register_forward_hook(layer_hook).remove)
+        yield layers
 
 
 @torch.no_grad()
@@ -243,7 +289,7 @@ def compare(expected: list[torch.Tensor], actual: list[torch.Tensor]) -> LogitAg
 
 class Reference:
     """
-    What PyTorch says about the prompts, computed before the export takes the model's weights over.
+    What PyTorch computes for the prompts, before the export takes the model's weights over.
 
     Raises:
         ValueError: when that is not a number.
@@ -258,6 +304,9 @@ class Reference:
                 "Fetch it again, or take an earlier one."
             )
         self.same_rounding = self.checkpoint
+        # Whether the program is to have the bits of `same_rounding`.
+        self.exact = False
+        self.layers: list[LayerRecord] = []
         self.greedy = [
             greedy_tokens(model, prompt, min(NEW_TOKENS, max_seq_len - len(prompt)), eos_ids) for prompt in prompts
         ]
@@ -284,10 +333,47 @@ class Reference:
         for sources in [{source} for source in present] + [set(present)]:
             cache = Int8Cache if "INT8 KV cache" in sources else None
             with rounded_as(model, sources, options.expert_bits, on_kernels):
-                logits = reference_logits(model, self.prompts, cache)
+                with layers_recorded(model, self.prompts) as layers:
+                    logits = reference_logits(model, self.prompts, cache)
             if len(sources) == 1:
                 self.sources[next(iter(sources))] = compare(packed, logits)
-        self.same_rounding = logits
+        self.same_rounding, self.layers = logits, layers
+        self.exact = on_kernels and options.kv_cache == "fp32"
+
+    @torch.no_grad()
+    def check_layers(self, program: ExportModel) -> None:
+        """
+        Compares every layer of a program that is not exact, before it is lowered, with the reference's.
+
+        Raises:
+            ValueError: naming the first layer that does not compute what the model's does.
+        """
+        if self.exact:
+            return
+        for index, (layer, record) in enumerate(zip(program.layers, self.layers, strict=bool(self.layers))):
+            ratios = []
+            for before, after in record.states:
+                length = len(before)
+                cos, sin = program.cos[None, :length], program.sin[None, :length]
+                # Without the residual, beside which an error would look small.
+                expected, actual = after - before, layer(before[None], cos, sin, 0)[0] - before
+                noise = (actual - expected).square().sum(dim=-1).clamp(min=1e-30)
+                ratios.append(10 * torch.log10(expected.square().sum(dim=-1) / noise))
+            for name, buffer in layer.attention.named_buffers(recurse=False):
+                # The cache is lowered as it is, and a program begins with an empty one.
+                buffer.fill_(1 if name.endswith("_scale") else 0)
+            ratios = torch.cat(ratios)
+            found = {"the median token": ratios.median()}
+            for expert in record.experts.unique().tolist():
+                of_expert = ratios[(record.experts == expert).any(dim=-1)]
+                if len(of_expert) >= EXPERT_TOKENS:
+                    found[f"the best token of expert {expert}"] = of_expert.max()
+            for name, ratio in found.items():
+                if not ratio >= LAYER_DB:
+                    raise ValueError(
+                        f"The exported program does not compute this model: {name} in layer {index} has a signal to "
+                        f"noise of {ratio:.1f} dB, less than {LAYER_DB:.0f}. {REPORT_THIS}"
+                    )
 
     def report(self, program: PteModel) -> Parity:
         """
@@ -322,15 +408,26 @@ class Reference:
             greedy_tokens_equal=agreed,
             greedy_tokens=total,
         )
-        for name, agreement in (
-            ("pte_to_pytorch_with_the_same_roundings", report.pte_to_pytorch_with_the_same_roundings),
-            ("prefill_to_token_by_token", report.prefill_to_token_by_token),
-        ):
-            cosine = agreement.cosine_median
-            if not cosine >= MIN_COSINE:
-                raise ValueError(
-                    f"The exported program does not compute this model: the median cosine of {name} is {cosine}, "
-                    f"less than {MIN_COSINE}. Nothing was written. Compare torch, torchao and executorch with the "
-                    "`export` extra, and report this with `pip freeze`."
-                )
+        self.judge(report)
         return report
+
+    def judge(self, report: Parity) -> None:
+        """
+        Raises:
+            ValueError: when the program does not compute the model.
+        """
+        needed = EXACT_DB
+        if not self.exact:
+            needed = compare(self.checkpoint, self.same_rounding).sqnr_db - MARGIN_DB
+        for name in ("pte_to_pytorch_with_the_same_roundings", "prefill_to_token_by_token"):
+            agreement: LogitAgreement = report.__dict__[name]
+            if self.same_rounding is self.checkpoint:
+                said, limit = agreement.cosine_median, MIN_COSINE
+                quantity = "median cosine"
+            else:
+                said, limit, quantity = agreement.sqnr_db, needed, "signal to noise in dB"
+            if not said >= limit:
+                raise ValueError(
+                    f"The exported program does not compute this model: the {quantity} of {name} is {said}, less than "
+                    f"{limit:.5g}. {REPORT_THIS}"
+                )

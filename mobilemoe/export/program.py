@@ -156,6 +156,11 @@ class ExportEmbedding(nn.Module):
         )
 
 
+def bf16_scale(scale: torch.Tensor) -> torch.Tensor:
+    """Group scales as XNNPACK stores them. FP16 holds every FP16 number that was rounded to BF16's eight bits."""
+    return scale.bfloat16().half()
+
+
 def export_linear(linear: Int4Linear | Int4Embedding | nn.Linear, weights: str = "int4") -> nn.Module:
     """A linear that XNNPACK takes: the INT4 integers as they are and INT8 activations per token; or a float one."""
     if isinstance(linear, nn.Linear):
@@ -168,7 +173,7 @@ def export_linear(linear: Int4Linear | Int4Embedding | nn.Linear, weights: str =
     quantized = unpack_int4(linear.qweight)
     weight = IntxUnpackedToInt8Tensor(
         qdata=quantized,
-        scale=linear.weight_scale.float(),
+        scale=bf16_scale(linear.weight_scale).float(),
         zero_point=torch.zeros(linear.weight_scale.shape, dtype=torch.int8),
         target_dtype=torch.int4,
         block_size=(1, Int4Format.group_size),
