@@ -11,8 +11,9 @@ from pathlib import Path
 import torch
 from huggingface_hub import ModelCard
 from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 from tqdm.auto import tqdm
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 from modeling_mobilemoe.checkpoint_mobilemoe import EXPERT_SUFFIX, check_checkpoint, check_index, replace_when_complete
 from modeling_mobilemoe.configuration_mobilemoe import MobileMoEConfig
@@ -116,13 +117,13 @@ class Source:
         names = ["model.safetensors"]
         if index.is_file():
             names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
-        files = [str(self.path / name) for name in names]
+        self.files = [str(self.path / name) for name in names]
         self._tensors = skeleton(self.config)
-        check_checkpoint(self._tensors, files)
+        check_checkpoint(self._tensors, self.files)
         self._tensors = self._tensors.state_dict()
         self._places = {}
         dtypes = set()
-        for file in files:
+        for file in self.files:
             with safe_open(file, framework="pt") as reader:
                 for stored_name in reader.keys():
                     name = re.sub(*EXPERT_SUFFIX, stored_name)
@@ -141,6 +142,11 @@ class Source:
     def expert_axis(self) -> str | None:
         """Axis along which packed experts are grouped, `None` in full precision."""
         return MobileMoEInt4Config(**self.config.quantization).int4_format.expert_axis if self.is_int4 else None
+
+    @property
+    def num_bytes(self) -> int:
+        """Of the weights as stored."""
+        return sum(Path(file).stat().st_size for file in self.files)
 
     @property
     def eos_ids(self) -> list[int]:
@@ -188,6 +194,12 @@ class Source:
                 raise ValueError(f"{name} holds {kind}. The file is damaged: fetch it again.")
         return tensor
 
+    def save_tokenizer(self, directory: Path) -> None:
+        """The tokenizer and the ids that end a generation."""
+        self.tokenizer.save_pretrained(directory)
+        ends = GenerationConfig(bos_token_id=self.tokenizer.bos_token_id, eos_token_id=self.eos_ids)
+        ends.save_pretrained(directory)
+
     @contextmanager
     def directory(self, size: int) -> Iterator[Path]:
         """A temporary directory that becomes the output when the block ends well, and leaves nothing otherwise."""
@@ -218,8 +230,7 @@ class Source:
             load (`Callable`): loads them and returns a function from token ids to FP32 logits of every position,
                 `(tokens, vocab)`.
         """
-        stored = sum((self.path / name).stat().st_size for name in weights_sha256(self.path))
-        needed, free = int(1e9 + 1.3 * max(size, stored)), available_memory()
+        needed, free = int(1e9 + 1.3 * max(size, self.num_bytes)), available_memory()
         if free is not None and free < needed:
             return f"not compared: it takes about {needed / 1e9:.1f} GB of memory and {free / 1e9:.1f} GB are available"
         # A packed model stays packed in FP32, a full-precision one is not widened.
@@ -247,6 +258,53 @@ def group_of(name: str) -> str:
     """The kind of a tensor in the new layout."""
     within = LAYER.fullmatch(name)[2]
     return next((group for start, group in GROUPS.items() if within.startswith(start)), "norms")
+
+
+class Shards:
+    """
+    Writes tensors to safetensors files of at most 1 GB, as they come.
+
+    Args:
+        directory (`Path`): where to.
+        metadata (`dict`): of every file.
+    """
+
+    max_bytes = 10**9
+
+    def __init__(self, directory: Path, metadata: dict[str, str]):
+        self.directory, self.metadata = directory, metadata
+        self._tensors: dict[str, torch.Tensor] = {}
+        self._written: list[tuple[Path, list[str]]] = []
+        self._pending = self._total = 0
+
+    def add(self, name: str, tensor: torch.Tensor) -> None:
+        if self._tensors and self._pending + tensor.nbytes > self.max_bytes:
+            self._flush()
+        self._tensors[name] = tensor.contiguous()
+        self._pending += tensor.nbytes
+        self._total += tensor.nbytes
+
+    def close(self) -> None:
+        """Writes what is left, and gives the files their names, which say how many there are."""
+        self._flush()
+        if len(self._written) == 1:
+            self._written[0][0].rename(self.directory / "model.safetensors")
+            return
+        weight_map = {}
+        for index, (path, names) in enumerate(self._written, 1):
+            path = path.rename(self.directory / f"model-{index:05d}-of-{len(self._written):05d}.safetensors")
+            weight_map |= dict.fromkeys(names, path.name)
+        index = {"metadata": {"total_size": self._total}, "weight_map": weight_map}
+        (self.directory / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n")
+
+    def _flush(self) -> None:
+        path = self.directory / f"{len(self._written)}.safetensors"
+        try:
+            save_file(self._tensors, path, self.metadata)
+        except SafetensorError as error:
+            raise OSError(f"{path} could not be written: {error}. Free space, or name another output.") from error
+        self._written.append((path, list(self._tensors)))
+        self._tensors, self._pending = {}, 0
 
 
 class Rounding:
