@@ -43,7 +43,7 @@ def local_checkpoint(model: str | os.PathLike) -> Path:
     if Path(model).is_dir():
         return Path(model)
     try:
-        return Path(snapshot_download(str(model), allow_patterns=["*.json", "*.safetensors", "*.jinja"]))
+        return Path(snapshot_download(str(model), allow_patterns=["*.json", "*.safetensors", "*.jinja", "README.md"]))
     except (HFValidationError, OSError) as error:
         raise ValueError(
             f"{model} is not a directory, and the Hub does not give it: {error} Name a checkpoint directory; for a "

@@ -9,7 +9,24 @@ from pathlib import Path
 
 
 # Modules of one extra; others are in that of the command.
-EXTRAS = {"executorch": "export", "torchao": "export", "trl": "train"}
+EXTRAS = {"executorch": "export", "torchao": "export", "trl": "train", "gguf": "gguf"}
+# What `export` takes for each runtime, beside --model and --output.
+EXPORT_OPTIONS = {
+    "pte": (
+        "max_seq_len",
+        "expert_bits",
+        "moe_op",
+        "weights",
+        "embedding_bits",
+        "kv_cache",
+        "all_logits",
+        "experts_file",
+    ),
+    "gguf": ("weights", "expert_weights"),
+    "mlx": (),
+    "glm4_moe": ("weights",),
+}
+WEIGHT_SUFFIXES = {".pte", ".ptd", ".gguf", ".safetensors"}
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -94,9 +111,15 @@ def run_plan(arguments: argparse.Namespace) -> None:
 
 
 def add_export(commands) -> None:
-    export = commands.add_parser("export", help="checkpoint directory -> directory with model.pte")
+    export = commands.add_parser("export", help="checkpoint directory -> directory for ExecuTorch or another runtime")
     export.add_argument("--model", required=True, help="checkpoint directory or Hub id, packed or full precision")
     export.add_argument("--output", required=True, help="directory to create")
+    export.add_argument(
+        "--to",
+        default="pte",
+        choices=EXPORT_OPTIONS,
+        help="pte: ExecuTorch (default); gguf: llama.cpp; mlx: mlx-lm; glm4_moe: transformers, vLLM",
+    )
     export.add_argument("--max-seq-len", type=int, help="context of the program in tokens (default: the model's)")
     export.add_argument("--expert-bits", type=int, choices=(4, 8), help="default: 4 where that loses nothing, else 8")
     export.add_argument(
@@ -105,22 +128,36 @@ def add_export(commands) -> None:
         help="operator of the experts: ours, compiled on first use, or the stock one (default: ours where it can)",
     )
     export.add_argument(
-        "--weights", default="int4", choices=("int4", "fp32", "bf16"), help="fp32, bf16: quantise nothing, slow"
+        "--weights",
+        help="pte: int4 (default), or fp32, bf16: quantise nothing, slow; gguf: f32, bf16, q4_0; glm4_moe: bf16, fp32 "
+        "(default of the last two: what loses least)",
     )
-    export.add_argument("--embedding-bits", type=int, default=4, choices=(4, 8), help="8: the same integers, wider")
-    export.add_argument("--kv-cache", default="fp32", choices=("fp32", "int8"))
+    export.add_argument("--expert-weights", help="gguf: q8_0 (default) or bf16, of experts that q4_0 cannot hold")
+    export.add_argument("--embedding-bits", type=int, choices=(4, 8), help="8: the same integers, wider")
+    export.add_argument("--kv-cache", choices=("fp32", "int8"), help="default: fp32")
     export.add_argument("--all-logits", action="store_true", help="logits of every position, for evaluation")
     export.add_argument("--experts-file", action="store_true", help="put the experts into experts.ptd")
     export.set_defaults(function=run_export, extra="export")
 
 
 def run_export(arguments: argparse.Namespace) -> None:
-    from .export.exporter import export_checkpoint
-
-    names = ("max_seq_len", "expert_bits", "weights", "embedding_bits", "kv_cache", "all_logits", "experts_file")
-    options = {name: getattr(arguments, name) for name in (*names, "moe_op")}
-    output = export_checkpoint(arguments.model, arguments.output, **options)
-    print(f"{output / 'model.pte'}: {(output / 'model.pte').stat().st_size / 1e6:,.1f} MB; more in export.json")
+    names = set().union(*EXPORT_OPTIONS.values())
+    given = {name: value for name, value in vars(arguments).items() if value is not None and value is not False}
+    options = {name: value for name, value in given.items() if name in names}
+    foreign = [f"--{name.replace('_', '-')}" for name in options if name not in EXPORT_OPTIONS[arguments.to]]
+    if foreign:
+        raise ValueError(f"{', '.join(foreign)}: of another format than --to {arguments.to}. Leave it out.")
+    if arguments.to == "gguf":
+        from .export.gguf import export_gguf as export
+    elif arguments.to == "mlx":
+        from .export.mlx import export_mlx as export
+    elif arguments.to == "glm4_moe":
+        from .export.glm4_moe import export_glm4_moe as export
+    else:
+        from .export.exporter import export_checkpoint as export
+    output = export(arguments.model, arguments.output, **options)
+    size = sum(path.stat().st_size for path in output.iterdir() if path.suffix in WEIGHT_SUFFIXES)
+    print(f"{output}: {size / 1e6:,.1f} MB of weights; more in export.json")
 
 
 def add_run(commands) -> None:

@@ -1,12 +1,11 @@
 """Checkpoint -> directory with `model.gguf` for llama.cpp as it is, and `export.json`.
 
-llama.cpp has no MobileMoE but computes it under the name `exaone-moe` after [`relayout`]. Its Q4_0 is our INT4 grid along
-the input: blocks of 32 with an FP16 scale. Linears, the embedding and experts grouped along their input go through
-without rounding; experts grouped along their output have no such type and go to 8 bits or BF16.
+llama.cpp has no MobileMoE, but its `exaone-moe` computes the same function after [`relayout`]. Its Q4_0 is our INT4
+grid along the input: blocks of 32 with an FP16 scale. Linears, the embedding and experts grouped along their input go
+through without rounding; llama.cpp has no type for experts grouped along their output, which go to 8 bits or BF16.
 """
 
 import json
-import sys
 from collections.abc import Callable
 from pathlib import Path
 

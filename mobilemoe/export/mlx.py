@@ -1,8 +1,8 @@
 """Checkpoint -> directory for mlx-lm, on a Mac or an iPhone, with the model's code in it.
 
-MLX's affine 4-bit numbers are `scale * q + bias` with q from 0 to 15. Ours count from -8, so `bias = -8 * scale`, which
-FP16 holds exactly, and the stored nibbles differ by their top bit. Groups of 32 lie along the last dimension of what is
-stored, and MLX multiplies with a matrix or its transpose: both axes of experts go through without rounding.
+MLX's affine 4-bit numbers are `scale * q + bias` with q from 0 to 15. Ours count from -8, so `bias = -8 * scale`,
+which FP16 holds exactly, and the stored nibbles differ by their top bit. Groups of 32 lie along the last dimension of
+what is stored, and MLX multiplies by a matrix or its transpose: both axes of experts go through without rounding.
 """
 
 import json
@@ -39,6 +39,7 @@ def export_mlx(model: str | Path, output_dir: str | Path) -> Path:
         config.pop(key, None)
     config |= {
         "model_file": MODEL_FILE,
+        "rope_llama3": config.pop("rope_scaling"),
         # The other axis is also the layout of full-precision experts.
         "expert_axis": source.expert_axis or "input",
         "eos_token_id": source.eos_ids,

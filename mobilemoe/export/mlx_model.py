@@ -1,7 +1,7 @@
 """MobileMoE for mlx-lm, which loads this file from the checkpoint's directory (`model_file` in config.json).
 
-Experts of a released INT4 checkpoint are grouped along their output. MLX multiplies them so, but mlx-lm's own layer for
-experts knows the other axis only: [`OutputGroupedExperts`] is what this file is for. Everything else is mlx-lm's.
+Experts of a released INT4 checkpoint are grouped along their output. MLX has kernels for that, but mlx-lm's own layer
+for experts takes the other axis only: `OutputGroupedExperts` is why this file exists.
 """
 
 import math
@@ -28,7 +28,9 @@ class ModelArgs(BaseModelArgs):
     head_dim: int
     rms_norm_eps: float
     rope_theta: float
-    rope_scaling: dict[str, Any]
+    # `rope_scaling` of MobileMoE under a name of its own, as transformers reads this file for the tokenizer's sake and
+    # fails over that key in a model that it does not know.
+    rope_llama3: dict[str, Any]
     num_local_experts: int
     num_experts_per_tok: int
     routed_scaling_factor: float
@@ -38,7 +40,7 @@ class ModelArgs(BaseModelArgs):
 
 def rope_periods(args: ModelArgs) -> mx.array:
     """Tokens per radian of every pair: the llama3 rule, in which both edges of the smooth band may be one."""
-    scaling = args.rope_scaling
+    scaling = args.rope_llama3
     context, low, high = (
         scaling["original_max_position_embeddings"],
         scaling["low_freq_factor"],

@@ -1,9 +1,9 @@
 """The same function for runtimes that do not know MobileMoE: its weights renamed, permuted and transposed.
 
-A norm over a head that has no weight commutes with a rotation of that head, so it may as well come first, with a weight
-of ones. Rotating adjacent pairs is rotating the two halves after a permutation of the rows of queries and keys. What
-remains is the architecture that llama.cpp and MLX know as `exaone-moe`, and transformers, vLLM and SGLang as
-`glm4_moe`: nothing is rounded on the way there, and [`restore`] leads back.
+A rotation keeps the length of a head, so a norm without a weight gives the same before and after RoPE. RoPE on
+adjacent pairs equals RoPE on halves when the rows of the query and key projections are permuted. The result is the
+architecture that llama.cpp calls `exaone-moe`, and transformers, vLLM and SGLang `glm4_moe`. Nothing is rounded, and
+[`restore`] is the inverse.
 """
 
 import re

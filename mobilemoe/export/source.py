@@ -5,7 +5,6 @@ import math
 import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -70,7 +69,7 @@ def plan(config: MobileMoEConfig) -> Iterator[tuple[str, Weight]]:
 def weights_of(
     tensors: dict[str, torch.Tensor], config: MobileMoEConfig, read: Callable[[str], torch.Tensor] | None = None
 ) -> Iterator[tuple[str, Weight]]:
-    """The weights of a state dict in its order, integers unpacked; `read` gives the tensors when these are only meta."""
+    """The weights of a state dict in its order, integers unpacked; `read` gives the tensors where these are meta."""
     read = read or tensors.__getitem__
     scales = {packed: (name, scale) for name, (packed, scale) in PACKED_NAMES.items()}
     scale_names = {scale for _, scale in PACKED_NAMES.values()}
@@ -97,7 +96,8 @@ class Source:
         output_dir (`str` or `Path`): what will be made of it; must not exist.
 
     Raises:
-        ValueError: for an output that exists, a program, another architecture, or files that are damaged or do not fit the config.
+        ValueError: for an output that exists, a program, another architecture, or files that are damaged or do not
+            fit the config.
     """
 
     def __init__(self, model: str | Path, output_dir: str | Path):
@@ -175,8 +175,9 @@ class Source:
         Raises:
             ValueError: for values that no training writes.
         """
-        stored = weights_of(self._tensors, self.config, self._read)
-        for name, weight in tqdm(stored, total=sum(1 for _ in weights_of(self._tensors, self.config)), desc=description):
+        total = sum(1 for _ in weights_of(self._tensors, self.config))
+        weights = weights_of(self._tensors, self.config, self._read)
+        for name, weight in tqdm(weights, total=total, desc=description, unit="weight"):
             yield from relayout({name: weight}, self.config).items()
 
     def _read(self, name: str) -> torch.Tensor:
@@ -232,7 +233,7 @@ class Source:
         """
         needed, free = int(1e9 + 1.3 * max(size, self.num_bytes)), available_memory()
         if free is not None and free < needed:
-            return f"not compared: it takes about {needed / 1e9:.1f} GB of memory and {free / 1e9:.1f} GB are available"
+            return f"not compared: takes about {needed / 1e9:.1f} GB of memory, {free / 1e9:.1f} GB are available"
         # A packed model stays packed in FP32, a full-precision one is not widened.
         dtype = torch.float32 if self.is_int4 else "auto"
         model = AutoModelForCausalLM.from_pretrained(self.path, dtype=dtype).eval()
