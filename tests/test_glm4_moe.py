@@ -15,7 +15,9 @@ from mobilemoe.runtime import CheckpointModel
 @pytest.mark.parametrize("checkpoint", ["float_text_checkpoint", "text_checkpoint", "qat_checkpoint"])
 def test_same_logits_and_tokens(checkpoint, request, tmp_path):
     checkpoint = request.getfixturevalue(checkpoint)
-    main(["export", "--to", "glm4_moe", "--weights", "fp32", "--model", str(checkpoint), "--output", f"{tmp_path}/glm"])
+    main(
+        ["export", "--to", "glm4_moe", "--weights", "fp32", "--model", str(checkpoint), "--output", f"{tmp_path}/glm"]
+    )
     exported = AutoModelForCausalLM.from_pretrained(tmp_path / "glm", dtype=torch.float32).eval()
     assert type(exported) is Glm4MoeForCausalLM
     model = CheckpointModel(checkpoint, dtype=torch.float32)
