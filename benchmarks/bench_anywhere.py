@@ -4,10 +4,10 @@ A checkpoint in llama.cpp, MLX and transformers' own class, after `mobilemoe exp
     pip install 'mobilemoe[gguf,mlx]' llama-cpp-python
     python benchmarks/bench_anywhere.py --model out/demo/3-sft out/demo/4-qat --text out/demo/data/chat.heldout.jsonl
 
-For every checkpoint and runtime that is installed: the largest difference of logits over 512 positions, relative to the
-largest logit, which beyond the checkpoint's own context are taken from noise; bits per byte of the text in the runtime
-and in PyTorch; and how many of five continuations of 100 tokens are equal, two of them chats. FP32 activations and cache
-where the runtime has them. One JSON line last.
+For every checkpoint and every runtime that is installed: the largest difference of logits over 512 positions, relative
+to the largest logit; bits per byte of the text in the runtime and in PyTorch (FP32); how many of five continuations of
+100 tokens are equal, two of them chats. The runtimes compute with an FP32 cache, and with FP32 activations where they
+can. One JSON line last.
 """
 
 import argparse

@@ -19,7 +19,8 @@ from pathlib import Path
 import numpy as np
 
 from mobilemoe.bench.host import model_files, run_benchmark, worker_command
-from mobilemoe.bench.report import draw, print_table
+from mobilemoe.bench.report import draw, tables
+from mobilemoe.display import show
 from mobilemoe.export.random_program import program_config, shapes, write_random_program
 from modeling_mobilemoe import MobileMoEConfig
 
@@ -187,7 +188,7 @@ def main() -> None:
     result = run_benchmark(
         commands, files, arguments.prompt_lengths, arguments.new_tokens, arguments.repeats, arguments.threads
     )
-    print_table(result)
+    show(*tables(result))
     models = result["models"]
     for name in arguments.shapes:
         for length in arguments.prompt_lengths:

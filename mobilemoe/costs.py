@@ -13,9 +13,11 @@ from pathlib import Path
 import numpy as np
 
 from modeling_mobilemoe.configuration_mobilemoe import MobileMoEConfig
-from modeling_mobilemoe.quantization_mobilemoe import Int4Format
+from modeling_mobilemoe.fused_mobilemoe import Int4Format
 
 
+# Measurements of devices that `mobilemoe plan --device` knows by name.
+DEVICES = Path(__file__).parent / "plan/devices"
 # What the key-value cache of an exported program holds (export.py); the paper counts 8.
 PROGRAM_KV_BITS = 32
 # Of every head's INT8 keys, and values, of a token in a program: an FP32 scale and an INT8 zero point.
@@ -338,18 +340,35 @@ def _measurements(benchmark: dict) -> dict:
     }
 
 
+def device_file(device: str | Path) -> Path:
+    """
+    The file of that path, or that of a known device.
+
+    Raises:
+        ValueError: where there is neither; it lists the known ones.
+    """
+    if Path(device).is_file():
+        return Path(device)
+    known = {path.stem: path for path in sorted(DEVICES.glob("*.json"))}
+    if str(device) not in known:
+        raise ValueError(
+            f"No such file or known device: {device}. Give a JSON of measurements, or one of: {', '.join(known)}."
+        )
+    return known[str(device)]
+
+
 def read_device(path: str | Path) -> Device:
     """
-    A device from what `mobilemoe bench --json` wrote, of the first packed MobileMoE model in it, or from a JSON of
-    measurements: `config` (the measured model's `config.json`), `decode` (a list of `{"context",
-    "tokens_per_second"}`), optionally `prefill` (of `{"tokens", "tokens_per_second"}`), `kv_bits` and `device`, a
-    name. Other keys are ignored.
+    A device by its name in `plan/devices/`, or from a file: what `mobilemoe bench --json` wrote, of the first packed
+    MobileMoE model in it, or a JSON of measurements: `config` (the measured model's `config.json`), `decode` (a list
+    of `{"context", "tokens_per_second"}`), optionally `prefill` (of `{"tokens", "tokens_per_second"}`), `kv_bits` and
+    `device`, a name. Other keys are ignored.
 
     Raises:
         ValueError: for a file that is neither.
     """
     try:
-        content = json.loads(Path(path).read_text())
+        content = json.loads(device_file(path).read_text())
         if "benchmark" in content:
             content = _measurements(content)
         return calibrate(

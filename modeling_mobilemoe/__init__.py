@@ -2,13 +2,13 @@
 
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 
-from . import kernels, quantization_mobilemoe
+from . import fused_mobilemoe, kernels
 from .configuration_mobilemoe import MobileMoEConfig
 from .modeling_mobilemoe import MobileMoEForCausalLM, MobileMoEModel
 from .quantization_mobilemoe import dequantize, quantize
 
 
-quantization_mobilemoe.has_cpu_kernels = kernels.available
+fused_mobilemoe.has_cpu_kernels = kernels.available
 
 AutoConfig.register(MobileMoEConfig.model_type, MobileMoEConfig, exist_ok=True)
 AutoModel.register(MobileMoEConfig, MobileMoEModel, exist_ok=True)

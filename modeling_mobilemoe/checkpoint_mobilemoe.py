@@ -1,4 +1,4 @@
-"""Checkpoint directories: what is read is checked first, what is written appears whole."""
+"""How checkpoints are loaded and saved: they are checked before loading, and replaced only when a save is complete."""
 
 import json
 import os
@@ -7,24 +7,115 @@ import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from safetensors import SafetensorError, safe_open
 from transformers import PreTrainedModel
 
 
-# Some exports of full-precision checkpoints write the expert tensors as if they were modules.
+# Some exports of full-precision checkpoints name the expert tensors as if they were modules.
 EXPERT_SUFFIX = (r"experts\.(gate_up_proj|down_proj)\.weight$", r"experts.\1")
-# What `from_pretrained` reads unless it is asked for a variant.
+# The files that `from_pretrained` reads unless a variant is requested.
 WEIGHT_FILE = re.compile(r"model(-\d{5}-of-\d{5})?\.safetensors(\.index\.json)?")
 # By the last word of a tensor's name.
 PACKED_DTYPES = {"qweight": ("U8",), "scale": ("F16",)}
 FLOAT_DTYPES = ("F32", "BF16", "F16")
+# The released tokenizer, and its <|eot|>: without it a model generates past the end of its turn.
+RELEASED_VOCAB_SIZE, END_OF_TURN = 128256, 128008
+
+
+class CheckpointMixin:
+    """
+    How MobileMoE models load and save. Mixed in before `PreTrainedModel`, whose methods do the work.
+
+    - Only safetensors are read. A file, tensor or key that does not fit the config is an error that names it.
+    - Expert tensors that are stored as if they were modules are renamed, and saved under the released names.
+    - Generation ends at every end token that the config or the generation config names.
+    - A save that fails leaves the directory as it was.
+    - A model that FSDP2 has sharded saves an ordinary checkpoint.
+    """
+
+    def __init_subclass__(cls, **kwargs) -> None:
+        super().__init_subclass__(**kwargs)
+        # FSDP2 replaces a model's class by a subclass that is made inside torch, and transformers saves the file and
+        # name of a model's class as the checkpoint's code and `auto_map`. So the subclass gets those of the original.
+        # https://github.com/pytorch/pytorch/blob/v2.13.0/torch/distributed/fsdp/_fully_shard/_fsdp_init.py#L404
+        if cls.__module__.startswith("torch."):
+            original = next(base for base in cls.__mro__ if not base.__module__.startswith("torch."))
+            cls.__module__, cls.__name__ = original.__module__, original.__name__
+
+    @staticmethod
+    def _load_pretrained_model(model, state_dict, checkpoint_files, load_config, expected_keys=None):
+        # Private, but the only method that gets both the files and the model on the meta device before loading.
+        # https://github.com/huggingface/transformers/blob/v5.24.0/src/transformers/modeling_utils.py#L4489
+        # `expected_keys` are those of an adapter, which is no whole checkpoint.
+        if checkpoint_files is not None and expected_keys is None:
+            check_checkpoint(model, checkpoint_files)
+        return PreTrainedModel._load_pretrained_model(model, state_dict, checkpoint_files, load_config, expected_keys)
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: str | os.PathLike | None, *args, **kwargs):
+        """
+        As in transformers, with the checks of [`CheckpointMixin`].
+
+        Raises:
+            ValueError: for a damaged file, or a missing, unknown or misshaped tensor.
+            OSError: when there is no such checkpoint.
+        """
+        if pretrained_model_name_or_path is not None:
+            check_index(pretrained_model_name_or_path)
+        # By default, transformers would open a pickle that has no safetensors file beside it.
+        kwargs["use_safetensors"] = True
+        kwargs["key_mapping"] = dict([EXPERT_SUFFIX]) | (kwargs.get("key_mapping") or {})
+        try:
+            loaded = super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
+        except SafetensorError as error:
+            raise ValueError(
+                f"The weights of {pretrained_model_name_or_path} cannot be read as safetensors: {error}. "
+                "They are truncated or damaged: fetch or save them again."
+            ) from error
+        model = loaded[0] if isinstance(loaded, tuple) else loaded
+        if model.can_generate():
+            model.generation_config.eos_token_id = _end_token_ids(model)
+        return loaded
+
+    def save_pretrained(self, save_directory: str | os.PathLike, **kwargs) -> None:
+        """
+        As in transformers, but a save that fails leaves the directory as it was, without partial files.
+
+        Raises:
+            OSError: when the files cannot be written.
+        """
+        # Otherwise alternative names of expert tensors that were loaded would be saved again.
+        kwargs.setdefault("save_original_format", False)
+        state_dict = kwargs.get("state_dict")
+        if state_dict is not None:
+            # FSDP2 gathers the tied head and the embedding separately. They no longer share memory, by which
+            # transformers recognises tied weights.
+            kwargs["state_dict"] = {name: tensor for name, tensor in state_dict.items() if name != "lm_head.weight"}
+        try:
+            if kwargs.get("push_to_hub"):
+                super().save_pretrained(save_directory, **kwargs)
+                return
+            with replace_when_complete(save_directory) as partial:
+                super().save_pretrained(partial, **kwargs)
+        except SafetensorError as error:
+            raise OSError(
+                f"The checkpoint could not be written to {save_directory}: {error}. Free space, or save elsewhere."
+            ) from error
+
+
+def _end_token_ids(model: PreTrainedModel) -> list[int] | None:
+    ends = {END_OF_TURN} if model.config.vocab_size == RELEASED_VOCAB_SIZE else set()
+    for ids in (model.config.eos_token_id, model.generation_config.eos_token_id):
+        ends.update([] if ids is None else [ids] if isinstance(ids, int) else ids)
+    return sorted(ends) or None
 
 
 def check_index(directory: str | os.PathLike) -> None:
     """
-    Checks the list of shards of a local checkpoint; a Hub id has been checked by nobody and passes.
+    Checks the list of shards of a local checkpoint. The list of a Hub repository is not checked here.
 
     Raises:
         ValueError: when the list is not what transformers reads.
@@ -42,22 +133,22 @@ def check_index(directory: str | os.PathLike) -> None:
         )
 
 
-def check_checkpoint(model: PreTrainedModel, files: list[str]) -> None:
-    """
-    Compares the headers of safetensors files with the model that is about to load them, before a weight is read.
+class StoredTensor(NamedTuple):
+    """A tensor in the header of a safetensors file."""
 
-    Args:
-        model (`PreTrainedModel`): on the meta device, with packed modules in place where the config asks for them.
-        files (`list[str]`): all shards of the checkpoint.
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    file: str
 
-    Raises:
-        ValueError: naming the file, tensor or shape that does not fit. transformers itself warns at most, and fills
-            what is missing with random numbers.
-    """
-    # A base model reads the checkpoint of a full one and the other way round, hence the prefix.
-    expected = {name.removeprefix("model."): tensor for name, tensor in model.state_dict().items()}
-    head = expected.pop("lm_head.weight", None)
-    found: dict[str, tuple[str, str, tuple[int, ...], str]] = {}
+    def read(self) -> torch.Tensor:
+        with safe_open(self.file, framework="pt") as reader:
+            return reader.get_tensor(self.name)
+
+
+def _stored_tensors(files: list[str]) -> dict[str, StoredTensor]:
+    """The tensors of a checkpoint by their name in the base model."""
+    stored: dict[str, StoredTensor] = {}
     for file in files:
         if not file.endswith(".safetensors"):
             raise ValueError(
@@ -69,27 +160,53 @@ def check_checkpoint(model: PreTrainedModel, files: list[str]) -> None:
                 for stored_name in reader.keys():
                     tensor = reader.get_slice(stored_name)
                     name = re.sub(*EXPERT_SUFFIX, stored_name).removeprefix("model.")
-                    if name in found:
+                    if name in stored:
                         raise ValueError(f"{file} holds {stored_name} a second time. Save the checkpoint again.")
-                    found[name] = (stored_name, tensor.get_dtype(), tuple(tensor.get_shape()), file)
+                    stored[name] = StoredTensor(stored_name, tensor.get_dtype(), tuple(tensor.get_shape()), file)
         except (SafetensorError, OSError) as error:
             raise ValueError(
                 f"{file} cannot be read as safetensors: {error}. "
                 "It is missing, truncated or damaged: fetch or save it again."
             ) from error
+    return stored
 
+
+def check_checkpoint(model: PreTrainedModel, files: list[str]) -> None:
+    """
+    Compares the headers of safetensors files with the model that is about to load them.
+
+    Args:
+        model (`PreTrainedModel`): on the meta device, with packed modules in place where the config asks for them.
+        files (`list[str]`): all shards of the checkpoint.
+
+    Raises:
+        ValueError: naming the file, tensor or shape that does not fit. transformers only warns, and initialises
+            missing tensors with random numbers.
+    """
+    # Names without the prefix: a base model reads the checkpoint of a full one, and the other way round.
+    expected = {name.removeprefix("model."): tensor for name, tensor in model.state_dict().items()}
+    has_head = expected.pop("lm_head.weight", None) is not None
+    stored = _stored_tensors(files)
+    _check_names(model, expected, stored)
+    for name, tensor in expected.items():
+        _check_tensor(name, tuple(tensor.shape), stored[name])
+    if "lm_head.weight" in stored and has_head:
+        _check_tied_head(stored["lm_head.weight"], stored["embed_tokens.weight"])
+
+
+def _check_names(model: PreTrainedModel, expected: dict[str, torch.Tensor], stored: dict[str, StoredTensor]) -> None:
     packed = model.config.quantization is not None
-    # A packed embedding is the head whatever else is stored, so a second head would be dropped unseen.
+    # A packed model ties its head to the embedding, so a stored head would be ignored without notice.
     optional = set() if packed else {"lm_head.weight"}
-    # A pipeline stage has identities in the places that belong to other stages.
+    # A pipeline stage has an identity in place of each module of the other stages.
     elsewhere = [f"{name}." for name, module in model.named_modules() if isinstance(module, torch.nn.Identity)]
     elsewhere = tuple(name.removeprefix("model.") for name in elsewhere)
-    unknown = sorted(name for name in found.keys() - expected.keys() - optional if not name.startswith(elsewhere))
+    unknown = sorted(name for name in stored.keys() - expected.keys() - optional if not name.startswith(elsewhere))
     hint = ""
-    if not packed and any(name.endswith("qweight") for name in found):
+    if not packed and any(name.endswith("qweight") for name in stored):
         hint = " (an INT4 checkpoint needs its `quantization` block in config.json)"
     for kind, names in (
-        ("lacks", sorted(expected.keys() - found.keys())),
+        ("lacks", sorted(expected.keys() - stored.keys())),
         ("holds the unknown", unknown),
     ):
         if names:
@@ -97,29 +214,24 @@ def check_checkpoint(model: PreTrainedModel, files: list[str]) -> None:
                 f"The checkpoint {kind} tensor {names[0]}{f' and {len(names) - 1} more' if len(names) > 1 else ''}"
                 f"{hint}. It does not belong to this config.json, or was not saved whole."
             )
-    for name, tensor in expected.items():
-        stored_name, dtype, shape, file = found[name]
-        if shape != tuple(tensor.shape):
-            raise ValueError(
-                f"{file} has {stored_name} with shape {shape}, config.json makes it {tuple(tensor.shape)}. "
-                "Take the config.json that belongs to these weights."
-            )
-        legal = PACKED_DTYPES.get(name.rsplit("_", 1)[-1].rsplit(".", 1)[-1], FLOAT_DTYPES)
-        if dtype not in legal:
-            raise ValueError(
-                f"{file} has {stored_name} as {dtype}, this format stores it as {' or '.join(legal)}. "
-                "Convert it, or save the checkpoint again."
-            )
-    if "lm_head.weight" in found and head is not None:
-        _check_tied_head(found["lm_head.weight"], found["embed_tokens.weight"])
 
 
-def _check_tied_head(head: tuple, embedding: tuple) -> None:
-    tensors = []
-    for stored_name, _, _, file in (head, embedding):
-        with safe_open(file, framework="pt") as reader:
-            tensors.append(reader.get_tensor(stored_name))
-    if not torch.equal(*tensors):
+def _check_tensor(name: str, shape: tuple[int, ...], stored: StoredTensor) -> None:
+    if stored.shape != shape:
+        raise ValueError(
+            f"{stored.file} has {stored.name} with shape {stored.shape}, config.json makes it {shape}. "
+            "Take the config.json that belongs to these weights."
+        )
+    legal = PACKED_DTYPES.get(name.rsplit("_", 1)[-1].rsplit(".", 1)[-1], FLOAT_DTYPES)
+    if stored.dtype not in legal:
+        raise ValueError(
+            f"{stored.file} has {stored.name} as {stored.dtype}, this format stores it as {' or '.join(legal)}. "
+            "Convert it, or save the checkpoint again."
+        )
+
+
+def _check_tied_head(head: StoredTensor, embedding: StoredTensor) -> None:
+    if not torch.equal(head.read(), embedding.read()):
         raise ValueError(
             "The checkpoint holds lm_head.weight and it differs from the embedding, but MobileMoE ties the two. "
             "One of them was changed: remove lm_head.weight to use the embedding."
@@ -129,17 +241,17 @@ def _check_tied_head(head: tuple, embedding: tuple) -> None:
 @contextmanager
 def replace_when_complete(directory: str | os.PathLike) -> Iterator[Path]:
     """
-    Gives a temporary directory; when the block ends well, its files replace those of the target.
+    Yields a temporary directory whose files replace those of the target when the block ends without an error.
 
-    After an error, a full disk say, the target is as it was and the temporary directory is gone. Weight files of an
-    earlier save that the new one does not have are removed: a reader would mix the two.
+    After an error, such as a full disk, the target is unchanged and the temporary directory is removed. Weight files
+    of an earlier save that the new save does not replace are removed, because a reader would mix the two.
     """
     directory = Path(directory).absolute()
     directory.parent.mkdir(parents=True, exist_ok=True)
-    # Within a target that exists: it may be a mount point or a link, and files move within one file system only.
+    # Inside the target if it exists: it may be a mount point or a link, and a rename cannot cross file systems.
     parent = directory if directory.is_dir() else directory.parent
     partial = parent / f".{directory.name}.partial-{os.getpid()}"
-    # Left by a process that was killed: containers use the same few ids again and again.
+    # A killed process may have left it: process ids repeat, in containers within a few starts.
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir()
     try:

@@ -11,18 +11,14 @@ Shapes in the comments below: B batch, T sequence, H hidden_size, N query heads,
 E num_local_experts, I intermediate_size, V vocab_size; "tokens" is B * T.
 """
 
-import dataclasses
 import math
-import os
 from collections.abc import Callable
 
 import torch
-from safetensors import SafetensorError
 from torch import nn
 from transformers import initialization as init
 from transformers.activations import ACT2FN
 from transformers.cache_utils import Cache, DynamicCache
-from transformers.core_model_loading import WeightRenaming
 from transformers.generation import GenerationMixin
 from transformers.integrations import use_experts_implementation
 from transformers.integrations.moe import ExpertsInterface, grouped_mm_experts_forward
@@ -36,10 +32,10 @@ from transformers.utils.deprecation import deprecate_kwarg
 from transformers.utils.generic import maybe_autocast, merge_with_config_defaults
 from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
-from .checkpoint_mobilemoe import EXPERT_SUFFIX, check_checkpoint, check_index, replace_when_complete
+from .checkpoint_mobilemoe import CheckpointMixin
 from .configuration_mobilemoe import MobileMoEConfig
-from .fused_mobilemoe import fused_attention_inputs, fused_feed_forward
-from .quantization_mobilemoe import FixedDtypeModule, register_int4_quantizer
+from .fused_mobilemoe import FixedDtypeModule
+from .quantization_mobilemoe import register_int4_quantizer
 
 
 class MobileMoERMSNorm(nn.Module):
@@ -56,8 +52,8 @@ class MobileMoERMSNorm(nn.Module):
 
 
 def rms_normalize(hidden_states: torch.Tensor, eps: float) -> torch.Tensor:
-    """Divides the last dimension by its root mean square, in FP32. Without a weight it is the query and key norm."""
-    # `F.rms_norm` computes its statistics in FP32 for half-precision inputs and is one kernel instead of five.
+    """Divides the last dimension by its root mean square. Used without a weight on queries and keys."""
+    # `F.rms_norm` computes the statistics in FP32 for half-precision inputs, and is one kernel instead of five.
     return nn.functional.rms_norm(hidden_states, hidden_states.shape[-1:], eps=eps)
 
 
@@ -72,7 +68,7 @@ class MobileMoERotaryEmbedding(FixedDtypeModule):
     @staticmethod
     def compute_inv_freq(config: MobileMoEConfig) -> torch.Tensor:
         """
-        The llama3 rule: short wavelengths stay, long ones are stretched by `factor`, a smooth band lies between.
+        The llama3 rule: short wavelengths are kept, long ones stretched by `factor`, those between interpolated.
 
         Returns:
             `torch.Tensor` of shape `(head_dim / 2,)`, in radians per token.
@@ -82,25 +78,25 @@ class MobileMoERotaryEmbedding(FixedDtypeModule):
         low, high = scaling["low_freq_factor"], scaling["high_freq_factor"]
         exponent = torch.arange(0, config.head_dim, 2, dtype=torch.float32) / config.head_dim
         inv_freq = 1.0 / config.rope_theta**exponent
-        # Turns within the original context: above `high` a frequency stays, below `low` it is divided.
+        # Turns within the original context. Above `high` a frequency is kept, below `low` it is divided by `factor`.
         turns = context * inv_freq / (2 * math.pi)
         if high > low:
             keep = ((turns - low) / (high - low)).clamp(0, 1)
         else:
-            # The released configs have low == high: the band is empty and its formula would divide by zero.
+            # The released configs have low == high: no band to interpolate, and its formula would divide by zero.
             keep = (turns >= low).float()
         return keep * inv_freq + (1 - keep) * inv_freq / factor
 
     @torch.no_grad()
     def forward(self, hidden_states: torch.Tensor, position_ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        # Angles need FP32: at position 8191 a half-precision product is off by whole turns.
+        # In FP32: at position 8191 a half-precision product is wrong by whole turns.
         angles = position_ids[..., None].float() * self.inv_freq.to(hidden_states.device)  # (B, T, D/2)
         return angles.cos(), angles.sin()
 
 
 def apply_rotary_emb(states: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
     """
-    Rotates adjacent channel pairs (2i, 2i+1), as the complex numbers they were trained as; not the two halves.
+    Rotates adjacent channel pairs (2i, 2i+1), as the released models were trained, not channels of the two halves.
 
     Args:
         states (`torch.Tensor`): queries or keys of shape `(B, T, heads, D)`.
@@ -137,6 +133,37 @@ def eager_attention_forward(
     return attn_output, attn_weights
 
 
+class MobileMoEAttentionInputs(nn.Module):
+    """
+    Projects hidden states to queries, keys and values, and rotates and normalises queries and keys.
+
+    It gets the projections as arguments: they belong to the attention, under the released names.
+    """
+
+    def __init__(self, config: MobileMoEConfig):
+        super().__init__()
+        self.head_dim = config.head_dim
+        self.eps = config.rms_norm_eps
+
+    def forward(
+        self,
+        hidden_states: torch.Tensor,
+        q_proj: nn.Module,
+        k_proj: nn.Module,
+        v_proj: nn.Module,
+        cos: torch.Tensor,
+        sin: torch.Tensor,
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        hidden_shape = (*hidden_states.shape[:-1], -1, self.head_dim)
+        query_states = q_proj(hidden_states).view(hidden_shape)  # (B, T, N, D)
+        key_states = k_proj(hidden_states).view(hidden_shape)  # (B, T, K, D)
+        value_states = v_proj(hidden_states).view(hidden_shape).transpose(1, 2)  # (B, K, T, D)
+        # The norm follows the rotation, as in Llama 4: the cache holds rotated, normalised keys.
+        query_states = rms_normalize(apply_rotary_emb(query_states, cos, sin), self.eps).transpose(1, 2)
+        key_states = rms_normalize(apply_rotary_emb(key_states, cos, sin), self.eps).transpose(1, 2)
+        return query_states, key_states, value_states
+
+
 class MobileMoEAttention(nn.Module):
     def __init__(self, config: MobileMoEConfig, layer_idx: int):
         super().__init__()
@@ -150,6 +177,7 @@ class MobileMoEAttention(nn.Module):
         self.q_proj = nn.Linear(config.hidden_size, config.num_attention_heads * self.head_dim, bias=False)
         self.k_proj = nn.Linear(config.hidden_size, config.num_key_value_heads * self.head_dim, bias=False)
         self.v_proj = nn.Linear(config.hidden_size, config.num_key_value_heads * self.head_dim, bias=False)
+        self.inputs = MobileMoEAttentionInputs(config)
         self.o_proj = nn.Linear(config.num_attention_heads * self.head_dim, config.hidden_size, bias=False)
 
     def forward(
@@ -161,20 +189,9 @@ class MobileMoEAttention(nn.Module):
         **kwargs: Unpack[TransformersKwargs],
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         input_shape = hidden_states.shape[:-1]
-        hidden_shape = (*input_shape, -1, self.head_dim)
-        cos, sin = position_embeddings
-        fused = fused_attention_inputs(self, hidden_states, cos, sin, self.config.rms_norm_eps)
-        if fused is not None:
-            query_states, key_states, value_states = fused
-        else:
-            query_states = self.q_proj(hidden_states).view(hidden_shape)  # (B, T, N, D)
-            key_states = self.k_proj(hidden_states).view(hidden_shape)  # (B, T, K, D)
-            value_states = self.v_proj(hidden_states).view(hidden_shape).transpose(1, 2)  # (B, K, T, D)
-            # The norm follows the rotation, as in Llama 4: the cache holds rotated, normalised keys.
-            query_states = rms_normalize(apply_rotary_emb(query_states, cos, sin), self.config.rms_norm_eps)
-            key_states = rms_normalize(apply_rotary_emb(key_states, cos, sin), self.config.rms_norm_eps)
-            query_states, key_states = query_states.transpose(1, 2), key_states.transpose(1, 2)
-
+        query_states, key_states, value_states = self.inputs(
+            hidden_states, self.q_proj, self.k_proj, self.v_proj, *position_embeddings
+        )
         if cache is not None:
             key_states, value_states = cache.update(key_states, value_states, self.layer_idx)
 
@@ -196,7 +213,7 @@ class MobileMoEAttention(nn.Module):
 
 
 class MobileMoEMLP(nn.Module):
-    """The shared expert: an ordinary SwiGLU block that every token passes through."""
+    """The shared expert: a SwiGLU block applied to every token."""
 
     def __init__(self, config: MobileMoEConfig):
         super().__init__()
@@ -210,7 +227,7 @@ class MobileMoEMLP(nn.Module):
 
 
 class AutocastExperts:
-    """An experts module whose weights have autocast's dtype."""
+    """An experts module with its weights in the dtype of autocast."""
 
     def __init__(self, experts: nn.Module, dtype: torch.dtype):
         self.experts = experts
@@ -227,8 +244,8 @@ def grouped_mm_experts(
     """
     The grouped matmul of transformers, in BF16 under autocast.
 
-    Autocast does not know `grouped_mm` (https://github.com/pytorch/pytorch/issues/174763): it follows the dtype of the
-    weights, and FP32 master weights would silently make it an FP32 product.
+    Autocast does not cover `grouped_mm` (https://github.com/pytorch/pytorch/issues/174763): it computes in the dtype
+    of the weights, so FP32 master weights would silently give an FP32 product.
     """
     device_type = hidden_states.device.type
     if torch.is_autocast_enabled(device_type):
@@ -240,10 +257,10 @@ EXPERTS_FUNCTIONS = ExpertsInterface()
 EXPERTS_FUNCTIONS["grouped_mm"] = grouped_mm_experts
 
 
-# transformers looks for this decorator, spelled so, before it offers its fast expert implementations.
+# transformers searches the source for this decorator, in this spelling, before it enables its fast implementations.
 @use_experts_implementation(is_transposed=True, experts_interface=EXPERTS_FUNCTIONS)
 class MobileMoEExperts(nn.Module):
-    """The routed experts, stored `[E, in, out]` as released; the first I columns of `gate_up_proj` are the gate."""
+    """The routed experts, stored `[E, in, out]` as released. The first I columns of `gate_up_proj` are the gate."""
 
     def __init__(self, config: MobileMoEConfig):
         super().__init__()
@@ -255,7 +272,7 @@ class MobileMoEExperts(nn.Module):
         self.act_fn = ACT2FN[config.hidden_act]
 
     def _apply_gate(self, gate_up: torch.Tensor) -> torch.Tensor:
-        # The name under which every experts implementation calls it.
+        # The experts implementations of transformers call it by this name.
         gate, up = gate_up.chunk(2, dim=-1)  # (routed, I)
         return self.act_fn(gate) * up
 
@@ -282,11 +299,11 @@ class MobileMoERouter(nn.Module):
     def forward(
         self, hidden_states: torch.Tensor, expert_bias: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        # FP32 whatever the model's dtype, also under autocast: near-ties decide which experts run.
+        # Always in FP32, also under autocast: near-ties decide which experts run.
         with maybe_autocast(device_type=hidden_states.device.type, enabled=False):
             router_logits = nn.functional.linear(hidden_states.float(), self.weight.float())  # (tokens, E)
         scores = router_logits.sigmoid()
-        # The bias selects, the score weighs. A stable sort gives ties to the lower index, as every runtime must.
+        # The bias selects, the score weighs. A stable sort resolves ties to the lower index, as every runtime must.
         ranking = torch.sort(scores + expert_bias.float(), dim=-1, descending=True, stable=True).indices
         top_k_index = ranking[:, : self.top_k]  # (tokens, top_k)
         top_k_weights = scores.gather(1, top_k_index)  # (tokens, top_k)
@@ -302,16 +319,13 @@ class MobileMoEFeedForward(nn.Module):
         self.router = MobileMoERouter(config)
         self.experts = MobileMoEExperts(config)
         self.shared_expert = MobileMoEMLP(config)
-        # Moved by load balancing (routing.py), never by the optimizer. FP32, or its steps of 1e-3 would round away.
+        # Updated by load balancing (routing.py), never by the optimizer. In FP32, so that steps of 1e-3 are not lost.
         self.expert_bias = nn.Buffer(torch.zeros(config.num_local_experts, dtype=torch.float32))
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        fused = fused_feed_forward(self, hidden_states)
-        if fused is not None:
-            return fused
         flat_hidden_states = hidden_states.reshape(-1, hidden_states.shape[-1])  # (tokens, H)
         _, top_k_weights, top_k_index = self.router(flat_hidden_states, self.expert_bias)
-        # The router's FP32 ends here: in FP32 the weighted expert outputs would be twice the bytes to gather and sum.
+        # Back to the model's dtype: FP32 would double the bytes of the expert outputs that are weighted and summed.
         top_k_weights = top_k_weights.to(hidden_states.dtype)
         routed = self.experts(flat_hidden_states, top_k_index, top_k_weights).view_as(hidden_states)
         return routed + self.shared_expert(hidden_states)
@@ -320,7 +334,7 @@ class MobileMoEFeedForward(nn.Module):
 class MobileMoEDecoderLayer(GradientCheckpointingLayer):
     def __init__(self, config: MobileMoEConfig, layer_idx: int):
         super().__init__()
-        # First, so that the first floating-point parameter of a packed model, which names its dtype, is a norm.
+        # First: a packed model's dtype is that of its first floating-point parameter, which has to be a norm.
         self.input_layernorm = MobileMoERMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.self_attn = MobileMoEAttention(config, layer_idx)
         self.feed_forward = MobileMoEFeedForward(config)
@@ -344,7 +358,7 @@ class MobileMoEDecoderLayer(GradientCheckpointingLayer):
         return residual + self.feed_forward(hidden_states)
 
 
-class MobileMoEPreTrainedModel(PreTrainedModel):
+class MobileMoEPreTrainedModel(CheckpointMixin, PreTrainedModel):
     config: MobileMoEConfig
     base_model_prefix = "model"
     supports_gradient_checkpointing = True
@@ -375,78 +389,6 @@ class MobileMoEPreTrainedModel(PreTrainedModel):
             init.zeros_(module.expert_bias)
         elif isinstance(module, MobileMoERotaryEmbedding):
             init.copy_(module.inv_freq, module.compute_inv_freq(self.config))
-
-    @staticmethod
-    def _load_pretrained_model(model, state_dict, checkpoint_files, load_config, *args):
-        # The only place where the files and the finished skeleton meet before a weight is read.
-        if checkpoint_files is not None:
-            check_checkpoint(model, checkpoint_files)
-        mapping = [*(load_config.weight_mapping or []), WeightRenaming(*EXPERT_SUFFIX)]
-        load_config = dataclasses.replace(load_config, weight_mapping=mapping)
-        loaded = PreTrainedModel._load_pretrained_model(model, state_dict, checkpoint_files, load_config, *args)
-        # Or saving would write the unusual names again.
-        model._weight_conversions = []
-        return loaded
-
-    @classmethod
-    def from_pretrained(cls, pretrained_model_name_or_path: str | os.PathLike | None, *args, **kwargs):
-        """
-        As in transformers, but a checkpoint that does not fit is an error that names the file, tensor or key.
-
-        Only safetensors are read. Generation ends at every end token that the checkpoint names anywhere.
-
-        Raises:
-            ValueError: for a damaged file, or a missing, unknown or misshaped tensor.
-            OSError: where there is no such checkpoint.
-        """
-        if pretrained_model_name_or_path is not None:
-            check_index(pretrained_model_name_or_path)
-        # Without the explicit choice a lone pickle would be opened before it is refused.
-        kwargs["use_safetensors"] = True
-        try:
-            loaded = super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
-        except SafetensorError as error:
-            raise ValueError(
-                f"The weights of {pretrained_model_name_or_path} cannot be read as safetensors: {error}. "
-                "They are truncated or damaged: fetch or save them again."
-            ) from error
-        model = loaded[0] if isinstance(loaded, tuple) else loaded
-        if model.can_generate():
-            model.generation_config.eos_token_id = cls._end_token_ids(model)
-        return loaded
-
-    @staticmethod
-    def _end_token_ids(model: PreTrainedModel) -> list[int] | None:
-        ends = set()
-        for ids in (model.config.eos_token_id, model.generation_config.eos_token_id):
-            ends.update([] if ids is None else [ids] if isinstance(ids, int) else ids)
-        if model.config.vocab_size == 128256:
-            # <|eot|> of the released tokenizer: without it a model runs past the end of its turn.
-            ends.add(128008)
-        return sorted(ends) or None
-
-    def save_pretrained(self, save_directory: str | os.PathLike, **kwargs) -> None:
-        """As in transformers, but a save that fails leaves what was there before and nothing half-written."""
-        # FSDP2 gives a sharded model a class made in torch, whose file would be saved as the checkpoint's code.
-        own_class = next(base for base in type(self).__mro__ if not base.__module__.startswith("torch."))
-        sharded_class, self.__class__ = self.__class__, own_class
-        state_dict = kwargs.get("state_dict")
-        if state_dict is not None:
-            # It also gathers the tied head and the embedding apart, so that they no longer share memory, by which
-            # transformers would know that they are one.
-            kwargs["state_dict"] = {name: tensor for name, tensor in state_dict.items() if name != "lm_head.weight"}
-        try:
-            if kwargs.get("push_to_hub"):
-                super().save_pretrained(save_directory, **kwargs)
-                return
-            with replace_when_complete(save_directory) as partial:
-                super().save_pretrained(partial, **kwargs)
-        except SafetensorError as error:
-            raise OSError(
-                f"The checkpoint could not be written to {save_directory}: {error}. Free space, or save elsewhere."
-            ) from error
-        finally:
-            self.__class__ = sharded_class
 
 
 class MobileMoEModel(MobileMoEPreTrainedModel):

@@ -27,8 +27,8 @@ from mobilemoe.cli import main
 from mobilemoe.train.qat import convert, prepare
 from mobilemoe.train.recipe import CHAT_TEMPLATE
 from modeling_mobilemoe import MobileMoEConfig, MobileMoEForCausalLM, dequantize, quantize
+from modeling_mobilemoe.fused_mobilemoe import Int4Format
 from modeling_mobilemoe.kernels import build_runner
-from modeling_mobilemoe.quantization_mobilemoe import Int4Format
 
 
 torch.set_num_threads(2)
@@ -123,6 +123,13 @@ def int4_checkpoint(tiny_config: MobileMoEConfig, tmp_path_factory: pytest.TempP
 def tokenizer():
     """512 tokens of the released shape: BOS is 496, the ends are 497 and 504."""
     return train_tokenizer((inspect.getsource(module) for module in (argparse, inspect)), 512)
+
+
+@pytest.fixture(scope="session")
+def chat_tokenizer(tokenizer):
+    tokenizer = copy.deepcopy(tokenizer)
+    tokenizer.chat_template = CHAT_TEMPLATE
+    return tokenizer
 
 
 @pytest.fixture(scope="session")

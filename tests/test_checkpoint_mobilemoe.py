@@ -1,5 +1,7 @@
+import copy
 import errno
 import filecmp
+import inspect
 import json
 import re
 import shutil
@@ -11,14 +13,15 @@ import pytest
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
-from transformers import AutoModel, AutoModelForCausalLM, modeling_utils
+from transformers import AutoModel, AutoModelForCausalLM, PreTrainedModel, modeling_utils
 
 from modeling_mobilemoe import MobileMoEConfig, MobileMoEForCausalLM, dequantize, quantize
+from modeling_mobilemoe.fused_mobilemoe import Int4Format
 from modeling_mobilemoe.quantization_mobilemoe import (
     INT4_BLOCK,
-    Int4Format,
     MobileMoEInt4Config,
     MobileMoEInt4Quantizer,
+    quantization_table,
 )
 
 
@@ -527,6 +530,23 @@ class Trap:
         return Path.touch, (self.marker,)
 
 
+def test_transformers_still_has_the_private_method_that_the_checks_hook_into():
+    expected = ["model", "state_dict", "checkpoint_files", "load_config", "expected_keys"]
+    assert list(inspect.signature(PreTrainedModel._load_pretrained_model).parameters) == expected
+    assert list(inspect.signature(MobileMoEForCausalLM._load_pretrained_model).parameters) == expected
+
+
+@torch.no_grad()
+def test_adapter_loads_through_transformers(tiny_checkpoint: Path, input_ids: torch.Tensor, tmp_path: Path):
+    peft = pytest.importorskip("peft", reason="needs the `train` extra")
+    base = AutoModelForCausalLM.from_pretrained(tiny_checkpoint)
+    config = peft.LoraConfig(target_modules=["q_proj"], init_lora_weights=False)
+    adapted = peft.get_peft_model(copy.deepcopy(base), config).eval()
+    adapted.save_pretrained(tmp_path)
+    base.load_adapter(tmp_path)
+    assert torch.equal(base(input_ids).logits, adapted(input_ids).logits)
+
+
 @pytest.fixture
 def trapped_checkpoint(tiny_checkpoint: Path, tmp_path: Path) -> Path:
     """A checkpoint with a `pytorch_model.bin` beside its safetensors file."""
@@ -984,11 +1004,18 @@ def test_quantized_and_dequantized_is_a_plain_bf16_checkpoint(
 
 
 def test_table_of_quantize_counts_what_the_file_holds(
-    tiny_model: MobileMoEForCausalLM, tmp_path: Path, capsys: pytest.CaptureFixture
+    tiny_model: MobileMoEForCausalLM,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture,
+    caplog: pytest.LogCaptureFixture,
 ):
     num_parameters = tiny_model.config.num_total_parameters
-    quantize(tiny_model).save_pretrained(tmp_path)
-    _, *rows, total = capsys.readouterr().out.splitlines()
+    with caplog.at_level("INFO", "modeling_mobilemoe.quantization_mobilemoe"):
+        quantize(tiny_model).save_pretrained(tmp_path)
+    table = quantization_table(tiny_model)
+    assert caplog.messages == [f"Quantised to INT4:\n{table}"]
+    assert capsys.readouterr().out == ""
+    _, *rows, total = table.splitlines()
     printed = {}
     for row in (*rows, total):
         kind, *numbers, _ = re.split(r"\s{2,}", f"{row}  ", maxsplit=4)

@@ -161,7 +161,7 @@ IPHONE = {"s": {256: 204.6, 8192: 32.2}, "m": {256: 106.8, 8192: 17.2}, "l": {25
 
 
 def test_phones_measured_with_s_predict_m_and_l():
-    s25 = read_device(Path(__file__).parents[1] / "examples/galaxy_s25.json")
+    s25 = read_device("galaxy-s25")
     iphone = calibrate(SIZES["s"], list(IPHONE["s"].items()), kv_bits=8)
     # How good the description of a device by four rates is; docs/scaling.md says the same.
     for device, published, error in ((s25, S25, 0.16), (iphone, IPHONE, 0.10)):
@@ -192,6 +192,17 @@ def test_a_short_prefill_is_bound_by_reading_and_a_device_without_rate_predicts_
     device = Device(1e9, 1e15)
     assert device.prefill_seconds(SIZES["s"], 2) == pytest.approx(weight_bytes_read(SIZES["s"], 2) / 1e9, rel=1e-3)
     assert Device(1e9).prefill_seconds(SIZES["s"], 512) is None
+
+
+def test_devices_by_name(tmp_path, monkeypatch):
+    assert read_device("galaxy-s25").name == "Galaxy S25, 4 threads"
+    with pytest.raises(ValueError, match="No such file or known device: pixel. .* or one of: galaxy-s25"):
+        read_device("pixel")
+    # A file of that name goes first.
+    monkeypatch.chdir(tmp_path)
+    content = {"device": "desk", "config": SIZES["s"].to_dict(), "decode": [{"context": 256, "tokens_per_second": 50}]}
+    Path("galaxy-s25").write_text(json.dumps(content))
+    assert read_device("galaxy-s25").name == "desk"
 
 
 def test_device_files(tmp_path):

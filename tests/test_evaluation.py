@@ -219,7 +219,7 @@ def test_packed_int4_runs_and_is_compared(bf16_report, checkpoints, foundation_d
     assert report["model"]["kind"] == "int4"
     table = capsys.readouterr().out
     # PIQA of S-Base, Table 2 of the paper.
-    assert "paper, S-Base" in table and "75.4" in table
+    assert "paper: S-Base" in table and "75.4" in table and max(map(len, table.splitlines())) <= 80
     few = {name: bf16_report["tasks"][name] for name in bf16_report["tasks"] if name in FEW}
     write_json(tmp_path / "bf16/report.json", bf16_report | {"tasks": few} | mean_score(list(few.values())))
     output = str(tmp_path / "both")

@@ -28,8 +28,9 @@ from mobilemoe.export.parity import rounded_as
 from mobilemoe.export.program import MOE_MODULES, ProgramOptions
 from mobilemoe.runtime import CheckpointModel, PteModel
 from modeling_mobilemoe import MobileMoEConfig, MobileMoEForCausalLM, quantize
+from modeling_mobilemoe.fused_mobilemoe import Int4Format
 from modeling_mobilemoe.kernels import BuildError
-from modeling_mobilemoe.quantization_mobilemoe import INT4_BLOCK, Int4Format
+from modeling_mobilemoe.quantization_mobilemoe import INT4_BLOCK
 
 
 EXPORT_FILES = {"model.pte", "export.json", "config.json", "tokenizer.json", "tokenizer_config.json"}
@@ -146,7 +147,7 @@ def test_kernel_program_holds_the_experts_of_the_checkpoint(kernel_directory, te
             assert tensor.view(torch.uint8).numpy().tobytes() in program, name
 
 
-def test_operator_follows_what_the_experts_need(qat_checkpoint, text_checkpoint, tmp_path, monkeypatch, capsys):
+def test_operator_follows_what_the_experts_need(qat_checkpoint, text_checkpoint, tmp_path, monkeypatch, caplog):
     assert export_module.default_moe_op("output", None) == export_module.default_moe_op(None, None) == "mobilemoe"
     assert export_module.default_moe_op("input", None) == export_module.default_moe_op("output", 8) == "llama"
     for checkpoint, options, message in (
@@ -161,7 +162,7 @@ def test_operator_follows_what_the_experts_need(qat_checkpoint, text_checkpoint,
 
     monkeypatch.setattr(export_module, "load_executorch", fail)
     assert export_module.default_moe_op("output", None) == "llama"
-    assert "the experts go to llama::quantized_moe_ffn: CMake is missing" in capsys.readouterr().err
+    assert "the experts go to llama::quantized_moe_ffn: CMake is missing" in caplog.text
     with pytest.raises(ValueError, match="not available: CMake is missing: pip install cmake. Or set moe_op='llama'"):
         export_checkpoint(text_checkpoint, tmp_path / "out", moe_op="mobilemoe")
 
@@ -489,10 +490,11 @@ def test_too_little_disk_or_memory_is_said_before_the_start(text_checkpoint, tmp
     assert not list(tmp_path.iterdir())
 
 
-def test_needs_are_stated_before_the_start(tmp_path, monkeypatch, capsys):
+def test_needs_are_stated_before_the_start(tmp_path, monkeypatch, caplog):
     """S: the program is what its formats add up to, and full precision is in memory whole before it is packed."""
     monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=10**10))
     monkeypatch.setattr(export_module, "available_memory", lambda: 10**10)
+    caplog.set_level("INFO", logger="mobilemoe")
     config = MobileMoEConfig()
     with torch.device("meta"):
         num_parameters = sum(parameter.numel() for parameter in MobileMoEForCausalLM(config).parameters())
@@ -501,7 +503,8 @@ def test_needs_are_stated_before_the_start(tmp_path, monkeypatch, capsys):
         export_module.check_resources(
             config, ProgramOptions(8192, expert_bits=4), tmp_path / "out", MOE_MODULES["llama"]
         )
-        said = re.search(r"(\d+) MB to write, about ([\d.]+) GB of memory", capsys.readouterr().err)
+        said = re.search(r"(\d+) MB to write, about ([\d.]+) GB of memory", caplog.text)
+        caplog.clear()
         stated[config.quantization is None] = float(said[2])
         # ExecuTorch's own arithmetic: 796 MB of experts, about 170 MB of everything else.
         assert 960 <= int(said[1]) <= 980
@@ -509,12 +512,13 @@ def test_needs_are_stated_before_the_start(tmp_path, monkeypatch, capsys):
     assert stated[True] > max(stated[False], 4e-9 * num_parameters)
 
 
-def test_long_stages_report_while_they_run(monkeypatch, capsys):
+def test_long_stages_report_while_they_run(monkeypatch, caplog):
+    caplog.set_level("INFO", logger="mobilemoe")
     monkeypatch.setattr(export_module.Stages, "report_every", 0.01)
     stages = export_module.Stages()
     with stages("lower"):
         time.sleep(0.2)
-    assert "lower: 0 s so far, peak memory" in capsys.readouterr().err
+    assert "lower: 0 s so far, peak memory" in caplog.text
     assert stages.seconds["lower"] >= 0.2
     num_threads = threading.active_count()
     with pytest.raises(ValueError), stages("trace"):

@@ -12,7 +12,7 @@ from hub_server import HubServer
 
 
 REPOSITORY_ROOT = Path(__file__).parents[1]
-CODE_FILES = {f"{name}_mobilemoe.py" for name in ("checkpoint", "configuration", "modeling", "quantization")}
+CODE_FILES = {f"{name}_mobilemoe.py" for name in ("checkpoint", "configuration", "fused", "modeling", "quantization")}
 PROLOGUE = """
 import json, os, sys
 

@@ -16,17 +16,16 @@ import torch
 from torch import nn
 from transformers import AutoModelForCausalLM
 
-from modeling_mobilemoe import MobileMoEConfig, kernels, modeling_mobilemoe, quantization_mobilemoe, quantize
-from modeling_mobilemoe.fused_mobilemoe import fused_attention_inputs
-from modeling_mobilemoe.kernels.modules import MoEFFN
-from modeling_mobilemoe.modeling_mobilemoe import MobileMoERouter, apply_rotary_emb, rms_normalize
-from modeling_mobilemoe.quantization_mobilemoe import (
+from modeling_mobilemoe import MobileMoEConfig, fused_mobilemoe, kernels, quantize
+from modeling_mobilemoe.fused_mobilemoe import (
     Int4Experts,
     Int4Format,
     Int4Linear,
     dequantize_tensor,
     unpack_int4,
 )
+from modeling_mobilemoe.kernels.modules import MoEFFN
+from modeling_mobilemoe.modeling_mobilemoe import MobileMoERouter, apply_rotary_emb, rms_normalize
 
 
 TESTS = Path(__file__).parent
@@ -373,16 +372,12 @@ def test_packed_bf16_model_runs_on_the_kernels(int4_checkpoint: Path, input_ids:
     # The output projection of every layer, and the head.
     operators = {"mobilemoe::attention_inputs": layers, "mobilemoe::feed_forward": layers}
     assert calls == {**operators, "mobilemoe::int4_linear": layers + 1}
-    monkeypatch.setattr(quantization_mobilemoe, "has_cpu_kernels", bool)
+    monkeypatch.setattr(fused_mobilemoe, "has_cpu_kernels", bool)
     exact = model(input_ids).logits.float()
     similarity = torch.cosine_similarity(fast, exact, dim=-1)
     # In random weights a token whose fourth and fifth expert nearly tie may take the other one.
     assert similarity.median() > 0.999
     assert not torch.equal(fast, exact)
-
-
-def unfused(*arguments) -> None:
-    """In place of a fused operator: its modules run one by one."""
 
 
 @pytest.mark.parametrize("length", [1, 40])
@@ -395,11 +390,9 @@ def test_fused_operators_equal_their_modules(int4_checkpoint: Path, length: int,
     # Positions of their own for each row of the batch, and then the same ones for both.
     for position_ids in (torch.arange(2 * length).view(2, length) + 3, torch.arange(length)[None] + 500):
         cos, sin = model.model.rotary_emb(x, position_ids)
-        fused = fused_attention_inputs(layer.self_attn, x, cos, sin, config.rms_norm_eps)
-        query, key, value = (
-            linear(x).view(2, length, -1, config.head_dim)
-            for linear in (layer.self_attn.q_proj, layer.self_attn.k_proj, layer.self_attn.v_proj)
-        )
+        projections = (layer.self_attn.q_proj, layer.self_attn.k_proj, layer.self_attn.v_proj)
+        fused = layer.self_attn.inputs(x, *projections, cos, sin)
+        query, key, value = (linear(x).view(2, length, -1, config.head_dim) for linear in projections)
         query, key = (
             rms_normalize(apply_rotary_emb(states, cos, sin), config.rms_norm_eps) for states in (query, key)
         )
@@ -408,7 +401,7 @@ def test_fused_operators_equal_their_modules(int4_checkpoint: Path, length: int,
             torch.testing.assert_close(actual, expected.transpose(1, 2), rtol=2**-7, atol=0)
             assert (actual != expected.transpose(1, 2)).float().mean() < 0.01
         assert torch.equal(fused[2], value.transpose(1, 2))
-    monkeypatch.setattr(modeling_mobilemoe, "fused_feed_forward", unfused)
+    monkeypatch.setattr(fused_mobilemoe, "is_untouched", lambda *modules: False)
     expected = layer.feed_forward(x)
     # The modules round the experts' weights and each sum to BF16.
     torch.testing.assert_close(feed_forward, expected, rtol=2**-6, atol=2**-6 * expected.abs().max().item())

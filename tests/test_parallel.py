@@ -184,7 +184,14 @@ def test_weights_are_really_split(results):
 
 
 @pytest.mark.parametrize("layout", [name for name in LAYOUTS if name != "pp"])
-def test_sharded_model_saves_an_ordinary_checkpoint(directory, tiny_config, expected, layout):
+def test_sharded_model_saves_an_ordinary_checkpoint(directory, tiny_config, tiny_checkpoint, expected, layout):
+    files = {path.name for path in (directory / layout).iterdir()}
+    assert files == {path.name for path in tiny_checkpoint.iterdir()}
+    config, expected_config = (
+        json.loads((path / "config.json").read_text()) for path in (directory / layout, tiny_checkpoint)
+    )
+    assert config["auto_map"] == expected_config["auto_map"]
+    assert config["architectures"] == expected_config["architectures"]
     saved = AutoModelForCausalLM.from_pretrained(directory / layout)
     assert saved.lm_head.weight is saved.model.embed_tokens.weight
     for name, parameter in build_tiny_model(tiny_config).named_parameters():

@@ -18,7 +18,7 @@ from mobilemoe.export.parity import (
 )
 from mobilemoe.export.program import ProgramOptions
 from modeling_mobilemoe import quantize
-from modeling_mobilemoe.quantization_mobilemoe import dequantize_tensor
+from modeling_mobilemoe.fused_mobilemoe import dequantize_tensor
 
 
 PROMPTS = [[3, 4, 5, 6], [7, 8, 9]]

@@ -18,21 +18,24 @@ from modeling_mobilemoe import (
     MobileMoEForCausalLM,
     MobileMoEModel,
     dequantize,
-    quantization_mobilemoe,
+    fused_mobilemoe,
     quantize,
 )
-from modeling_mobilemoe.quantization_mobilemoe import (
+from modeling_mobilemoe.fused_mobilemoe import (
+    Int4AttentionInputs,
     Int4Embedding,
     Int4Experts,
+    Int4FeedForward,
     Int4Format,
     Int4Head,
     Int4Linear,
-    MobileMoEInt4Config,
     dequantize_tensor,
     pack_int4,
     quantize_tensor,
     unpack_int4,
 )
+from modeling_mobilemoe.modeling_mobilemoe import MobileMoEFeedForward
+from modeling_mobilemoe.quantization_mobilemoe import MobileMoEInt4Config
 
 
 # By hand: two's complement, even index in the low nibble, odd in the high one.
@@ -185,7 +188,7 @@ def once_rounded(packed: torch.Tensor, scale: torch.Tensor, dtype: torch.dtype) 
 @torch.no_grad()
 def test_packed_modules_use_weights_that_were_rounded_once(int4_checkpoint: Path, dtype: torch.dtype, monkeypatch):
     # In BF16 the C++ kernels would round activations too (test_kernels.py).
-    monkeypatch.setattr(quantization_mobilemoe, "has_cpu_kernels", bool)
+    monkeypatch.setattr(fused_mobilemoe, "has_cpu_kernels", bool)
     model = AutoModelForCausalLM.from_pretrained(int4_checkpoint, dtype=dtype)
     embedding, linear = model.model.embed_tokens, model.model.layers[1].self_attn.k_proj
     assert (type(embedding), type(linear)) == (Int4Embedding, Int4Linear)
@@ -269,6 +272,30 @@ def test_packed_logits_equal_the_dequantized_model(int4_checkpoint: Path, input_
     plain = dequantize(AutoModelForCausalLM.from_pretrained(int4_checkpoint, dtype=torch.float32))
     plain.set_experts_implementation("eager")
     assert torch.equal(packed(input_ids).logits, plain(input_ids).logits)
+
+
+def test_fused_modules_come_and_go_with_the_packed_weights(tiny_model: MobileMoEForCausalLM, int4_checkpoint: Path):
+    plain_modules = {name: type(module) for name, module in tiny_model.named_modules()}
+    bias = tiny_model.model.layers[0].feed_forward.expert_bias
+    for model in (quantize(tiny_model), AutoModelForCausalLM.from_pretrained(int4_checkpoint)):
+        for layer in model.model.layers:
+            assert type(layer.feed_forward) is Int4FeedForward
+            assert type(layer.self_attn.inputs) is Int4AttentionInputs
+        assert {name: type(module) for name, module in dequantize(model).named_modules()} == plain_modules
+        assert not any(tensor.is_meta for tensor in model.state_dict().values())
+    assert tiny_model.model.layers[0].feed_forward.expert_bias is bias
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@torch.no_grad()
+def test_modules_one_by_one_compute_the_plain_block(int4_checkpoint: Path, dtype: torch.dtype, monkeypatch):
+    monkeypatch.setattr(fused_mobilemoe, "has_cpu_kernels", bool)
+    model = AutoModelForCausalLM.from_pretrained(int4_checkpoint, dtype=dtype)
+    packed, plain = model.model.layers[0].feed_forward, MobileMoEFeedForward(model.config)
+    plain.router, plain.experts, plain.shared_expert = packed.router, packed.experts, packed.shared_expert
+    plain.expert_bias.copy_(packed.expert_bias)
+    hidden_states = torch.randn(2, 5, 64, generator=torch.Generator().manual_seed(0)).to(dtype)
+    assert torch.equal(packed(hidden_states), plain(hidden_states))
 
 
 def packed_weights(model: MobileMoEForCausalLM) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:

@@ -13,13 +13,13 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from mobilemoe.cli import main
-from mobilemoe.export.glm4_moe import export_glm4_moe
 from mobilemoe.export.gguf import export_gguf
+from mobilemoe.export.glm4_moe import export_glm4_moe
 from mobilemoe.export.mlx import export_mlx
 from mobilemoe.export.relayout import Weight, relayout, restore
 from mobilemoe.export.source import Shards, Source, plan, weights_of
 from modeling_mobilemoe import quantize
-from modeling_mobilemoe.quantization_mobilemoe import Int4Format
+from modeling_mobilemoe.fused_mobilemoe import Int4Format
 
 
 needs_gguf = pytest.mark.skipif(find_spec("gguf") is None, reason="needs gguf: pip install 'mobilemoe[gguf]'")

@@ -22,6 +22,7 @@ from mobilemoe.train.routing import (
     router_z_loss,
     set_capacity_factor,
 )
+from modeling_mobilemoe import quantize
 
 
 @pytest.fixture
@@ -65,6 +66,13 @@ def test_evaluation_is_not_counted(tiny_model):
     callback = ExpertBiasCallback(tiny_model.eval())
     tiny_model(torch.arange(8)[None])
     assert callback.totals.sum() == 0
+
+
+def test_packed_model_is_counted(tiny_model):
+    callback = ExpertBiasCallback(quantize(tiny_model).train())
+    tiny_model(torch.arange(3, 19)[None])
+    assert callback.layers == [layer.feed_forward for layer in tiny_model.model.layers]
+    assert callback.totals[:, :8].sum(dim=1).tolist() == [16 * 4] * 2
 
 
 def test_balancing_evens_a_skewed_router_and_without_it_stays_skewed(tiny_model, record):

@@ -21,8 +21,8 @@ from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache, Pretrai
 
 from modeling_mobilemoe import kernels
 from modeling_mobilemoe.configuration_mobilemoe import MobileMoEConfig
+from modeling_mobilemoe.fused_mobilemoe import Int4Experts
 from modeling_mobilemoe.modeling_mobilemoe import MobileMoEExperts
-from modeling_mobilemoe.quantization_mobilemoe import Int4Experts
 
 from ..costs import weight_bytes_read
 from ..export.random_program import random_packed_model

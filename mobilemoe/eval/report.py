@@ -3,9 +3,15 @@
 import json
 from collections import Counter
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from ..artifacts import replace_file, write_json
+from ..display import picture, table
 from .suites import suite_file
+
+
+if TYPE_CHECKING:
+    from rich.console import Group
 
 
 def read_reports(paths: list[str | Path]) -> dict[str, dict]:
@@ -102,80 +108,60 @@ def format_score(result: dict) -> str:
     return f"{100 * result['score']:.1f}{stderr}"
 
 
-def print_table(reports: dict[str, dict], column: str | None = None) -> None:
+def report_table(reports: dict[str, dict], column: str | None = None) -> "Group":
     """Percentages with standard errors; the difference to the first model behind every other one."""
-    from rich.console import Console
-    from rich.table import Table
-
     compared = comparison(reports, column)
-    table = Table(title=f"{compared['suite']}, percent ± standard error")
-    table.add_column("task")
-    table.add_column("shots", justify="right")
-    table.add_column("metric")
+    columns = ["task", "shots", "metric"]
     for number, model in enumerate(reports):
-        table.add_column(Path(model).name, justify="right")
-        if number:
-            table.add_column("difference", justify="right")
+        columns += [Path(model).name, *(["difference"] if number else [])]
+    title = f"{compared['suite']}, percent ± standard error"
     if column is not None:
-        table.add_column(f"paper, {column}", justify="right")
-    first = next(iter(reports.values()))
+        columns.append("paper")
+        title += f"; paper: {column}"
+    first, rows = next(iter(reports.values())), []
     for name, row in compared["rows"].items():
         task = first["tasks"].get(name, {"num_fewshot": "", "metric": ""})
-        cells = [row["title"], str(task["num_fewshot"]), task["metric"]]
+        cells = [row["title"], task["num_fewshot"], task["metric"]]
         for model, report in reports.items():
             cells.append(format_score(task_result(report, name)))
             if model in row["difference"]:
                 cells.append(f"{row['difference'][model]:+.1f}")
         if column is not None:
             cells.append("" if row["paper"] is None else f"{row['paper']:.1f}")
-        if name == "mean":
-            table.add_section()
-        table.add_row(*cells)
-    # As wide as it is also where the terminal's width is unknown, as in a file.
-    console = Console()
-    Console(width=max(console.width, 60 + 24 * len(reports))).print(table)
+        rows.append(cells)
+    return table(columns, rows, title, bold=len(rows) - 1)
 
 
 def plot_reports(reports: dict[str, dict], path: Path, column: str | None = None) -> None:
     """A group of bars per task, one bar per model, with standard errors; a mark for the paper's number."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
     rows = comparison(reports, column)["rows"]
-    figure, axis = plt.subplots(figsize=(1.5 + 0.75 * len(rows), 4.5), layout="constrained")
     width = 0.8 / len(reports)
-    for number, model in enumerate(reports):
-        axis.bar(
-            [place + (number - (len(reports) - 1) / 2) * width for place in range(len(rows))],
-            [row["scores"][model] for row in rows.values()],
-            width,
-            yerr=[row["stderr"][model] or 0 for row in rows.values()],
-            label=Path(model).name,
-            capsize=2,
-        )
-    known = [(place, row["paper"]) for place, row in enumerate(rows.values()) if row["paper"] is not None]
-    if known:
-        axis.plot(*zip(*known, strict=True), "k_", markersize=18, label=f"paper, {column}")
-    axis.set_xticks(range(len(rows)), [row["title"] for row in rows.values()], rotation=45, ha="right")
-    axis.set(ylabel="percent", ylim=(0, 100))
-    axis.legend()
-    with replace_file(path) as partial:
-        figure.savefig(partial, dpi=120)
-    plt.close(figure)
+    with replace_file(path) as partial, picture(partial, (1.5 + 0.75 * len(rows), 4.5)) as (axis,):
+        for number, model in enumerate(reports):
+            axis.bar(
+                [place + (number - (len(reports) - 1) / 2) * width for place in range(len(rows))],
+                [row["scores"][model] for row in rows.values()],
+                width,
+                yerr=[row["stderr"][model] or 0 for row in rows.values()],
+                label=Path(model).name,
+                capsize=2,
+            )
+        known = [(place, row["paper"]) for place, row in enumerate(rows.values()) if row["paper"] is not None]
+        if known:
+            axis.plot(*zip(*known, strict=True), "k_", markersize=18, label=f"paper, {column}")
+        axis.set_xticks(range(len(rows)), [row["title"] for row in rows.values()], rotation=45, ha="right")
+        axis.set(ylabel="percent", ylim=(0, 100))
+        axis.legend()
 
 
-def compare(paths: list[str | Path], output_dir: str | Path, column: str | None = None) -> dict:
+def compare(paths: list[str | Path], output_dir: str | Path, column: str | None = None) -> "Group":
     """
-    Writes `comparison.json` and `comparison.png`; differences are to the first report.
+    Writes `comparison.json` and `comparison.png`; differences are to the first report. Returns the table.
 
     Raises:
         ValueError: for reports that cannot be compared.
     """
     reports = read_reports(paths)
-    compared = comparison(reports, column)
-    write_json(Path(output_dir) / "comparison.json", compared)
+    write_json(Path(output_dir) / "comparison.json", comparison(reports, column))
     plot_reports(reports, Path(output_dir) / "comparison.png", column)
-    print_table(reports, column)
-    return compared
+    return report_table(reports, column)

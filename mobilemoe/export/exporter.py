@@ -1,16 +1,16 @@
-"""Checkpoint -> directory with `model.pte`, tokenizer, `config.json` and `export.json`: the one room behind two doors.
+"""Checkpoint -> directory with `model.pte`, tokenizer, `config.json` and `export.json`.
 
-The doors are `mobilemoe export` and `optimum-cli export executorch`. The program follows the contract of ExecuTorch's
+Shared by `mobilemoe export` and `optimum-cli export executorch`. The program follows the contract of ExecuTorch's
 LLM runners: `forward(tokens, pos)` with tokens int64 `[1, S]` and the start position int64 `[1]`, FP32 logits of the
 last token `[1, vocab]` out, and the constant methods that they read.
 """
 
 import glob
 import json
+import logging
 import os
 import shutil
 import signal
-import sys
 import threading
 import time
 import warnings
@@ -24,9 +24,10 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from modeling_mobilemoe.checkpoint_mobilemoe import replace_when_complete
 from modeling_mobilemoe.configuration_mobilemoe import MobileMoEConfig
+from modeling_mobilemoe.fused_mobilemoe import Int4Format
 from modeling_mobilemoe.kernels import BuildError, load_executorch
 from modeling_mobilemoe.kernels.modules import MoEFFN
-from modeling_mobilemoe.quantization_mobilemoe import Int4Format, MobileMoEInt4Config, dequantize, quantize
+from modeling_mobilemoe.quantization_mobilemoe import MobileMoEInt4Config, dequantize, quantize
 
 from ..artifacts import local_checkpoint, weights_sha256
 from ..costs import kv_cache_bytes, parameter_counts, program_bytes
@@ -34,6 +35,8 @@ from ..machine import available_memory, package_versions, peak_memory
 from ..runtime import PteModel, end_of_sequence_ids
 from .program import MOE_MODULES, DenseMoE, ExportModel, ProgramOptions, QuantizedMoEFFN
 
+
+logger = logging.getLogger(__name__)
 
 EXPERTS_FILE = "experts"
 # Length of the example that a program is traced with, and the shortest context. `torch.export` takes a length for 2 or
@@ -80,6 +83,49 @@ def export_checkpoint(
             compute the model. Nothing is written then.
     """
     output_dir = Path(output_dir)
+    check_options(output_dir, expert_bits, weights, embedding_bits, kv_cache, experts_file, moe_op)
+    checkpoint = local_checkpoint(model)
+    config = check_config(checkpoint, max_seq_len)
+    moe_module, crosses = choose_operator(config, weights, expert_bits, moe_op)
+    context = max_seq_len or config.max_position_embeddings
+    width = expert_bits or (8 if crosses else 4)
+    options = ProgramOptions(
+        context, weights, width, embedding_bits=embedding_bits, kv_cache=kv_cache, all_logits=all_logits
+    )
+    remove_remnants(output_dir)
+    check_resources(config, options, output_dir, moe_module)
+
+    stages = Stages()
+    module, reference, tokenizer, config, ends = load(checkpoint, config, options, moe_module, crosses, stages)
+    report = {"model": str(model), "weights_sha256": weights_sha256(checkpoint)}
+    report |= describe_program(module, moe_module, crosses, ends, experts_file)
+    program = lower(module, metadata(config, options, ends), experts_file, stages)
+    del module
+    report["operators"] = program_operators(program)
+
+    with stop_signal_as_exit(), replace_when_complete(output_dir) as partial:
+        with stages("write"):
+            write_files(partial, program, tokenizer, config, report)
+            del program
+            write_report(partial, report)
+        with stages("compare"):
+            report["parity"] = reference.report(PteModel(partial))
+        report["seconds"] = stages.seconds | {"total": round(sum(stages.seconds.values()), 1)}
+        report["peak_memory_bytes"] = peak_memory()
+        write_report(partial, report)
+    return output_dir
+
+
+def check_options(
+    output_dir: Path,
+    expert_bits: int | None,
+    weights: str,
+    embedding_bits: int,
+    kv_cache: str,
+    experts_file: bool,
+    moe_op: str | None,
+) -> None:
+    """What can be known without the checkpoint."""
     check_absent(output_dir)
     for name, value, legal in (
         ("expert_bits", expert_bits, (None, 4, 8)),
@@ -97,96 +143,92 @@ def export_checkpoint(
             f"weights={weights!r} is for evaluation and has no packed experts or embedding, so neither their widths, "
             "operator nor file. Leave those options out, or set weights='int4'."
         )
-    checkpoint = local_checkpoint(model)
-    config = check_config(checkpoint, max_seq_len)
+
+
+def choose_operator(
+    config: MobileMoEConfig, weights: str, expert_bits: int | None, moe_op: str | None
+) -> tuple[type[torch.nn.Module], bool]:
+    """The module of the experts, and whether they cross to groups along the other axis, which rounds them again."""
+    if weights != "int4":
+        return DenseMoE, False
     packed = config.quantization is not None
     stored_axis = MobileMoEInt4Config(**config.quantization).int4_format.expert_axis if packed else None
-    moe_module = DenseMoE
-    if weights == "int4":
-        moe_module = MOE_MODULES[moe_op or default_moe_op(stored_axis, expert_bits)]
-        if moe_module is MoEFFN:
-            check_kernels(stored_axis, expert_bits)
-    crosses = weights == "int4" and packed and stored_axis != moe_module.expert_axis
-    options = ProgramOptions(
-        max_seq_len=max_seq_len or config.max_position_embeddings,
-        weights=weights,
-        expert_bits=expert_bits or (8 if crosses else 4),
-        embedding_bits=embedding_bits,
-        kv_cache=kv_cache,
-        all_logits=all_logits,
-    )
-    remove_remnants(output_dir)
-    check_resources(config, options, output_dir, moe_module)
+    moe_module = MOE_MODULES[moe_op or default_moe_op(stored_axis, expert_bits)]
+    if moe_module is MoEFFN:
+        check_kernels(stored_axis, expert_bits)
+    return moe_module, packed and stored_axis != moe_module.expert_axis
 
-    stages = Stages()
+
+def load(
+    checkpoint: Path,
+    config: MobileMoEConfig,
+    options: ProgramOptions,
+    moe_module: type[torch.nn.Module],
+    crosses: bool,
+    stages: "Stages",
+) -> tuple:
+    """The model to export, what it is compared with, the tokenizer, the config of the program, the ends of a text."""
     with stages("import"):
         # First, so that a missing extra is known before minutes are spent.
         import executorch.exir  # noqa: F401
         import torchao.quantization  # noqa: F401
 
-        from .parity import Reference, encode_prompts, parity_table
+        from .parity import Reference, encode_prompts
+    packed = config.quantization is not None
     with stages("load"):
         tokenizer = AutoTokenizer.from_pretrained(checkpoint)
         prompts = encode_prompts(tokenizer, config.vocab_size, options.max_seq_len)
         source = AutoModelForCausalLM.from_pretrained(checkpoint, dtype=torch.float32).eval()
         eos_ids = end_of_sequence_ids(source, tokenizer)
-        if packed and weights != "int4":
+        if packed and options.weights != "int4":
             dequantize(source)
     with stages("reference"):
         reference = Reference(source, prompts, eos_ids, options.max_seq_len)
-        if weights == "int4":
+        if options.weights == "int4":
             if not packed:
                 quantize(source, Int4Format(moe_module.expert_axis))
                 reference.add_int4_rounding(source)
             reference.add_sources(source, options, crosses, on_kernels=moe_module is MoEFFN)
     with stages("pack"):
         exportable = ExportModel(source, options, moe_module)
-        config = source.config
-        if config.bos_token_id is None:
+        if source.config.bos_token_id is None:
             # Every runner asks the program for it.
-            config.bos_token_id = tokenizer.bos_token_id
-        del source
-    report = {
-        "model": str(model),
-        "weights_sha256": weights_sha256(checkpoint),
+            source.config.bos_token_id = tokenizer.bos_token_id
+    return exportable, reference, tokenizer, source.config, eos_ids
+
+
+def describe_program(
+    exportable: ExportModel,
+    moe_module: type[torch.nn.Module],
+    crosses: bool,
+    eos_ids: list[int],
+    experts_file: bool,
+) -> dict:
+    """What `export.json` holds of the program before it is lowered."""
+    options = exportable.options
+    return {
         "versions": package_versions(("torch", "transformers", "torchao", "executorch")),
         "moe_op": moe_module.operator,
         "expert_axis": moe_module.expert_axis,
         "experts_rounded_twice": crosses,
         "expert_rounding_sqnr_db": expert_rounding_sqnr(exportable) if crosses else None,
         **asdict(options),
-        **({"expert_bits": None, "embedding_bits": None} if weights != "int4" else {}),
+        **({"expert_bits": None, "embedding_bits": None} if options.weights != "int4" else {}),
         "eos_ids": eos_ids,
         "experts_file": f"{EXPERTS_FILE}.ptd" if experts_file else None,
     }
-    program = lower(exportable, metadata(config, options, eos_ids), experts_file, stages)
-    del exportable
-    report["operators"] = program_operators(program)
 
-    with stop_signal_as_exit(), replace_when_complete(output_dir) as partial:
-        with stages("write"):
-            with open(partial / "model.pte", "wb") as file:
-                program.write_to_file(file)
-            program.write_tensor_data_to_file(partial)
-            del program
-            tokenizer.save_pretrained(partial)
-            config.save_pretrained(partial)
-            report["pte_bytes"] = (partial / "model.pte").stat().st_size
-            if experts_file:
-                report["ptd_bytes"] = (partial / report["experts_file"]).stat().st_size
-            write_report(partial, report)
-        with stages("compare"):
-            report["parity"] = reference.report(PteModel(partial))
-        report["seconds"] = stages.seconds | {"total": round(sum(stages.seconds.values()), 1)}
-        report["peak_memory_bytes"] = peak_memory()
-        write_report(partial, report)
-    print(parity_table(report["parity"]))
-    if crosses:
-        print(
-            f"Experts: from groups along the output to INT{options.expert_bits} along the input, "
-            f"{report['expert_rounding_sqnr_db']} dB of signal to rounding noise in the weights"
-        )
-    return output_dir
+
+def write_files(directory: Path, program, tokenizer, config: MobileMoEConfig, report: dict) -> None:
+    """All but `export.json`; the sizes of the program, and of a file for the experts, go to the report."""
+    with open(directory / "model.pte", "wb") as file:
+        program.write_to_file(file)
+    program.write_tensor_data_to_file(directory)
+    report["pte_bytes"] = (directory / "model.pte").stat().st_size
+    if report["experts_file"]:
+        report["ptd_bytes"] = (directory / report["experts_file"]).stat().st_size
+    tokenizer.save_pretrained(directory)
+    config.save_pretrained(directory)
 
 
 def check_config(checkpoint: Path, max_seq_len: int | None) -> MobileMoEConfig:
@@ -223,7 +265,7 @@ def default_moe_op(stored_axis: str | None, expert_bits: int | None) -> str:
     try:
         load_executorch()
     except BuildError as error:
-        log(f"{MoEFFN.operator} is not available, the experts go to {QuantizedMoEFFN.operator}: {error}")
+        logger.warning(f"{MoEFFN.operator} is not available, the experts go to {QuantizedMoEFFN.operator}: {error}")
         return "llama"
     return "mobilemoe"
 
@@ -270,7 +312,7 @@ def check_resources(
     # Fitted to S and M (README, Export): imports, weights in several copies, and what the program plans to work in,
     # which grows with the context as its cache does.
     memory = int(0.7e9 + max(2.8 * size, 1.1 * loaded) + 4 * cache + 2 * logits)
-    log(f"{size / 1e6:,.0f} MB to write, about {memory / 1e9:.1f} GB of memory needed")
+    logger.info(f"{size / 1e6:,.0f} MB to write, about {memory / 1e9:.1f} GB of memory needed")
     check_place(output_dir, size)
     free_memory = available_memory()
     if free_memory is not None and free_memory < memory:
@@ -401,7 +443,7 @@ def program_operators(program) -> list[str]:
 
 
 class Stages:
-    """Says on stderr what is going on, and keeps the seconds of each stage."""
+    """Logs what is going on, and keeps the seconds of each stage."""
 
     report_every = 30.0
 
@@ -410,13 +452,15 @@ class Stages:
 
     @contextmanager
     def __call__(self, name: str, note: str = "") -> Iterator[None]:
-        log(f"{name} ...{f' ({note})' if note else ''}")
+        logger.info(f"{name} ...{f' ({note})' if note else ''}")
         started, finished = time.perf_counter(), threading.Event()
 
         def report() -> None:
             # torch.export and ExecuTorch take minutes and report nothing.
             while not finished.wait(self.report_every):
-                log(f"{name}: {time.perf_counter() - started:.0f} s so far, peak memory {peak_memory() / 1e9:.2f} GB")
+                logger.info(
+                    f"{name}: {time.perf_counter() - started:.0f} s so far, peak memory {peak_memory() / 1e9:.2f} GB"
+                )
 
         threading.Thread(target=report, daemon=True).start()
         try:
@@ -424,11 +468,7 @@ class Stages:
         finally:
             finished.set()
         self.seconds[name] = round(time.perf_counter() - started, 1)
-        log(f"{name}: {self.seconds[name]} s, peak memory {peak_memory() / 1e9:.2f} GB")
-
-
-def log(message: str) -> None:
-    print(f"[export] {message}", file=sys.stderr, flush=True)
+        logger.info(f"{name}: {self.seconds[name]} s, peak memory {peak_memory() / 1e9:.2f} GB")
 
 
 @contextmanager

@@ -13,8 +13,8 @@ import numpy as np
 import torch
 
 from modeling_mobilemoe.configuration_mobilemoe import MobileMoEConfig
+from modeling_mobilemoe.fused_mobilemoe import Int4Format, quantize_tensor
 from modeling_mobilemoe.modeling_mobilemoe import MobileMoERotaryEmbedding
-from modeling_mobilemoe.quantization_mobilemoe import Int4Format, quantize_tensor
 
 from .relayout import Weight
 from .source import Rounding, Source, finish, group_of, plan

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import torch
 
-from modeling_mobilemoe.quantization_mobilemoe import Int4Format, pack_int4
+from modeling_mobilemoe.fused_mobilemoe import Int4Format, pack_int4
 
 from .relayout import Weight
 from .source import Rounding, Shards, Source, finish, group_of

@@ -12,8 +12,8 @@ import torch
 from torch import nn
 from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
 
+from modeling_mobilemoe.fused_mobilemoe import Int4Embedding, Int4Experts, Int4Head, Int4Linear
 from modeling_mobilemoe.kernels import available
-from modeling_mobilemoe.quantization_mobilemoe import Int4Embedding, Int4Experts, Int4Head, Int4Linear
 
 from ..runtime import PteModel
 from .packing import expand_rows, operator_rows
@@ -285,24 +285,3 @@ class Reference:
                     "`export` extra, and report this with `pip freeze`."
                 )
         return report
-
-
-def parity_table(parity: dict) -> str:
-    rows = {
-        ".pte to the checkpoint": parity["pte_to_checkpoint"],
-        **{f"  {source} alone, in PyTorch": row for source, row in parity["sources"].items()},
-        ".pte to PyTorch, same roundings": parity["pte_to_pytorch_with_the_same_roundings"],
-        "prefill to token by token": parity["prefill_to_token_by_token"],
-    }
-    width = max(map(len, rows)) + 2
-    lines = [f"{'':{width}s}{'cosine':>10s}{'lowest':>10s}{'SQNR dB':>9s}{'KL nats':>11s}{'top-1':>8s}"]
-    for name, row in rows.items():
-        lines.append(
-            f"{name:{width}s}{row['cosine_mean']:10.6f}{row['cosine_min']:10.6f}{row['sqnr_db']:9.1f}"
-            f"{row['kl_nats']:11.2e}{row['top1_agreement']:8.3f}"
-        )
-    equal, total = parity["greedy_tokens_equal"], parity["greedy_tokens"]
-    lines.append(
-        f"{parity['positions']} positions; greedy: {equal} of {total} tokens equal until the first difference"
-    )
-    return "\n".join(lines)

@@ -12,6 +12,7 @@ import torch
 from torch import nn
 from tqdm.auto import tqdm
 
+from modeling_mobilemoe.fused_mobilemoe import Int4Embedding, Int4Format, Int4Linear, unpack_int4
 from modeling_mobilemoe.kernels.modules import (
     AttentionInputs,
     MoEFFN,
@@ -27,7 +28,6 @@ from modeling_mobilemoe.modeling_mobilemoe import (
     apply_rotary_emb,
     rms_normalize,
 )
-from modeling_mobilemoe.quantization_mobilemoe import Int4Embedding, Int4Format, Int4Linear, unpack_int4
 
 from .packing import pack_experts
 

@@ -7,7 +7,7 @@ import torch
 from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
 from modeling_mobilemoe.configuration_mobilemoe import MobileMoEConfig
-from modeling_mobilemoe.modeling_mobilemoe import MobileMoEFeedForward
+from modeling_mobilemoe.fused_mobilemoe import Int4FeedForward
 from modeling_mobilemoe.quantization_mobilemoe import INT4_BLOCK, MobileMoEInt4Config, MobileMoEInt4Quantizer
 
 from ..shapes import program_config
@@ -25,7 +25,7 @@ def random_packed_model(config: PretrainedConfig, seed: int = 0) -> PreTrainedMo
     model.to_empty(device="cpu")
     # What `from_pretrained` keeps in FP32.
     for module in model.modules():
-        if isinstance(module, MobileMoEFeedForward):
+        if isinstance(module, Int4FeedForward):
             module.router.float()
             module.expert_bias = module.expert_bias.float()
     # Its frequencies are no weights, so they are computed again.

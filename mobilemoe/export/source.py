@@ -1,6 +1,7 @@
 """What the exporters to other runtimes share: a checkpoint read weight by weight, a directory written whole."""
 
 import json
+import logging
 import math
 import re
 from collections.abc import Callable, Iterator
@@ -16,12 +17,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 from modeling_mobilemoe.checkpoint_mobilemoe import EXPERT_SUFFIX, check_checkpoint, check_index, replace_when_complete
 from modeling_mobilemoe.configuration_mobilemoe import MobileMoEConfig
-from modeling_mobilemoe.quantization_mobilemoe import (
-    PACKED_NAMES,
-    MobileMoEInt4Config,
-    MobileMoEInt4Quantizer,
-    unpack_int4,
-)
+from modeling_mobilemoe.fused_mobilemoe import unpack_int4
+from modeling_mobilemoe.quantization_mobilemoe import PACKED_NAMES, MobileMoEInt4Config, MobileMoEInt4Quantizer
 
 from ..artifacts import is_pte, local_checkpoint, weights_sha256
 from ..machine import available_memory, package_versions, peak_memory
@@ -29,7 +26,6 @@ from .exporter import (
     check_absent,
     check_config,
     check_place,
-    log,
     remove_remnants,
     stop_signal_as_exit,
     write_report,
@@ -37,6 +33,8 @@ from .exporter import (
 from .parity import compare, encode_prompts, reference_logits
 from .relayout import LAYER, Weight, relayout
 
+
+logger = logging.getLogger(__name__)
 
 # Kinds of tensors, by how a name in the new layout begins within its layer.
 GROUPS = {
@@ -204,7 +202,7 @@ class Source:
     @contextmanager
     def directory(self, size: int) -> Iterator[Path]:
         """A temporary directory that becomes the output when the block ends well, and leaves nothing otherwise."""
-        log(f"{size / 1e6:,.0f} MB to write")
+        logger.info(f"{size / 1e6:,.0f} MB to write")
         remove_remnants(self.output_dir)
         check_place(self.output_dir, size)
         with stop_signal_as_exit(), replace_when_complete(self.output_dir) as partial:
@@ -245,14 +243,11 @@ class Source:
 
 
 def finish(directory: Path, report: dict, compare_runtime: Callable[[], dict | str]) -> None:
-    """Adds sizes, memory and parity to a report, writes it, and says what came of it."""
+    """Adds sizes, memory and parity to a report, and writes it."""
     report["files"] = {path.name: path.stat().st_size for path in sorted(directory.iterdir())}
     report["peak_memory_bytes"] = peak_memory()
     report["parity"] = compare_runtime()
     write_report(directory, report)
-    for group, rounding in report["rounding"].items():
-        log(f"{group}: {rounding}")
-    log(f"logits against PyTorch: {report['parity']}")
 
 
 def group_of(name: str) -> str:
