@@ -36,6 +36,8 @@ from .relayout import LAYER, Weight, relayout
 
 logger = logging.getLogger(__name__)
 
+# A weight is in memory at a time while the files are written; the comparison loads whole models, so it has a limit.
+PARITY_MEMORY = 4e9
 # Kinds of tensors, by how a name in the new layout begins within its layer.
 GROUPS = {
     "self_attn.q_norm": "norms",
@@ -229,9 +231,10 @@ class Source:
             load (`Callable`): loads them and returns a function from token ids to FP32 logits of every position,
                 `(tokens, vocab)`.
         """
-        needed, free = int(1e9 + 1.3 * max(size, self.num_bytes)), available_memory()
-        if free is not None and free < needed:
-            return f"not compared: takes about {needed / 1e9:.1f} GB of memory, {free / 1e9:.1f} GB are available"
+        needed, free = 1e9 + 1.3 * max(size, self.num_bytes), available_memory()
+        limit = PARITY_MEMORY if free is None else min(free, PARITY_MEMORY)
+        if needed > limit:
+            return f"not compared: takes about {needed / 1e9:.1f} GB of memory, the limit is {limit / 1e9:.1f} GB"
         # A packed model stays packed in FP32, a full-precision one is not widened.
         dtype = torch.float32 if self.is_int4 else "auto"
         model = AutoModelForCausalLM.from_pretrained(self.path, dtype=dtype).eval()
