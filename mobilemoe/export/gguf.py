@@ -266,6 +266,11 @@ def llama_cpp_parity(source: Source, file: Path) -> dict | str:
     except ModuleNotFoundError:
         return "not compared: llama-cpp-python is not installed"
 
+    try:
+        Llama(str(file), vocab_only=True, n_gpu_layers=0, verbose=False).close()
+    except ValueError as error:
+        return f"not compared: the llama.cpp that is installed here does not load the file: {error}"
+
     def load() -> Callable[[list[int]], torch.Tensor]:
         # Its cache is FP16 by default, which would hide a difference in the weights.
         cache = {"type_k": GGML_TYPE_F32, "type_v": GGML_TYPE_F32}

@@ -1,5 +1,6 @@
 """Checkpoint -> directory in the `glm4_moe` format, which transformers, vLLM and SGLang have built in."""
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 
@@ -46,6 +47,9 @@ def export_glm4_moe(model: str | Path, output_dir: str | Path, weights: str | No
                 shards.add(stored_name, tensor)
         shards.close()
         config.save_pretrained(partial)
+        # transformers writes it among the `rope_parameters` only; older runtimes read it here.
+        stored_config = json.loads((partial / "config.json").read_text()) | {"partial_rotary_factor": 1.0}
+        (partial / "config.json").write_text(json.dumps(stored_config, indent=2) + "\n")
         source.save_tokenizer(partial)
         report = source.report("glm4_moe", rounding, ())
         report["weights"] = next(key for key, value in DTYPES.items() if value == dtype)

@@ -36,6 +36,9 @@ from .relayout import LAYER, Weight, relayout
 
 logger = logging.getLogger(__name__)
 
+# Of logits, median over positions. Runtimes that round activations to 8 bits leave 0.999 and more; a runtime that computes
+# another model leaves less than this.
+MIN_COSINE = 0.99
 # A weight is in memory at a time while the files are written; the comparison loads whole models, so it has a limit.
 PARITY_MEMORY = 4e9
 # Kinds of tensors, by how a name in the new layout begins within its layer.
@@ -230,6 +233,9 @@ class Source:
             size (`int`): bytes that the runtime loads.
             load (`Callable`): loads them and returns a function from token ids to FP32 logits of every position,
                 `(tokens, vocab)`.
+
+        Raises:
+            ValueError: when they are not those of this model.
         """
         needed, free = 1e9 + 1.3 * max(size, self.num_bytes), available_memory()
         limit = PARITY_MEMORY if free is None else min(free, PARITY_MEMORY)
@@ -242,7 +248,15 @@ class Source:
         del model
         # Only now, so that the two are not in memory together.
         logits = load()
-        return compare(expected, [logits(prompt) for prompt in self.prompts])
+        result = compare(expected, [logits(prompt) for prompt in self.prompts])
+        # The negation also holds for a cosine that is no number.
+        if not result["cosine_median"] >= MIN_COSINE:
+            raise ValueError(
+                f"The runtime's logits have a median cosine of {result['cosine_median']} to PyTorch's, less than "
+                f"{MIN_COSINE}: this version of it does not compute the model. Update it, or uninstall it here to "
+                "export without a comparison."
+            )
+        return result
 
 
 def finish(directory: Path, report: dict, compare_runtime: Callable[[], dict | str]) -> None:
