@@ -28,7 +28,6 @@ import argparse
 import hashlib
 import json
 import math
-import os
 import statistics
 import sys
 import time
@@ -40,6 +39,7 @@ import torch
 from torch import nn
 from tqdm import tqdm
 
+from mobilemoe.artifacts import replace_file, write_text
 from mobilemoe.display import markdown
 from mobilemoe.plan.fit import fit_law, heldout_error
 from mobilemoe.plan.law import COEFFICIENTS, COLUMNS
@@ -153,9 +153,8 @@ def load_tokens(directory: Path) -> dict[str, torch.Tensor]:
             part: np.concatenate([np.array(ids, dtype=np.uint16) for ids in tokenizer(sources).input_ids])
             for part, sources in texts.items()
         }
-        partial = file.with_name("partial.npz")
-        np.savez(partial, **arrays)
-        os.replace(partial, file)
+        with replace_file(file) as partial:
+            np.savez(partial, **arrays)
     with np.load(file) as arrays:
         return {part: torch.from_numpy(arrays[part].astype(np.int64)) for part in arrays}
 
@@ -342,10 +341,7 @@ def main() -> None:
             run |= {"learning_rate": arguments.learning_rate * RATE_WIDTH / run["width"]} | settings
         done = {tuple(row[key] for key in plan[0]) for row in rows}
         runs = [run for run in plan if tuple(run.values()) not in done]
-        arguments.output.parent.mkdir(parents=True, exist_ok=True)
-        partial = arguments.output.with_suffix(".partial")
-        partial.write_text("".join(json.dumps(row) + "\n" for row in rows))
-        os.replace(partial, arguments.output)
+        write_text(arguments.output, "".join(json.dumps(row) + "\n" for row in rows))
         for run in tqdm(runs, desc="ablation", unit="run"):
             rows.append(train(run, text, arguments))
             with arguments.output.open("a") as file:
@@ -354,12 +350,11 @@ def main() -> None:
     print(markdown)
     command = f"python benchmarks/ablation.py --sizes {' '.join(arguments.sizes)} "
     command += f"--tokens {' '.join(map(str, arguments.tokens))} --seeds {' '.join(map(str, arguments.seeds))}"
-    partial = arguments.output.with_suffix(".partial")
-    partial.write_text(
+    write_text(
+        arguments.output.with_suffix(".md"),
         f"# Our ablation\n\n`{command}`\n\nWritten by that script from {arguments.output.name}; what the "
-        f"sweeps are is said in it.\n\n{markdown}\n"
+        f"sweeps are is said in it.\n\n{markdown}\n",
     )
-    os.replace(partial, arguments.output.with_suffix(".md"))
     print(json.dumps(result))
 
 

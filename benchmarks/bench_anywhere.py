@@ -18,6 +18,7 @@ from pathlib import Path
 
 import torch
 
+from mobilemoe.artifacts import EXPORT_FILE, RuntimeExport
 from mobilemoe.eval.agreement import text_agreement
 from mobilemoe.export.gguf import export_gguf
 from mobilemoe.export.glm4_moe import export_glm4_moe
@@ -90,7 +91,7 @@ def compare(model: LanguageModel, reference: CheckpointModel, text: str) -> dict
         "difference": ((actual - expected).abs().max() / expected.abs().max()).item(),
     }
     agreement = text_agreement(model, reference, text, MAX_TOKENS)
-    row |= {key: agreement[key] for key in ("bits_per_byte", "reference_bits_per_byte", "top1")}
+    row |= agreement.model_dump(include={"bits_per_byte", "reference_bits_per_byte", "top1"})
     equal = 0
     for prompt, chat in PROMPTS:
         prompt_tokens = reference.encode(prompt, chat=chat and reference.tokenizer.chat_template is not None)
@@ -113,7 +114,7 @@ def main() -> None:
             if find_spec("llama_cpp"):
                 for weights in dict.fromkeys([None, *arguments.gguf_weights]):
                     directory = export_gguf(name, Path(scratch) / f"gguf-{weights}", weights)
-                    kind = json.loads((directory / "export.json").read_text())["weights"]
+                    kind = RuntimeExport.load(directory / EXPORT_FILE).weights
                     rows[f"{name} gguf {kind}"] = compare(LlamaCppModel(directory, reference), reference, text)
             if find_spec("mlx_lm"):
                 directory = export_mlx(name, Path(scratch) / "mlx")

@@ -21,6 +21,7 @@ from pathlib import Path
 
 from bench_load import write_random_checkpoint
 
+from mobilemoe.artifacts import read_export
 from mobilemoe.display import show, table
 
 
@@ -84,21 +85,21 @@ def main() -> None:
                 command += [CONTEXT_FLAGS[output_flag], str(arguments.max_seq_len)]
             subprocess.run(command, check=True, stdout=sys.stderr)
             seconds = time.perf_counter() - started
-            report = json.loads((output / "export.json").read_text())
+            report = read_export(output)
             result["exports"].append(
                 {
                     "size": size,
                     "export": name,
-                    "moe_op": report["moe_op"],
-                    "expert_bits": report["expert_bits"],
-                    "max_seq_len": report["max_seq_len"],
+                    "moe_op": report.moe_op,
+                    "expert_bits": report.expert_bits,
+                    "max_seq_len": report.max_seq_len,
                     "checkpoint_bytes": (source / "model.safetensors").stat().st_size,
-                    "pte_bytes": report["pte_bytes"],
+                    "pte_bytes": report.pte_bytes,
                     "seconds": round(seconds, 1),
                     "cpu_seconds": round(cpu_seconds() - cpu_started, 1),
-                    "stage_seconds": report["seconds"],
-                    "peak_memory_bytes": report["peak_memory_bytes"],
-                    "cosine": report["parity"]["pte_to_pytorch_with_the_same_roundings"]["cosine_median"],
+                    "stage_seconds": report.seconds,
+                    "peak_memory_bytes": report.peak_memory_bytes,
+                    "cosine": report.parity.pte_to_pytorch_with_the_same_roundings.cosine_median,
                 }
             )
             if not arguments.keep:

@@ -12,6 +12,7 @@ JSON line last.
 
 import argparse
 import json
+import shlex
 import sys
 import time
 from pathlib import Path
@@ -139,7 +140,8 @@ class LlamaCpp:
 
 def serve(path: str, num_threads: int) -> None:
     """Answers as mobilemoe/bench/worker.py does."""
-    from mobilemoe.bench.worker import peak_memory_bytes, random_tokens
+    from mobilemoe.bench.worker import random_tokens
+    from mobilemoe.machine import peak_memory
 
     started = time.perf_counter()
     model = LlamaCpp(path, num_threads)
@@ -154,7 +156,7 @@ def serve(path: str, num_threads: int) -> None:
             started = time.perf_counter()
             model.forward(tokens[begin:end], begin)
             times.append(time.perf_counter() - started)
-        answer = {"first_token": times[0], "decode": times[1:], "peak_memory_bytes": peak_memory_bytes()}
+        answer = {"first_token": times[0], "decode": times[1:], "peak_memory_bytes": peak_memory()}
         print(json.dumps(answer), flush=True)
 
 
@@ -189,21 +191,20 @@ def main() -> None:
         commands, files, arguments.prompt_lengths, arguments.new_tokens, arguments.repeats, arguments.threads
     )
     show(*tables(result))
-    models = result["models"]
     for name in arguments.shapes:
         for length in arguments.prompt_lengths:
-            rows = [models[model]["lengths"][str(length)] for model in (name, f"{name}, llama.cpp")]
+            ours, theirs = (result.models[key].lengths[str(length)] for key in (name, f"{name}, llama.cpp"))
             ratios = {
-                key: rows[0][f"{key}_tokens_per_s"]["median"] / rows[1][f"{key}_tokens_per_s"]["median"]
-                for key in ("prefill", "decode")
+                "prefill": ours.prefill_tokens_per_s.median / theirs.prefill_tokens_per_s.median,
+                "decode": ours.decode_tokens_per_s.median / theirs.decode_tokens_per_s.median,
             }
             print(f"{name}, prompt of {length}: " + ", ".join(f"{key} {ratio:.2f} x" for key, ratio in ratios.items()))
-    result["benchmark"] = "llama.cpp"
+    result.benchmark, result.command = "llama.cpp", shlex.join(["python", *sys.argv])
     if arguments.json:
-        arguments.json.write_text(json.dumps(result, indent=2) + "\n")
+        result.save(arguments.json)
     if arguments.picture:
         draw(result, arguments.picture)
-    print(json.dumps(result))
+    print(json.dumps(result.as_dict()))
 
 
 if __name__ == "__main__":

@@ -8,11 +8,11 @@ import argparse
 import json
 import logging
 import os
+import shlex
 import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
 
 from . import __version__
 
@@ -40,14 +40,17 @@ MODEL_HELP = "checkpoint directory, Hub id, or directory with model.pte"
 
 
 def main(argv: list[str] | None = None) -> None:
+    argv = sys.argv[1:] if argv is None else argv
     arguments = make_parser().parse_args(argv)
+    # For the JSON files that a verb writes.
+    arguments.command_line = shlex.join(["mobilemoe", *argv])
     try:
         with log_to_stderr(arguments.command):
             arguments.function(arguments)
     except (ValueError, OSError) as error:
         sys.exit(f"mobilemoe {arguments.command}: {error}")
     except ModuleNotFoundError as error:
-        extra = EXTRAS.get(error.name.partition(".")[0], arguments.extra)
+        extra = EXTRAS.get(str(error.name).partition(".")[0], arguments.extra)
         sys.exit(f"mobilemoe {arguments.command}: {error.name} is not installed. pip install 'mobilemoe[{extra}]'")
 
 
@@ -218,6 +221,7 @@ def add_export(commands) -> None:
 
 
 def run_export(arguments: argparse.Namespace) -> None:
+    from .artifacts import EXPORT_FILE, Export, RuntimeExport
     from .display import show
     from .export.report import export_report
 
@@ -235,8 +239,9 @@ def run_export(arguments: argparse.Namespace) -> None:
         from .export.glm4_moe import export_glm4_moe as export
     else:
         from .export.exporter import export_checkpoint as export
-    output = export(arguments.model, arguments.output, **options)
-    show(*export_report(json.loads((output / "export.json").read_text())))
+    output = export(arguments.model, arguments.output, **options, command=arguments.command_line)
+    kind = Export if arguments.to == "pte" else RuntimeExport
+    show(*export_report(kind.load(output / EXPORT_FILE)))
     size = sum(path.stat().st_size for path in output.iterdir() if path.suffix in WEIGHT_SUFFIXES)
     print(f"{output}: {size / 1e6:,.1f} MB of weights; more in export.json")
 
@@ -255,7 +260,9 @@ def add_run(commands) -> None:
 
 
 def run_generation(arguments: argparse.Namespace) -> None:
-    if (Path(arguments.model) / "model.pte").is_file():
+    from .artifacts import is_pte
+
+    if is_pte(arguments.model):
         from .runtime import PteModel
 
         model = PteModel(arguments.model)
@@ -265,7 +272,7 @@ def run_generation(arguments: argparse.Namespace) -> None:
         model = CheckpointModel(arguments.model)
     prompt = model.encode(arguments.prompt, chat=arguments.chat)
     started = time.perf_counter()
-    first_token, tokens, text = None, [], ""
+    first_token, tokens, text = 0.0, [], ""
     sampling = {"temperature": arguments.temperature, "top_p": arguments.top_p, "seed": arguments.seed}
     for token in model.generate(prompt, arguments.max_new_tokens, **sampling):
         first_token = first_token or time.perf_counter()
@@ -339,7 +346,7 @@ def run_bench(arguments: argparse.Namespace) -> None:
         phone |= {} if arguments.threads is None else {"num_threads": arguments.threads}
         names = ("prompt_lengths", "new_tokens", "repeats", "prompt_file")
         options = PhoneOptions(**{name: getattr(arguments, name) for name in names}, **phone)
-        result = bench_phone(arguments.model, options)
+        result = bench_phone(arguments.model, options, arguments.command_line)
     else:
         if phone:
             given = ", ".join(f"--{name.replace('_', '-')}" for name in phone)
@@ -349,19 +356,19 @@ def run_bench(arguments: argparse.Namespace) -> None:
             arguments.prompt_lengths,
             arguments.new_tokens,
             arguments.repeats,
-            os.cpu_count() if arguments.threads is None else arguments.threads,
+            os.cpu_count() or 1 if arguments.threads is None else arguments.threads,
             arguments.prompt_file,
             arguments.runtime,
             arguments.profile,
+            arguments.command_line,
         )
     # First what was measured: a table or a picture that fails must not cost it.
     if arguments.json:
-        Path(arguments.json).parent.mkdir(parents=True, exist_ok=True)
-        Path(arguments.json).write_text(json.dumps(result, indent=2) + "\n")
+        result.save(arguments.json)
     show(*tables(result, arguments.paper))
     if arguments.picture:
         draw(result, arguments.picture, arguments.paper)
-    print(json.dumps(result))
+    print(json.dumps(result.as_dict()))
 
 
 def add_eval(commands) -> None:
@@ -416,11 +423,16 @@ def run_evaluation(arguments: argparse.Namespace) -> None:
         from .display import show
         from .eval.report import compare
 
-        show(compare(arguments.results, arguments.output, arguments.paper))
+        show(compare(arguments.results, arguments.output, arguments.paper, arguments.command_line))
     elif arguments.action == "check":
-        from .eval.agreement import check_models
+        from .eval.agreement import check_lines, check_models
 
-        check_models(arguments.model, arguments.reference, arguments.text, arguments.max_tokens, arguments.json)
+        texts, command = arguments.text, arguments.command_line
+        check = check_models(arguments.model, arguments.reference, texts, arguments.max_tokens, command)
+        if arguments.json:
+            check.save(arguments.json)
+        for line in check_lines(check):
+            print(line)
     else:
         from .display import show
         from .eval.report import paper_scores, report_table
@@ -440,11 +452,12 @@ def run_evaluation(arguments: argparse.Namespace) -> None:
                 dtype=arguments.dtype,
                 tokens_per_batch=arguments.tokens_per_batch,
                 run_unsafe_code=arguments.confirm_run_unsafe_code,
+                command=arguments.command_line,
             )
         except KeyboardInterrupt:
             sys.exit(
                 f"mobilemoe eval: interrupted. Finished tasks are kept in {arguments.output}/tasks; "
-                "the same command goes on behind them."
+                "the same command resumes after them."
             )
         show(report_table({arguments.model: report}, arguments.paper))
 

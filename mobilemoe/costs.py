@@ -5,8 +5,8 @@ FP32 router, the tied embedding once. A checkpoint (`quantization_mobilemoe.py`)
 (`export.py` with the operators of this package) in FP32, and the angles of its positions.
 """
 
-import json
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,6 +14,8 @@ import numpy as np
 
 from modeling_mobilemoe.configuration_mobilemoe import MobileMoEConfig
 from modeling_mobilemoe.fused_mobilemoe import Int4Format
+
+from .artifacts import Benchmark, DeviceMeasurements, result_kind
 
 
 # Measurements of devices that `mobilemoe plan --device` knows by name.
@@ -100,6 +102,7 @@ def program_bytes(
     """
     counts = parameter_counts(config)
     if weights == "int4":
+        assert moe_op is not None
         parts = int4_bytes(config)
         parts["experts"] = packed_bytes(counts["experts"], expert_bits, MOE_GROUP_BITS[moe_op])
         # Our operators read the head from the embedding; XNNPACK and ExecuTorch's wider embedding need their own copy.
@@ -261,8 +264,8 @@ def prefill_matmul_flops(config: MobileMoEConfig, tokens: int) -> float:
 
 def calibrate(
     config: MobileMoEConfig,
-    decode: list[tuple[int, float]],
-    prefill: list[tuple[int, float]] = (),
+    decode: Sequence[tuple[int, float]],
+    prefill: Sequence[tuple[int, float]] = (),
     kv_bits: int = PROGRAM_KV_BITS,
     name: str = "device",
 ) -> Device:
@@ -316,28 +319,29 @@ def two_rates(first: np.ndarray, second: np.ndarray, seconds: np.ndarray) -> tup
     return float(np.mean(first / seconds)), None
 
 
-def _measurements(benchmark: dict) -> dict:
+def _measured_model(benchmark: Benchmark) -> Device:
     models = [
         model
-        for model in benchmark["models"].values()
-        if model["config"]["model_type"] == "mobilemoe" and model["config"].get("quantization")
+        for model in benchmark.models.values()
+        if model.config.get("model_type") == MobileMoEConfig.model_type and model.config.get("quantization")
     ]
     if not models:
         raise ValueError(
             "The benchmark has no MobileMoE model with packed weights, whose bytes are what speed is predicted from. "
             "Run `mobilemoe bench` with one, S for example."
         )
-    config, rows = models[0]["config"], models[0]["lengths"]
-    # Tokens are decoded after the prompt: on average half of them are in the cache too.
-    decode = [(int(length) + benchmark["new_tokens"] // 2, row["decode_tokens_per_s"]) for length, row in rows.items()]
-    prefill = [(int(length), row["prefill_tokens_per_s"]) for length, row in rows.items()]
-    return {
-        "device": f"{benchmark['machine']['cpu']}, {benchmark['machine']['threads']} threads",
-        "config": config,
-        "kv_bits": models[0]["kv_bits"],
-        "decode": [{"context": length, "tokens_per_second": rate["median"]} for length, rate in decode],
-        "prefill": [{"tokens": length, "tokens_per_second": rate["median"]} for length, rate in prefill],
-    }
+    decode = [
+        # Tokens are decoded after the prompt: on average half of them are in the cache too.
+        (int(length) + benchmark.new_tokens // 2, row.decode_tokens_per_s.median)
+        for length, row in models[0].lengths.items()
+    ]
+    prefill = [
+        (int(length), row.prefill_tokens_per_s.median)
+        for length, row in models[0].lengths.items()
+        if row.prefill_tokens_per_s is not None
+    ]
+    name = f"{benchmark.machine.cpu}, {benchmark.machine.threads} threads"
+    return calibrate(MobileMoEConfig.from_dict(models[0].config), decode, prefill, models[0].kv_bits, name)
 
 
 def device_file(device: str | Path) -> Path:
@@ -367,19 +371,14 @@ def read_device(path: str | Path) -> Device:
     Raises:
         ValueError: for a file that is neither.
     """
-    try:
-        content = json.loads(device_file(path).read_text())
-        if "benchmark" in content:
-            content = _measurements(content)
-        return calibrate(
-            MobileMoEConfig.from_dict(content["config"]),
-            [(row["context"], row["tokens_per_second"]) for row in content["decode"]],
-            [(row["tokens"], row["tokens_per_second"]) for row in content.get("prefill", [])],
-            content.get("kv_bits", PROGRAM_KV_BITS),
-            content.get("device", "device"),
-        )
-    except (json.JSONDecodeError, KeyError, TypeError) as error:
-        raise ValueError(
-            f"{path} does not hold the measurements of a device ({type(error).__name__}: {error}). It needs `config`, "
-            "and `decode` with entries of `context` and `tokens_per_second`; or give --bandwidth and --rate."
-        ) from error
+    path = device_file(path)
+    if result_kind(path) is Benchmark:
+        return _measured_model(Benchmark.load(path))
+    measured = DeviceMeasurements.load(path)
+    return calibrate(
+        MobileMoEConfig.from_dict(measured.config),
+        [(row.context, row.tokens_per_second) for row in measured.decode],
+        [(row.tokens, row.tokens_per_second) for row in measured.prefill],
+        measured.kv_bits or PROGRAM_KV_BITS,
+        measured.device,
+    )

@@ -132,7 +132,7 @@ def test_planner_reads_the_result(result):
     device = read_device(directory / "bench.json")
     assert device.name == f"{measured['machine']['cpu']}, 1 threads" and device.kv_bits == 16
     assert device.bandwidth > 0 and device.rate > 0
-    dense = {"config": {"model_type": "llama"}}
+    dense = packed | {"config": {"model_type": "llama"}}
     (directory / "dense.json").write_text(json.dumps(measured | {"models": {"dense": dense}}))
     with pytest.raises(ValueError, match="has no MobileMoE model with packed weights"):
         read_device(directory / "dense.json")

@@ -18,10 +18,9 @@ from device_daemon import Device
 
 from mobilemoe.bench import phone as bench_phone
 from mobilemoe.bench.adb import parse_battery, parse_minibench, parse_observer
-from mobilemoe.card.results import published
 from mobilemoe.cli import main
 from mobilemoe.costs import read_device
-from mobilemoe.shapes import published_speeds
+from mobilemoe.shapes import published, published_speeds
 from modeling_mobilemoe.kernels import build_runner
 
 
@@ -107,6 +106,7 @@ def left_behind(device: Device) -> list[str]:
 
 
 def check_result(result: dict, phone: Device, names: list[str], repeats: int) -> None:
+    assert result["command"].startswith("mobilemoe bench --device adb")
     assert result["benchmark"] == "adb" and result["machine"] == {
         "cpu": "Test Phone 1 (QTI SM8750)",
         "cores": 2,
@@ -165,6 +165,7 @@ def test_whole_command_with_arm_code(phone: Device, kernel_pte: Path, arm_runner
 def test_shapes_are_exported_first(phone: Device, kernel_pte: Path, tmp_path: Path, monkeypatch, capsys):
     config = bench_phone.AutoConfig.from_pretrained(kernel_pte)
     monkeypatch.setattr(bench_phone, "shapes", lambda: {"tiny": config})
+    monkeypatch.setattr(bench_phone, "is_shape", lambda name: name == "tiny")
     monkeypatch.chdir(tmp_path)
     made = []
 

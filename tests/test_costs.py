@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors import safe_open
+from stand_ins import bench_result
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import DynamicCache
 
@@ -213,23 +214,22 @@ def test_device_files(tmp_path):
     assert device.name == "desk" and device.decode_tokens_per_second(SIZES["s"], 256) == pytest.approx(50)
     for broken in ("{", json.dumps({"config": {}}), json.dumps(content | {"decode": [{"context": 1}]})):
         file.write_text(broken)
-        with pytest.raises(ValueError, match="does not hold the measurements of a device .* give --bandwidth"):
+        with pytest.raises(ValueError, match="does not hold the measurements of a device: .* give --bandwidth"):
             read_device(file)
     # What `mobilemoe bench` wrote of a model in BF16, whose bytes are others.
-    rows = {"512": {"decode_tokens_per_s": {"median": 9.0}, "prefill_tokens_per_s": {"median": 90.0}}}
-    model = {"config": SIZES["s"].to_dict(), "kv_bits": 16, "lengths": rows}
-    machine = {"cpu": "c", "threads": 2}
-    bench = {"benchmark": "host", "new_tokens": 8, "machine": machine, "models": {"bf16": model}}
+    bench = bench_result(bf16=SIZES["s"])
     file.write_text(json.dumps(bench))
     with pytest.raises(ValueError, match="no MobileMoE model with packed weights"):
         read_device(file)
-    bench["models"]["int4"] = model | {"config": model["config"] | {"quantization": {"bits": 4}}}
+    model = bench["models"]["bf16"]
+    packed = model["config"] | {"quantization": {"bits": 4}}
+    bench["models"]["int4"] = model | {"config": packed, "lengths": {"512": model["lengths"]["512"]}}
     file.write_text(json.dumps(bench))
     device = read_device(file)
-    assert device.name == "c, 2 threads" and device.kv_bits == 16
+    assert device.name == "Test CPU, 1 threads" and device.kv_bits == 16
     # Half of the new tokens are in the cache on average.
-    assert device.decode_tokens_per_second(SIZES["s"], 516) == pytest.approx(9)
-    assert device.prefill_seconds(SIZES["s"], 512) == pytest.approx(512 / 90)
+    assert device.decode_tokens_per_second(SIZES["s"], 512 + 24) == pytest.approx(21.5)
+    assert device.prefill_seconds(SIZES["s"], 512) == pytest.approx(512 / 100)
     file.write_text(json.dumps(content | {"decode": []}))
     with pytest.raises(ValueError, match="at least one decode measurement"):
         read_device(file)

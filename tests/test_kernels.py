@@ -218,7 +218,7 @@ def test_a_bad_token_does_not_spread():
 
 
 @pytest.mark.parametrize("num_tokens", [1, 3, 4, 65])
-@pytest.mark.parametrize(("in_features", "out_features"), [(32, 37), (160, 1), (288, 100)])
+@pytest.mark.parametrize(("in_features", "out_features"), [(32, 37), (160, 1), (288, 100), (768, 66)])
 def test_linear_stays_within_the_int8_step(library, isas, in_features: int, out_features: int, num_tokens: int):
     generator = torch.Generator().manual_seed(0)
     qweight = torch.randint(0, 256, (out_features, in_features // 2), generator=generator, dtype=torch.uint8)
@@ -232,6 +232,8 @@ def test_linear_stays_within_the_int8_step(library, isas, in_features: int, out_
         library.mobilemoe_set_isa(name.encode())
         results.append(torch.ops.mobilemoe.int4_linear(x, qweight, scale))
         assert ((results[-1] - x.double() @ weight.T).abs() <= bound).all(), name
+        one_by_one = [torch.ops.mobilemoe.int4_linear(row, qweight, scale) for row in x]
+        assert torch.equal(torch.stack(one_by_one), results[-1]), name
     assert all(torch.equal(result, results[0]) for result in results)
 
 
@@ -255,6 +257,8 @@ def test_mlp_is_its_linears(library, isas, dim: int, hidden: int, num_tokens: in
         # An integer may round the other way where SwiGLU differs in its last bit.
         torch.testing.assert_close(results[-1], expected, rtol=1e-3, atol=1e-3 * expected.abs().max().item())
         assert torch.equal(results[-1], results[0]), name
+        one_by_one = [torch.ops.mobilemoe.mlp(row, [*gate, *up, *down]) for row in x]
+        assert torch.equal(torch.stack(one_by_one), results[-1]), name
 
 
 @pytest.mark.parametrize("head_dim", [16, 24, 64, 80])

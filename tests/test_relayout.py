@@ -153,7 +153,7 @@ def test_refusals_leave_nothing(export, text_checkpoint, tmp_path, monkeypatch):
             export(text_checkpoint, tmp_path / "out")
     full = OSError("No space left on device")
     with monkeypatch.context() as patch:
-        patch.setattr("mobilemoe.export.source.write_report", lambda *_: (_ for _ in ()).throw(full))
+        patch.setattr("mobilemoe.artifacts.write_json", lambda *_: (_ for _ in ()).throw(full))
         with pytest.raises(OSError, match="No space left"):
             export(text_checkpoint, tmp_path / "out")
     assert [path.name for path in tmp_path.iterdir()] == ["program"]

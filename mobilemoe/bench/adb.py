@@ -16,7 +16,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from ..artifacts import file_sha256
+from ..artifacts import PhoneCondition, PhoneFingerprint, file_sha256
 
 
 class DeviceLost(OSError):
@@ -178,7 +178,7 @@ class Device:
 
         Raises:
             ValueError: when the device has too little room, before anything is copied.
-            DeviceLost, DeviceError: when the copy fails; whole files stay, and the next call goes on behind them.
+            DeviceLost, DeviceError: when the copy fails; whole files stay, and the next call resumes after them.
         """
         self.shell("mkdir", "-p", *sorted({str(Path(directory, name).parent) for name in files}))
         present = self.checksums(directory)
@@ -203,33 +203,33 @@ class Device:
     def properties(self) -> dict[str, str]:
         return dict(re.findall(r"^\[(.+?)\]: \[(.*)\]", self.shell("getprop"), re.MULTILINE))
 
-    def fingerprint(self) -> dict:
-        """What the device is: model, SoC, cores with their clocks in MHz, memory in bytes, system, battery, heat."""
+    def fingerprint(self) -> PhoneFingerprint:
+        """What the device is: model, SoC, clocks of its cores, memory, system, battery, heat."""
         properties = self.properties()
         clocks = self.shell("sh", "-c", "cat /sys/devices/system/cpu/cpu*/cpufreq/cpuinfo_max_freq", check=False)
         memory = re.search(r"MemTotal:\s+(\d+)", self.shell("cat", "/proc/meminfo"))
         soc = " ".join(properties.get(f"ro.soc.{name}", "") for name in ("manufacturer", "model")).strip()
-        return {
-            "model": " ".join(properties.get(f"ro.product.{name}", "") for name in ("manufacturer", "model")).strip(),
-            "soc": soc or properties.get("ro.board.platform", "unknown"),
-            "abi": properties.get("ro.product.cpu.abi"),
-            "max_mhz": [int(clock) // 1000 for clock in clocks.split() if clock.isdigit()],
-            "memory_bytes": 1024 * int(memory[1]) if memory else None,
-            "android": properties.get("ro.build.version.release"),
-            "build": properties.get("ro.build.fingerprint"),
-            **self.condition(),
-        }
+        return PhoneFingerprint(
+            model=" ".join(properties.get(f"ro.product.{name}", "") for name in ("manufacturer", "model")).strip(),
+            soc=soc or properties.get("ro.board.platform", "unknown"),
+            abi=properties.get("ro.product.cpu.abi"),
+            max_mhz=[int(clock) // 1000 for clock in clocks.split() if clock.isdigit()],
+            memory_bytes=1024 * int(memory[1]) if memory else None,
+            android=properties.get("ro.build.version.release"),
+            build=properties.get("ro.build.fingerprint"),
+            **self.condition().model_dump(),
+        )
 
-    def condition(self) -> dict:
-        """Battery level in percent and temperature in degrees Celsius, thermal status 0 (none) to 6, clocks in MHz."""
+    def condition(self) -> PhoneCondition:
+        """Battery, heat and clocks now."""
         battery = parse_battery(self.shell("dumpsys", "battery", check=False))
         thermal = re.search(r"Thermal Status: (\d+)", self.shell("dumpsys", "thermalservice", check=False))
         clocks = self.shell("sh", "-c", "cat /sys/devices/system/cpu/cpu*/cpufreq/scaling_cur_freq", check=False)
-        return {
+        return PhoneCondition(
             **battery,
-            "thermal_status": int(thermal[1]) if thermal else None,
-            "mhz": [int(clock) // 1000 for clock in clocks.split() if clock.isdigit()],
-        }
+            thermal_status=int(thermal[1]) if thermal else None,
+            mhz=[int(clock) // 1000 for clock in clocks.split() if clock.isdigit()],
+        )
 
 
 def parse_battery(text: str) -> dict:

@@ -2,7 +2,7 @@
 Speed and memory of programs on an Android phone: `mobilemoe bench --device adb`.
 
 Three programs can run them: our runner (kernels/README.md), which says most, ExecuTorch's `llama_main`, and its
-benchmark app. The result has the form of the host's (bench.py), so that tables, pictures, cards and the planner read
+benchmark app. The result has the form of the host's (host.py), so that tables, pictures, cards and the planner read
 it; `phone` says which device it was and in what condition, before, while and after it ran.
 """
 
@@ -19,6 +19,21 @@ from pathlib import Path
 from tqdm import tqdm
 from transformers import AutoConfig, AutoTokenizer
 
+from ..artifacts import (
+    Benchmark,
+    BenchmarkedModel,
+    BenchmarkMachine,
+    Export,
+    LengthResult,
+    Phone,
+    PhoneFingerprint,
+    PhoneSample,
+    Spread,
+    StartSeconds,
+    is_pte,
+    is_shape,
+    read_export,
+)
 from ..export.random_program import write_random_program
 from ..machine import spread
 from ..shapes import shapes
@@ -84,6 +99,11 @@ class PhoneOptions:
         if self.sustained_seconds and self.runner != "own":
             raise ValueError("sustained_seconds is something only our runner does. Set runner='own'.")
 
+    @property
+    def context(self) -> int:
+        """Tokens that a program has to hold."""
+        return max(self.prompt_lengths) + self.new_tokens
+
 
 @dataclass
 class Program:
@@ -91,8 +111,8 @@ class Program:
 
     name: str
     path: Path
-    report: dict = field(init=False)
-    starts: dict = field(default_factory=dict)
+    report: Export = field(init=False)
+    starts: dict[str, StartSeconds] = field(default_factory=dict)
     rows: dict[int, dict[str, list[float]]] = field(default_factory=dict)
     operators: dict[str, int] | None = None
     isa: str | None = None
@@ -101,12 +121,12 @@ class Program:
     sustained: list[dict] = field(default_factory=list)
 
     def __post_init__(self) -> None:
-        if not (self.path / "model.pte").is_file() or not (self.path / "export.json").is_file():
+        if not is_pte(self.path):
             raise ValueError(
                 f"{self.path} holds no program: a phone runs a .pte. Make one: mobilemoe export --model CHECKPOINT "
                 "--output DIR"
             )
-        self.report = json.loads((self.path / "export.json").read_text())
+        self.report = read_export(self.path)
 
     @property
     def directory(self) -> str:
@@ -118,55 +138,52 @@ class Program:
         names += [name for name in ("tokenizer.json",) if (self.path / name).is_file()]
         return {f"{self.name}/{name}": self.path / name for name in names}
 
-    @property
-    def experts_file(self) -> str | None:
-        # A program that the benchmark made itself says less.
-        return self.report.get("experts_file")
-
     def add(self, length: int, **measured: float) -> None:
         for name, value in measured.items():
             self.rows.setdefault(length, {}).setdefault(name, []).append(value)
 
-    def moe_operator(self) -> dict:
-        """Which operator computed the experts, and whether that was seen or only follows from the export."""
+    def moe_operator(self) -> str | None:
+        """Which operator computed the experts: what was seen to run, else what the export says."""
         if self.operators is None:
-            return {"moe_operator": self.report["moe_op"], "proven": False}
+            return self.report.moe_op
         ran = [name for name in self.operators if name.rsplit(".", 1)[0] in MOE_OPERATORS]
-        return {"moe_operator": ran[0].rsplit(".", 1)[0] if ran else None, "proven": True}
+        return ran[0].rsplit(".", 1)[0] if ran else None
 
-    def result(self, kv_bits: int) -> dict:
+    def result(self) -> BenchmarkedModel:
         config = AutoConfig.from_pretrained(self.path)
-        return {
-            "runtime": "executorch",
-            "file_bytes": sum(path.stat().st_size for name, path in self.files.items() if not name.endswith(".json")),
-            "start_seconds": self.starts,
-            "weight_bytes_per_token": program_bytes_per_token(str(self.path), config),
-            "kv_bits": kv_bits,
-            "config": json.loads(config.to_json_string()),
-            "peak_memory_bytes": self.peak_memory_bytes,
-            "pss_bytes": self.pss_bytes,
-            "instruction_set": self.isa,
-            "operator_calls": self.operators,
-            **self.moe_operator(),
+        return BenchmarkedModel(
+            runtime="executorch",
+            file_bytes=sum(path.stat().st_size for name, path in self.files.items() if not name.endswith(".json")),
+            start_seconds=self.starts,
+            weight_bytes_per_token=program_bytes_per_token(str(self.path), config),
+            kv_bits=cache_bits(str(self.path)),
+            config=json.loads(config.to_json_string()),
+            peak_memory_bytes=self.peak_memory_bytes,
+            pss_bytes=self.pss_bytes,
+            instruction_set=self.isa,
+            operator_calls=self.operators,
+            moe_operator=self.moe_operator(),
+            proven=self.operators is not None,
             **({"sustained": self.sustained} if self.sustained else {}),
-            "lengths": {
-                str(length): {name: spread(values) for name, values in row.items()}
+            lengths={
+                str(length): LengthResult(**{name: Spread(**spread(values)) for name, values in row.items()})
                 for length, row in self.rows.items()
             },
-        }
+        )
 
 
-def bench_phone(models: Sequence[str], options: PhoneOptions) -> dict:
+def bench_phone(models: Sequence[str], options: PhoneOptions, command: str | None = None) -> Benchmark:
     """
-    Measures `.pte` directories in turns on the connected device.
+    Measures `.pte` directories, interleaved, on the connected device.
 
     Args:
         models (`Sequence[str]`): directories that `mobilemoe export` wrote, or S, M, L, MobileLLM-Pro: those shapes
             with random weights, which are exported first.
         options (`PhoneOptions`): what to run.
+        command (`str`, *optional*): the command line that asked for this.
 
     Returns:
-        `dict`: as [`~bench.run_benchmark`] gives, with `phone`.
+        `Benchmark`: as [`~bench.host.run_benchmark`] gives, with `phone`.
 
     Raises:
         ValueError: for requests that cannot be met, before anything is copied.
@@ -176,82 +193,96 @@ def bench_phone(models: Sequence[str], options: PhoneOptions) -> dict:
     names = [Path(model).resolve().name for model in models]
     if len(set(names)) < len(names):
         raise ValueError(f"models={list(models)}: two have the same name. Rename a directory.")
-    needed = max(options.prompt_lengths) + options.new_tokens
     # Found first: to export a shape takes minutes.
     device = find_device(options.serial)
     with tempfile.TemporaryDirectory() as scratch:
         programs = []
         for name, model in zip(names, models, strict=True):
             path = Path(model)
-            if model in shapes() and not path.exists():
+            if is_shape(model):
                 path = Path(scratch, model)
-                write_random_program(shapes()[model], path, needed)
+                write_random_program(shapes()[model], path, options.context)
             programs.append(Program(name, path))
-        return run_programs(device, programs, options, needed)
+        return run_programs(device, programs, options, command)
 
 
-def run_programs(device: Device, programs: list[Program], options: PhoneOptions, needed: int) -> dict:
-    """What is left of [`bench_phone`] once there are programs; `needed` is the context in tokens."""
+def run_programs(device: Device, programs: list[Program], options: PhoneOptions, command: str | None) -> Benchmark:
+    """What is left of [`bench_phone`] once there are programs."""
     for program in programs:
-        context = AutoConfig.from_pretrained(program.path).max_position_embeddings
-        context = program.report.get("max_seq_len", context)
-        if needed > context:
+        if options.context > program.report.max_seq_len:
             raise ValueError(
-                f"{program.name} has a context of {context} tokens and {needed} are needed. Give shorter prompt "
-                "lengths."
+                f"{program.name} has a context of {program.report.max_seq_len} tokens and {options.context} are "
+                "needed. Give shorter prompt lengths."
             )
-    run = {"own": run_own, "llama_main": run_llama_main, "minibench": run_minibench}[options.runner]
     fingerprint = device.fingerprint()
     if options.runner == "minibench" and f"package:{APP}" not in device.shell("pm", "list", "packages", APP):
         raise ValueError(f"The benchmark app {APP} is not on the device. docs/phone.md says how to build it.")
     inputs = {program.name: read_inputs(program, options) for program in programs}
-    files = {name: path for program in programs for name, path in program.files.items()}
-    files |= {"runner": Path(options.runner_binary)} if options.runner_binary is not None else {}
     finished = False
     try:
-        with tempfile.TemporaryDirectory() as scratch:
-            for name, tokens in inputs.items() if options.runner == "own" else ():
-                path = files[f"{name}/tokens.txt"] = Path(scratch, name)
-                path.write_text(" ".join(map(str, tokens)))
-            copied = device.push(files, DIRECTORY)
-        if options.runner_binary is not None:
-            device.shell("chmod", "755", f"{DIRECTORY}/runner")
-        with sampling(device) as samples:
-            # Round -1 is the cold start, and says nothing of speed.
-            for repeat in tqdm(range(-1, options.repeats), desc="rounds", leave=False):
-                for program in programs[:: -1 if repeat % 2 else 1]:
-                    cool_down(device, options)
-                    run(device, program, options, inputs[program.name], repeat)
+        copied = copy_files(device, programs, options, inputs)
+        samples = run_rounds(device, programs, options, inputs)
         finished = True
     finally:
         with suppress(OSError):
             clean_up(device, programs, options, finished)
-    first = programs[0]
-    return {
-        "benchmark": "adb",
-        "prompt": "random tokens" if options.prompt_file is None else str(options.prompt_file),
-        "new_tokens": options.new_tokens,
-        "machine": {
-            "cpu": f"{fingerprint['model']} ({fingerprint['soc']})",
-            "cores": len(fingerprint["max_mhz"]) or None,
-            "threads": options.num_threads,
-        },
-        "versions": {"executorch": first.report.get("versions", {}).get("executorch", version("executorch"))},
-        "phone": {
-            **fingerprint,
-            "serial": device.serial,
-            "runner": options.runner,
-            "copied": copied,
-            "after": device.condition(),
-            "samples": samples,
-        },
-        "models": {program.name: program.result(cache_bits(str(program.path))) for program in programs},
-    }
+    return Benchmark(
+        command=command,
+        benchmark="adb",
+        prompt="random tokens" if options.prompt_file is None else str(options.prompt_file),
+        new_tokens=options.new_tokens,
+        machine=phone_machine(fingerprint, options.num_threads),
+        versions={"executorch": programs[0].report.versions.get("executorch", version("executorch"))},
+        phone=Phone(
+            **fingerprint.model_dump(),
+            serial=device.serial,
+            runner=options.runner,
+            copied=copied,
+            after=device.condition(),
+            samples=samples,
+        ),
+        models={program.name: program.result() for program in programs},
+    )
+
+
+def phone_machine(fingerprint: PhoneFingerprint, num_threads: int) -> BenchmarkMachine:
+    cores = len(fingerprint.max_mhz) or None
+    return BenchmarkMachine(cpu=f"{fingerprint.model} ({fingerprint.soc})", cores=cores, threads=num_threads)
+
+
+def copy_files(
+    device: Device, programs: list[Program], options: PhoneOptions, inputs: dict[str, list[int] | str]
+) -> list[str]:
+    """Puts the programs, our runner's inputs and the runner on the device; what it did not have yet."""
+    files = {name: path for program in programs for name, path in program.files.items()}
+    files |= {"runner": Path(options.runner_binary)} if options.runner_binary is not None else {}
+    with tempfile.TemporaryDirectory() as scratch:
+        for name, tokens in inputs.items() if options.runner == "own" else ():
+            path = files[f"{name}/tokens.txt"] = Path(scratch, name)
+            path.write_text(" ".join(map(str, tokens)))
+        copied = device.push(files, DIRECTORY)
+    if options.runner_binary is not None:
+        device.shell("chmod", "755", f"{DIRECTORY}/runner")
+    return copied
+
+
+def run_rounds(
+    device: Device, programs: list[Program], options: PhoneOptions, inputs: dict[str, list[int] | str]
+) -> list[PhoneSample]:
+    """Every program once per round; the condition of the device while they ran."""
+    run = {"own": run_own, "llama_main": run_llama_main, "minibench": run_minibench}[options.runner]
+    with sampling(device) as samples:
+        # Round -1 is the cold start, and says nothing of speed.
+        for repeat in tqdm(range(-1, options.repeats), desc="rounds", leave=False):
+            for program in programs[:: -1 if repeat % 2 else 1]:
+                cool_down(device, options)
+                run(device, program, options, inputs[program.name], repeat)
+    return samples
 
 
 def read_inputs(program: Program, options: PhoneOptions) -> list[int] | str:
     """Token ids for our runner, text for the others."""
-    count = max(options.prompt_lengths) + options.new_tokens
+    count = options.context
     # As many again, so that rounds begin at different places.
     wanted = 2 * count
     if options.runner == "own" and options.prompt_file is None:
@@ -277,7 +308,7 @@ def run_own(device: Device, program: Program, options: PhoneOptions, tokens: lis
     command = ["../runner", "--model", "model.pte", "--tokens", "tokens.txt", "--new-tokens", str(options.new_tokens)]
     command += ["--prompt-lengths", ",".join(map(str, lengths)), "--threads", str(options.num_threads)]
     command += ["--repeats", "1", "--first-repeat", str(max(repeat, 0))]
-    command += ["--data", program.experts_file] if program.experts_file else []
+    command += ["--data", program.report.experts_file] if program.report.experts_file else []
     command += ["--cold"] if repeat < 0 else []
     if repeat == options.repeats - 1 and options.sustained_seconds:
         command += ["--sustained", str(options.sustained_seconds)]
@@ -294,9 +325,10 @@ def run_own(device: Device, program: Program, options: PhoneOptions, tokens: lis
             raise OSError(f"The runner says of {program.name}: {event['message']}")
         if event["event"] == "loaded":
             program.isa = event["isa"]
-            program.starts.setdefault(state, {"load": event["load_s"]})
+            program.starts.setdefault(state, StartSeconds(load=event["load_s"]))
         elif event["event"] == "measure" and event["repeat"] < 0:
-            program.starts[state].setdefault("first_token", event["first_token_s"])
+            if program.starts[state].first_token is None:
+                program.starts[state].first_token = event["first_token_s"]
         elif event["event"] == "measure" and repeat >= 0:
             length, seconds = event["prompt_length"], event["first_token_s"]
             program.add(
@@ -325,13 +357,13 @@ def run_llama_main(device: Device, program: Program, options: PhoneOptions, text
         command = ["../runner", "--model_path", "model.pte", "--tokenizer_path", "tokenizer.json", "--prompt", prompt]
         command += ["--temperature", "0", "--ignore_eos", "--cpu_threads", str(options.num_threads)]
         command += ["--max_new_tokens", str(options.new_tokens)]
-        command += ["--data_paths", program.experts_file] if program.experts_file else []
+        command += ["--data_paths", program.report.experts_file] if program.report.experts_file else []
         output = "\n".join(device.lines(*command, directory=program.directory))
         try:
             measured = parse_observer(output)
         except ValueError as error:
             raise OSError(f"{program.name}: {error}") from error
-        program.starts.setdefault(state, {name: measured[name] for name in ("load", "first_token")})
+        program.starts.setdefault(state, StartSeconds(load=measured["load"], first_token=measured["first_token"]))
         if repeat >= 0:
             program.add(
                 measured["prompt_tokens"],
@@ -368,7 +400,7 @@ def run_minibench(device: Device, program: Program, options: PhoneOptions, text:
     except ValueError as error:
         raise OSError(f"{program.name}: {error}") from error
     if "llm_model_load_time(ms)" in metrics:
-        program.starts.setdefault("warm", {"load": metrics["llm_model_load_time(ms)"] / 1e3})
+        program.starts.setdefault("warm", StartSeconds(load=metrics["llm_model_load_time(ms)"] / 1e3))
     if "ram_pss_usage(mb)" in metrics:
         program.pss_bytes = int(1e6 * metrics["ram_pss_usage(mb)"])
     program.add(max(options.prompt_lengths), decode_tokens_per_s=metrics["token_per_sec"])
@@ -394,7 +426,7 @@ def cool_down(device: Device, options: PhoneOptions) -> None:
     with tqdm(desc="cooling down", unit=" checks", leave=False, delay=2) as bar:
         while time.monotonic() < deadline:
             condition = device.condition()
-            celsius, status = condition["battery_celsius"], condition["thermal_status"]
+            celsius, status = condition.battery_celsius, condition.thermal_status
             if (celsius is None or celsius <= options.max_celsius) and not status:
                 return
             bar.set_postfix_str(f"battery {celsius} C, thermal status {status}")
@@ -403,16 +435,17 @@ def cool_down(device: Device, options: PhoneOptions) -> None:
 
 
 @contextmanager
-def sampling(device: Device, every_seconds: float = 5.0) -> Iterator[list[dict]]:
+def sampling(device: Device, every_seconds: float = 5.0) -> Iterator[list[PhoneSample]]:
     """Temperatures and clocks over time, read beside what runs."""
-    samples: list[dict] = []
+    samples: list[PhoneSample] = []
     stop = threading.Event()
     started = time.monotonic()
 
     def sample() -> None:
         with suppress(OSError):
             while True:
-                samples.append({"seconds": round(time.monotonic() - started, 1), **device.condition()})
+                seconds = round(time.monotonic() - started, 1)
+                samples.append(PhoneSample(seconds=seconds, **device.condition().model_dump()))
                 if stop.wait(every_seconds):
                     return
 
@@ -426,7 +459,7 @@ def sampling(device: Device, every_seconds: float = 5.0) -> Iterator[list[dict]]
 
 
 def clean_up(device: Device, programs: list[Program], options: PhoneOptions, finished: bool) -> None:
-    """Removes what was copied; after a failure whole files stay, so that the next run goes on behind them."""
+    """Removes what was copied; after a failure whole files stay, so that the next run resumes after them."""
     if options.runner == "minibench":
         device.shell("am", "force-stop", APP, check=False)
     if finished and not options.keep:

@@ -3,6 +3,7 @@
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from ..artifacts import Benchmark, Spread
 from ..display import number, picture, table, with_spread
 from ..shapes import published_speeds
 
@@ -17,16 +18,16 @@ MEASURES = {
 }
 
 
-def tables(result: dict, paper: bool = False) -> "list[Group]":
+def tables(result: Benchmark, paper: bool = False) -> "list[Group]":
     """Speeds with their spread; load times and memory; operators, where profiled; with `paper`, its phones."""
     made = [speed_table(result), load_table(result)]
-    for name, model in result["models"].items():
-        for length, times in model.get("operator_ms", {}).items():
+    for name, model in result.models.items():
+        for length, times in (model.operator_ms or {}).items():
             for phase, operators in times.items():
                 rows = [(operator, f"{milliseconds:.3f}") for operator, milliseconds in operators.items()]
                 made.append(table(("operator", "ms"), rows, f"{name}, {phase}, {length} tokens"))
     if paper:
-        made.append(paper_table({"S", "MobileLLM-Pro", *result["models"]}))
+        made.append(paper_table({"S", "MobileLLM-Pro", *result.models}))
     return made
 
 
@@ -41,58 +42,60 @@ def paper_table(models: set[str]) -> "Group":
     return table(("phone", "model", "context", *MEASURES.values()), rows, "Published by the paper")
 
 
-def cell(row: dict | None) -> str:
-    return "" if row is None else with_spread(row["median"], row["p10"], row["p90"])
+def cell(row: Spread | None) -> str:
+    return "" if row is None else with_spread(row.median, row.p10, row.p90)
 
 
-def speed_table(result: dict) -> "Group":
+def speed_table(result: Benchmark) -> "Group":
     rows = []
-    for name, model in result["models"].items():
-        for index, (length, row) in enumerate(model["lengths"].items()):
-            prefill, first_token, decode = map(row.get, MEASURES)
-            share = row.get("decode_of_memory_limit")
+    for name, model in result.models.items():
+        for index, (length, row) in enumerate(model.lengths.items()):
+            share = row.decode_of_memory_limit
             rows.append(
                 (
                     # Once per model.
                     "" if index else name,
                     length,
-                    cell(prefill),
+                    cell(row.prefill_tokens_per_s),
                     # Its spread is that of the prefill.
-                    "" if first_token is None else number(first_token["median"]),
-                    cell(decode),
+                    "" if row.first_token_ms is None else number(row.first_token_ms.median),
+                    cell(row.decode_tokens_per_s),
                     "" if share is None else f"{share:.0%}",
                 )
             )
-    machine = result["machine"]
-    title = f"{machine['cpu']}, {machine['threads']} threads, {result['prompt']}: median (10-90 %)"
+    machine = result.machine
+    title = f"{machine.cpu}, {machine.threads} threads, {result.prompt}: median (10-90 %)"
     caption = "of limit: of the decode speed at which the weights are read as fast as the memory allows"
-    if "read_gb_per_s" in result:
-        caption += f", {cell(result['read_gb_per_s'])} GB/s"
+    if result.read_gb_per_s is not None:
+        caption += f", {cell(result.read_gb_per_s)} GB/s"
     return table(("model", "prompt", *MEASURES.values(), "of limit"), rows, title, f"{caption}.")
 
 
-def load_table(result: dict) -> "Group":
+def load_table(result: Benchmark) -> "Group":
     rows = []
-    for name, model in result["models"].items():
-        starts, peak = model["start_seconds"], model["peak_memory_bytes"]
-        loads = [number(starts[state]["load"]) if state in starts else "" for state in ("cold", "warm")]
+    for name, model in result.models.items():
+        starts, peak = model.start_seconds, model.peak_memory_bytes
+        loads = [number(starts[state].load) if state in starts else "" for state in ("cold", "warm")]
         rows.append((name, *loads, "" if peak is None else f"{peak / 1e6:,.0f}"))
     return table(("model", "cold load s", "warm load s", "peak MB"), rows, "Load times and memory")
 
 
-def draw(result: dict, path: str | Path, paper: bool = False) -> None:
+def draw(result: Benchmark, path: str | Path, paper: bool = False) -> None:
     """
     Writes prefill and decode rates by length, with their spread, as a picture; its suffix names the format. With
     `paper`, those of the paper's phones for the same shapes are dashed lines.
     """
-    panels = {"prefill_tokens_per_s": "prompt, tokens", "decode_tokens_per_s": "context, tokens"}
+    panels = (
+        ("prefill_tokens_per_s", "prompt, tokens", lambda row: row.prefill_tokens_per_s),
+        ("decode_tokens_per_s", "context, tokens", lambda row: row.decode_tokens_per_s),
+    )
     with picture(path, (10, 3.6), 1, 2) as axes:
-        for axis, (key, label) in zip(axes, panels.items(), strict=True):
-            for name, model in result["models"].items():
-                measured = {int(length): row[key] for length, row in model["lengths"].items() if key in row}
+        for axis, (key, label, rate) in zip(axes, panels, strict=True):
+            for name, model in result.models.items():
+                measured = {int(length): rate(row) for length, row in model.lengths.items() if rate(row)}
                 lengths, rows = list(measured), list(measured.values())
-                medians = [row["median"] for row in rows]
-                errors = [[row["median"] - row["p10"] for row in rows], [row["p90"] - row["median"] for row in rows]]
+                medians = [row.median for row in rows]
+                errors = [[row.median - row.p10 for row in rows], [row.p90 - row.median for row in rows]]
                 axis.errorbar(lengths, medians, yerr=errors, marker="o", capsize=3, label=name)
             published: dict[str, list[tuple[int, float]]] = {}
             for device, name, length, row in published_speeds() if paper else ():
@@ -106,4 +109,4 @@ def draw(result: dict, path: str | Path, paper: bool = False) -> None:
             axis.set(xlabel=label, title=f"{key.split('_')[0]}, tokens/s")
         # Decoding has all lines; of prefill some sources say nothing.
         axes[1].legend(loc="upper left", bbox_to_anchor=(1, 1))
-        axes[0].figure.suptitle(f"{result['machine']['cpu']}, {result['machine']['threads']} threads")
+        axes[0].figure.suptitle(f"{result.machine.cpu}, {result.machine.threads} threads")

@@ -12,8 +12,6 @@ import os
 import shutil
 import signal
 import threading
-import time
-import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
@@ -29,19 +27,15 @@ from modeling_mobilemoe.kernels import BuildError, load_executorch
 from modeling_mobilemoe.kernels.modules import MoEFFN
 from modeling_mobilemoe.quantization_mobilemoe import MobileMoEInt4Config, dequantize, quantize
 
-from ..artifacts import local_checkpoint, weights_sha256
+from ..artifacts import EXPORT_FILE, PROGRAM_FILE, Export, local_checkpoint, weights_sha256
 from ..costs import kv_cache_bytes, parameter_counts, program_bytes
 from ..machine import available_memory, package_versions, peak_memory
 from ..runtime import PteModel, end_of_sequence_ids
+from .lowering import EXPERTS_FILE, TRACED_TOKENS, VERSIONS, Stages, lower, metadata, program_operators
 from .program import MOE_MODULES, DenseMoE, ExportModel, ProgramOptions, QuantizedMoEFFN
 
 
 logger = logging.getLogger(__name__)
-
-EXPERTS_FILE = "experts"
-# Length of the example that a program is traced with, and the shortest context. `torch.export` takes a length for 2 or
-# more: in a context of 2 it would conclude that every call starts at position 0.
-TRACED_TOKENS = 8
 
 
 def export_checkpoint(
@@ -55,6 +49,7 @@ def export_checkpoint(
     all_logits: bool = False,
     experts_file: bool = False,
     moe_op: str | None = None,
+    command: str | None = None,
 ) -> Path:
     """
     Exports a checkpoint to `output_dir/model.pte`, compares it with PyTorch, and describes it in `export.json`.
@@ -77,6 +72,7 @@ def export_checkpoint(
             (kernels/README.md), fast and on the released grid; a runtime needs it compiled in. `"llama"` is
             `llama::quantized_moe_ffn`, in every ExecuTorch runtime since 1.5. The first one where it compiles and
             neither experts along the input nor `expert_bits` ask for the other, when absent.
+        command (`str`, *optional*): the command line that asked for this, for `export.json`.
 
     Raises:
         ValueError: for a request that cannot be met, memory or disk that will not do, or a program that does not
@@ -97,22 +93,31 @@ def export_checkpoint(
 
     stages = Stages()
     module, reference, tokenizer, config, ends = load(checkpoint, config, options, moe_module, crosses, stages)
-    report = {"model": str(model), "weights_sha256": weights_sha256(checkpoint)}
-    report |= describe_program(module, moe_module, crosses, ends, experts_file)
+    described = describe_program(module, moe_module, crosses, ends, experts_file)
     program = lower(module, metadata(config, options, ends), experts_file, stages)
     del module
-    report["operators"] = program_operators(program)
+    described["operators"] = program_operators(program)
 
     with stop_signal_as_exit(), replace_when_complete(output_dir) as partial:
         with stages("write"):
-            write_files(partial, program, tokenizer, config, report)
+            write_files(partial, program, tokenizer, config)
             del program
-            write_report(partial, report)
+            report = Export(
+                command=command,
+                model=str(model),
+                weights_sha256=weights_sha256(checkpoint),
+                **described,
+                pte_bytes=(partial / PROGRAM_FILE).stat().st_size,
+            )
+            if report.experts_file is not None:
+                report.ptd_bytes = (partial / report.experts_file).stat().st_size
+            # Needed to load the program, and written again once it has run.
+            report.save(partial / EXPORT_FILE)
         with stages("compare"):
-            report["parity"] = reference.report(PteModel(partial))
-        report["seconds"] = stages.seconds | {"total": round(sum(stages.seconds.values()), 1)}
-        report["peak_memory_bytes"] = peak_memory()
-        write_report(partial, report)
+            report.parity = reference.report(PteModel(partial))
+        report.seconds = stages.seconds | {"total": round(sum(stages.seconds.values()), 1)}
+        report.peak_memory_bytes = peak_memory()
+        report.save(partial / EXPORT_FILE)
     return output_dir
 
 
@@ -207,7 +212,7 @@ def describe_program(
     """What `export.json` holds of the program before it is lowered."""
     options = exportable.options
     return {
-        "versions": package_versions(("torch", "transformers", "torchao", "executorch")),
+        "versions": package_versions(VERSIONS),
         "moe_op": moe_module.operator,
         "expert_axis": moe_module.expert_axis,
         "experts_rounded_twice": crosses,
@@ -219,14 +224,11 @@ def describe_program(
     }
 
 
-def write_files(directory: Path, program, tokenizer, config: MobileMoEConfig, report: dict) -> None:
-    """All but `export.json`; the sizes of the program, and of a file for the experts, go to the report."""
-    with open(directory / "model.pte", "wb") as file:
+def write_files(directory: Path, program, tokenizer, config: MobileMoEConfig) -> None:
+    """All but `export.json`."""
+    with open(directory / PROGRAM_FILE, "wb") as file:
         program.write_to_file(file)
     program.write_tensor_data_to_file(directory)
-    report["pte_bytes"] = (directory / "model.pte").stat().st_size
-    if report["experts_file"]:
-        report["ptd_bytes"] = (directory / report["experts_file"]).stat().st_size
     tokenizer.save_pretrained(directory)
     config.save_pretrained(directory)
 
@@ -369,108 +371,6 @@ def expert_rounding_sqnr(model: ExportModel) -> float:
     return round(10 * torch.tensor(signal_power / noise_power).log10().item(), 1)
 
 
-def metadata(config: MobileMoEConfig, options: ProgramOptions, eos_ids: list[int]) -> dict:
-    """Constant methods: ExecuTorch's runners read the first six, optimum-executorch the others."""
-    return {
-        "get_max_seq_len": options.max_seq_len,
-        "get_max_context_len": options.max_seq_len,
-        "get_eos_ids": eos_ids,
-        "use_kv_cache": True,
-        "use_sdpa_with_kv_cache": True,
-        "enable_dynamic_shape": True,
-        "get_vocab_size": config.vocab_size,
-        "get_bos_id": config.bos_token_id,
-        "get_max_batch_size": 1,
-    }
-
-
-def lower(model: ExportModel, constant_methods: dict, experts_file: bool, stages: "Stages"):
-    """Traces and lowers the program: linears and elementwise work to XNNPACK, the rest to CPU operators."""
-    import executorch.extension.llm.custom_ops.custom_ops  # noqa: F401  registers llama::*
-    import executorch.kernels.quantized  # noqa: F401  registers quantized_decomposed::embedding_4bit
-    from executorch.backends.xnnpack.partition.xnnpack_partitioner import XnnpackPartitioner
-    from executorch.exir import EdgeCompileConfig, ExecutorchBackendConfig, to_edge_transform_and_lower
-    from executorch.exir.passes import MemoryPlanningPass
-    from executorch.exir.passes.sym_shape_eval_pass import ConstraintBasedSymShapeEvalPass
-    from torchao.utils import unwrap_tensor_subclass
-
-    unwrap_tensor_subclass(model)
-    max_seq_len = model.options.max_seq_len
-    dynamic_shapes = ({1: torch.export.Dim("length", min=1, max=max_seq_len)}, {})
-    # XNNPACK has BF16 kernels for few CPUs; ExecuTorch's own linear runs on all and reads the table as its head.
-    bf16 = model.options.weights == "bf16"
-    # Our operators leave nothing to a delegate.
-    partitioner = [] if bf16 or model.on_kernels else [XnnpackPartitioner()]
-    preserved = [torch.ops.aten.linear.default] if bf16 else []
-    example = (torch.zeros((1, TRACED_TOKENS), dtype=torch.int64), torch.zeros(1, dtype=torch.int64))
-    with torch.no_grad(), warnings.catch_warnings():
-        # ExecuTorch's own operators still use a check that torch calls deprecated, once per layer and pass.
-        warnings.simplefilter("ignore", FutureWarning)
-        with stages("trace"):
-            exported = torch.export.export(model, example, dynamic_shapes=dynamic_shapes, strict=False)
-        with stages("lower", f"{len(model.layers)} layers, up to 15 s each"):
-            # One partitioner for linears and elementwise work together: with two, as in ExecuTorch's llama example,
-            # every linear is a delegate of its own, which takes longer both here and when it runs.
-            edge = to_edge_transform_and_lower(
-                exported,
-                partitioner=partitioner,
-                compile_config=EdgeCompileConfig(
-                    _check_ir_validity=False, _skip_dim_order=True, preserve_ops=preserved
-                ),
-                constant_methods=constant_methods,
-            )
-            del exported
-        with stages("plan"):
-            return edge.to_executorch(
-                ExecutorchBackendConfig(
-                    extract_delegate_segments=True,
-                    do_quant_fusion_and_const_prop=True,
-                    memory_planning_pass=MemoryPlanningPass(alloc_graph_input=False),
-                    sym_shape_eval_pass=ConstraintBasedSymShapeEvalPass(),
-                    external_constants=external_constant if experts_file else False,
-                )
-            )
-
-
-def external_constant(node: torch.fx.Node) -> str | None:
-    return EXPERTS_FILE if "packed_" in node.name else None
-
-
-def program_operators(program) -> list[str]:
-    """Names of the operators that a runtime must have, delegated ones not among them."""
-    plan = program.executorch_program.execution_plan[0]
-    return sorted(f"{operator.name}.{operator.overload}".rstrip(".") for operator in plan.operators)
-
-
-class Stages:
-    """Logs what is going on, and keeps the seconds of each stage."""
-
-    report_every = 30.0
-
-    def __init__(self) -> None:
-        self.seconds: dict[str, float] = {}
-
-    @contextmanager
-    def __call__(self, name: str, note: str = "") -> Iterator[None]:
-        logger.info(f"{name} ...{f' ({note})' if note else ''}")
-        started, finished = time.perf_counter(), threading.Event()
-
-        def report() -> None:
-            # torch.export and ExecuTorch take minutes and report nothing.
-            while not finished.wait(self.report_every):
-                logger.info(
-                    f"{name}: {time.perf_counter() - started:.0f} s so far, peak memory {peak_memory() / 1e9:.2f} GB"
-                )
-
-        threading.Thread(target=report, daemon=True).start()
-        try:
-            yield
-        finally:
-            finished.set()
-        self.seconds[name] = round(time.perf_counter() - started, 1)
-        logger.info(f"{name}: {self.seconds[name]} s, peak memory {peak_memory() / 1e9:.2f} GB")
-
-
 @contextmanager
 def stop_signal_as_exit() -> Iterator[None]:
     """SIGTERM ends a process without running `finally`; within this block it runs them, as Ctrl-C does."""
@@ -486,7 +386,3 @@ def stop_signal_as_exit() -> Iterator[None]:
         yield
     finally:
         signal.signal(signal.SIGTERM, previous)
-
-
-def write_report(directory: Path, report: dict) -> None:
-    (directory / "export.json").write_text(json.dumps(report, indent=2) + "\n")

@@ -16,8 +16,9 @@ from modeling_mobilemoe.configuration_mobilemoe import MobileMoEConfig
 from modeling_mobilemoe.fused_mobilemoe import Int4Format, quantize_tensor
 from modeling_mobilemoe.modeling_mobilemoe import MobileMoERotaryEmbedding
 
+from ..artifacts import LogitAgreement
 from .relayout import Weight
-from .source import Rounding, Source, finish, group_of, plan
+from .source import Rounding, Source, group_of, plan
 
 
 GGUF_FILE = "model.gguf"
@@ -31,7 +32,11 @@ LLAMA3_SPLIT = (
 
 
 def export_gguf(
-    model: str | Path, output_dir: str | Path, weights: str | None = None, expert_weights: str | None = None
+    model: str | Path,
+    output_dir: str | Path,
+    weights: str | None = None,
+    expert_weights: str | None = None,
+    command: str | None = None,
 ) -> Path:
     """
     Writes a checkpoint as `output_dir/model.gguf`, and what became of its weights to `export.json`.
@@ -44,6 +49,7 @@ def export_gguf(
             checkpoint by the paper's rule, with experts along their input.
         expert_weights (`str`, *optional*): with "q4_0", type of packed experts grouped along their output, which Q4_0
             cannot hold: "q8_0" when absent, or "bf16".
+        command (`str`, *optional*): the command line that asked for this, for `export.json`.
 
     Raises:
         ValueError: for a request that cannot be met, a damaged checkpoint, or a disk that is too small. Nothing is
@@ -122,9 +128,16 @@ def export_gguf(
         finally:
             if writer.fout:
                 writer.close()
-        report = source.report("gguf", rounding, ("gguf", "llama_cpp_python"))
-        report |= {"architecture": writer.arch, "weights": weights, "expert_weights": expert_type.name.lower()}
-        finish(partial, report, lambda: llama_cpp_parity(source, partial / GGUF_FILE))
+        source.save_report(
+            partial,
+            "gguf",
+            rounding,
+            ("gguf", "llama_cpp_python"),
+            lambda: llama_cpp_parity(source, partial / GGUF_FILE),
+            weights=weights,
+            expert_weights=expert_type.name.lower(),
+            command=command,
+        )
     return Path(output_dir)
 
 
@@ -260,7 +273,7 @@ def add_description(writer, source: Source, weights: str) -> None:
             add(licence[key])
 
 
-def llama_cpp_parity(source: Source, file: Path) -> dict | str:
+def llama_cpp_parity(source: Source, file: Path) -> LogitAgreement | str:
     try:
         from llama_cpp import GGML_TYPE_F32, Llama
     except ModuleNotFoundError:

@@ -9,13 +9,16 @@ from transformers import AutoModelForCausalLM, Glm4MoeConfig
 
 from modeling_mobilemoe.configuration_mobilemoe import MobileMoEConfig
 
-from .source import Rounding, Shards, Source, finish, group_of, plan
+from ..artifacts import LogitAgreement
+from .source import Rounding, Shards, Source, group_of, plan
 
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 
 
-def export_glm4_moe(model: str | Path, output_dir: str | Path, weights: str | None = None) -> Path:
+def export_glm4_moe(
+    model: str | Path, output_dir: str | Path, weights: str | None = None, command: str | None = None
+) -> Path:
     """
     Writes a checkpoint as a full-precision one of `Glm4MoeForCausalLM`.
 
@@ -25,6 +28,7 @@ def export_glm4_moe(model: str | Path, output_dir: str | Path, weights: str | No
         output_dir (`str` or `Path`): created by this call; must not exist.
         weights (`str`, *optional*): "bf16" or "fp32"; as stored when absent, "bf16" for a packed checkpoint, whose
             weights "fp32" keeps exactly.
+        command (`str`, *optional*): the command line that asked for this, for `export.json`.
 
     Raises:
         ValueError: for a request that cannot be met, a damaged checkpoint, or a disk that is too small. Nothing is
@@ -51,9 +55,16 @@ def export_glm4_moe(model: str | Path, output_dir: str | Path, weights: str | No
         stored_config = json.loads((partial / "config.json").read_text()) | {"partial_rotary_factor": 1.0}
         (partial / "config.json").write_text(json.dumps(stored_config, indent=2) + "\n")
         source.save_tokenizer(partial)
-        report = source.report("glm4_moe", rounding, ())
-        report["weights"] = next(key for key, value in DTYPES.items() if value == dtype)
-        finish(partial, report, lambda: transformers_parity(source, partial))
+        name = next(key for key, value in DTYPES.items() if value == dtype)
+        source.save_report(
+            partial,
+            "glm4_moe",
+            rounding,
+            (),
+            lambda: transformers_parity(source, partial),
+            weights=name,
+            command=command,
+        )
     return source.output_dir
 
 
@@ -110,7 +121,7 @@ def unstacked(name: str, tensor: torch.Tensor) -> list[tuple[str, torch.Tensor]]
     return [(f"{prefix}.experts.{index}.{projection}", expert) for index, expert in enumerate(tensor)]
 
 
-def transformers_parity(source: Source, directory: Path) -> dict | str:
+def transformers_parity(source: Source, directory: Path) -> LogitAgreement | str:
     def load() -> Callable[[list[int]], torch.Tensor]:
         model = AutoModelForCausalLM.from_pretrained(directory, dtype="auto").eval()
         return torch.no_grad()(lambda tokens: model(torch.tensor([tokens]), use_cache=False).logits[0].float())

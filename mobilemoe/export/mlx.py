@@ -14,20 +14,22 @@ import torch
 
 from modeling_mobilemoe.fused_mobilemoe import Int4Format, pack_int4
 
+from ..artifacts import LogitAgreement
 from .relayout import Weight
-from .source import Rounding, Shards, Source, finish, group_of
+from .source import Rounding, Shards, Source, group_of
 
 
 MODEL_FILE = "mlx_model.py"
 
 
-def export_mlx(model: str | Path, output_dir: str | Path) -> Path:
+def export_mlx(model: str | Path, output_dir: str | Path, command: str | None = None) -> Path:
     """
     Writes a checkpoint as a directory that mlx-lm loads with `--trust-remote-code`, no number rounded.
 
     Args:
         model (`str` or `Path`): directory or Hub id, packed or full precision.
         output_dir (`str` or `Path`): created by this call; must not exist.
+        command (`str`, *optional*): the command line that asked for this, for `export.json`.
 
     Raises:
         ValueError: for a request that cannot be met, a damaged checkpoint, or a disk that is too small. Nothing is
@@ -68,8 +70,8 @@ def export_mlx(model: str | Path, output_dir: str | Path) -> Path:
         shutil.copyfile(Path(__file__).with_name(MODEL_FILE), partial / MODEL_FILE)
         (partial / "config.json").write_text(json.dumps(config, indent=2) + "\n")
         source.save_tokenizer(partial)
-        report = source.report("mlx", rounding, ("mlx", "mlx-lm"))
-        finish(partial, report, lambda: mlx_parity(source, partial))
+        packages = ("mlx", "mlx-lm")
+        source.save_report(partial, "mlx", rounding, packages, lambda: mlx_parity(source, partial), command=command)
     return source.output_dir
 
 
@@ -85,7 +87,7 @@ def affine(weight: Weight) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     return words, weight.scale, Int4Format.qmin * weight.scale
 
 
-def mlx_parity(source: Source, directory: Path) -> dict | str:
+def mlx_parity(source: Source, directory: Path) -> LogitAgreement | str:
     try:
         import mlx.core as mx
         from mlx_lm.utils import load_model

@@ -2,7 +2,7 @@
 
 Our operators round inputs of linears to INT8 in groups; XNNPACK rounds them per token, and group scales to BF16.
 Experts may cross to another grid. Each is put into the PyTorch model alone, then all together: what then still differs
-is the program itself.
+is the program itself. On our operators nothing differs: `kernels/reference.py` has their bits.
 """
 
 from collections.abc import Callable, Iterator
@@ -10,11 +10,13 @@ from contextlib import contextmanager
 
 import torch
 from torch import nn
-from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import Cache, DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
 
 from modeling_mobilemoe.fused_mobilemoe import Int4Embedding, Int4Experts, Int4Head, Int4Linear
-from modeling_mobilemoe.kernels import available
+from modeling_mobilemoe.kernels import reference
+from modeling_mobilemoe.modeling_mobilemoe import MobileMoEAttention, MobileMoEMLP, MobileMoERMSNorm, MobileMoERouter
 
+from ..artifacts import LogitAgreement, Parity
 from ..runtime import PteModel
 from .packing import expand_rows, operator_rows
 from .program import ProgramOptions, int8_values
@@ -40,32 +42,74 @@ class OperatorExperts(Int4Experts):
         return expand_rows(*operator_rows(qweight[expert], scale[expert], self.group_dim, self.operator_bits)).T
 
 
-class KernelExperts(Int4Experts):
-    """Experts as `mobilemoe::moe_ffn` multiplies them."""
+# The model's modules as our operators compute them. Norms, attention, router and SwiGLU round nothing, but their sums
+# have the operators' order. In PyTorch's order, S with random weights ended 17 dB from its program: the last bits of a
+# sum move inputs to another INT8 step, and these move tokens to other experts.
 
+
+class ReferenceLinear(Int4Linear):
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        return reference.int4_linear(hidden_states, self.qweight, self.weight_scale)
+
+
+class ReferenceHead(Int4Head):
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        (embedding,) = self._embedding
+        return reference.int4_linear(hidden_states, embedding.qweight, embedding.weight_scale)
+
+
+class ReferenceExperts(Int4Experts):
     def forward(
         self, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
     ) -> torch.Tensor:
         packed = (self.gate_up_qweight, self.gate_up_scale, self.down_qweight, self.down_scale)
-        return torch.ops.mobilemoe.moe_experts(hidden_states, top_k_index.contiguous(), top_k_weights, *packed)
+        return reference.moe_experts(hidden_states, top_k_index, top_k_weights, *packed)
 
 
-class KernelLinear(Int4Linear):
-    """A linear as `mobilemoe::int4_linear` multiplies it."""
+class ReferenceRouter(MobileMoERouter):
+    def forward(
+        self, hidden_states: torch.Tensor, expert_bias: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        return reference.route(hidden_states, self.weight, expert_bias, self.top_k, self.routed_scaling_factor)
 
+
+class ReferenceMLP(MobileMoEMLP):
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        return torch.ops.mobilemoe.int4_linear(hidden_states.contiguous(), self.qweight, self.weight_scale)
+        gated = reference.silu_multiply(self.gate_proj(hidden_states), self.up_proj(hidden_states))
+        return self.down_proj(gated)
 
 
-class KernelHead(Int4Head):
-    """The head as `mobilemoe::int4_linear` multiplies it."""
-
+class ReferenceNorm(MobileMoERMSNorm):
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        (embedding,) = self._embedding
-        return torch.ops.mobilemoe.int4_linear(hidden_states.contiguous(), embedding.qweight, embedding.weight_scale)
+        return reference.rms_norm(hidden_states, self.weight, self.variance_epsilon)
 
 
-KERNEL_CLASSES = {Int4Experts: KernelExperts, Int4Linear: KernelLinear, Int4Head: KernelHead}
+class ReferenceAttention(MobileMoEAttention):
+    """Causal: batches may be padded at the right only."""
+
+    def forward(
+        self,
+        hidden_states: torch.Tensor,
+        position_embeddings: tuple[torch.Tensor, torch.Tensor],
+        attention_mask: torch.Tensor | None,
+        cache: Cache | None = None,
+        **kwargs: object,
+    ) -> tuple[torch.Tensor, None]:
+        heads, eps = (*hidden_states.shape[:2], -1, self.head_dim), self.config.rms_norm_eps
+        query, key = (
+            reference.rotate_and_normalize(linear(hidden_states).view(heads), *position_embeddings, eps)
+            for linear in (self.q_proj, self.k_proj)
+        )
+        value = self.v_proj(hidden_states).view(heads)
+        if cache is not None:
+            states = cache.update(key.transpose(1, 2), value.transpose(1, 2), self.layer_idx)
+            key, value = (cached.transpose(1, 2) for cached in states)
+        attended = reference.attention(query, key, value, key.shape[1] - query.shape[1])
+        return self.o_proj(attended.flatten(2)), None
+
+
+ACTIVATIONS = {"INT8 activations": (ReferenceLinear, ReferenceHead), "INT8 expert activations": (ReferenceExperts,)}
+SAME_SUMS = (ReferenceRouter, ReferenceMLP, ReferenceNorm, ReferenceAttention)
 
 
 class Int8Cache(DynamicCache):
@@ -96,19 +140,27 @@ def encode_prompts(tokenizer: PreTrainedTokenizerBase, vocab_size: int, max_seq_
 def rounded_as(
     model: PreTrainedModel, sources: set[str], expert_bits: int, on_kernels: bool = False
 ) -> Iterator[PreTrainedModel]:
-    """A packed model with these of the `SOURCES` in place, INT8 activations as our operators or XNNPACK have them."""
+    """
+    A packed model with these of the `SOURCES` in place.
+
+    `on_kernels` has the activations of our operators, and all sums in their order; else they are XNNPACK's.
+    """
     undo: list[Callable[[], object]] = []
 
-    def run_on_kernels(*kinds: type[nn.Module]) -> None:
+    def replace(*references: type[nn.Module]) -> None:
+        by_class = {kind.__base__: kind for kind in references}
         for module in model.modules():
-            if isinstance(module, kinds):
-                kind = type(module)
+            kind = type(module)
+            if kind in by_class:
                 undo.append(lambda module=module, kind=kind: setattr(module, "__class__", kind))
-                module.__class__ = KERNEL_CLASSES[kind]
+                module.__class__ = by_class[kind]
 
     linears = [module for module in model.modules() if isinstance(module, Int4Linear | Int4Head)]
-    if "INT8 activations" in sources and on_kernels:
-        run_on_kernels(Int4Linear, Int4Head)
+    if on_kernels:
+        # The runtime's attention over an INT8 cache is not ours.
+        replace(*SAME_SUMS[: -1 if "INT8 KV cache" in sources else None])
+        for source in sources & ACTIVATIONS.keys():
+            replace(*ACTIVATIONS[source])
     elif "INT8 activations" in sources:
         for linear in linears:
             hook = linear.register_forward_pre_hook(lambda _, inputs: (int8_values(inputs[0]),))
@@ -125,8 +177,6 @@ def rounded_as(
         table.weight_scale = bf16_scale(embedding.weight_scale)
         undo.append(lambda original=head._embedding: setattr(head, "_embedding", original))
         head._embedding = (table,)
-    if "INT8 expert activations" in sources:
-        run_on_kernels(Int4Experts)
     if "expert grid" in sources:
         for module in model.modules():
             if isinstance(module, Int4Experts):
@@ -169,10 +219,7 @@ def greedy_tokens(model: PreTrainedModel, prompt: list[int], num_tokens: int, eo
     return produced
 
 
-def compare(expected: list[torch.Tensor], actual: list[torch.Tensor]) -> dict[str, float]:
-    """
-    Cosine over positions, signal to noise in dB, mean KL divergence in nats, share of equal top tokens.
-    """
+def compare(expected: list[torch.Tensor], actual: list[torch.Tensor]) -> LogitAgreement:
     cosine, equal, signal, noise, kl = [], [], 0.0, 0.0, 0.0
     # One prompt at a time: in FP64 all of them would take as much memory as the program.
     for rows, others in zip(expected, actual, strict=True):
@@ -184,14 +231,14 @@ def compare(expected: list[torch.Tensor], actual: list[torch.Tensor]) -> dict[st
         noise += (rows - others).square().sum()
         kl += nn.functional.kl_div(others.log_softmax(-1), rows.log_softmax(-1), reduction="sum", log_target=True)
     cosine = torch.cat(cosine)
-    return {
-        "cosine_median": round(cosine.median().item(), 7),
-        "cosine_mean": round(cosine.mean().item(), 7),
-        "cosine_min": round(cosine.min().item(), 7),
-        "sqnr_db": round((10 * torch.log10(signal / noise.clamp(min=1e-30))).item(), 2),
-        "kl_nats": round((kl / len(cosine)).item(), 7),
-        "top1_agreement": round(torch.cat(equal).float().mean().item(), 4),
-    }
+    return LogitAgreement(
+        cosine_median=round(cosine.median().item(), 7),
+        cosine_mean=round(cosine.mean().item(), 7),
+        cosine_min=round(cosine.min().item(), 7),
+        sqnr_db=round((10 * torch.log10(signal / noise.clamp(min=1e-30))).item(), 2),
+        kl_nats=round((kl / len(cosine)).item(), 7),
+        top1_agreement=round(torch.cat(equal).float().mean().item(), 4),
+    )
 
 
 class Reference:
@@ -214,7 +261,7 @@ class Reference:
         self.greedy = [
             greedy_tokens(model, prompt, min(NEW_TOKENS, max_seq_len - len(prompt)), eos_ids) for prompt in prompts
         ]
-        self.sources: dict[str, dict[str, float]] = {}
+        self.sources: dict[str, LogitAgreement] = {}
 
     def add_int4_rounding(self, model: PreTrainedModel) -> None:
         """For a full-precision checkpoint, after `quantize`: from here on the packed model is the measure."""
@@ -227,12 +274,10 @@ class Reference:
         packed = self.checkpoint
         if self.sources:
             packed = reference_logits(model, self.prompts)
-        imitates = on_kernels and available()
         absent = {
             "expert grid": not crosses,
             "BF16 scales": on_kernels,
-            "INT8 activations": on_kernels and not imitates,
-            "INT8 expert activations": not imitates,
+            "INT8 expert activations": not on_kernels,
             "INT8 KV cache": options.kv_cache != "int8",
         }
         present = [source for source in SOURCES if not absent.get(source)]
@@ -244,7 +289,7 @@ class Reference:
                 self.sources[next(iter(sources))] = compare(packed, logits)
         self.same_rounding = logits
 
-    def report(self, program: PteModel) -> dict:
+    def report(self, program: PteModel) -> Parity:
         """
         Raises:
             ValueError: when the program does not compute the model.
@@ -258,15 +303,6 @@ class Reference:
             program.all_logits(prompt) if program.has_all_logits else program.forward(prompt, 0)[None]
             for prompt in self.prompts
         ]
-        report = {
-            "positions": sum(len(prompt) for prompt in self.prompts),
-            "pte_to_checkpoint": compare(self.checkpoint, logits),
-            "pte_to_pytorch_with_the_same_roundings": compare(self.same_rounding, logits),
-            "prefill_to_token_by_token": compare(
-                [stepped[-len(rows) :] for stepped, rows in zip(logits, whole, strict=True)], whole
-            ),
-            "sources": self.sources,
-        }
         agreed = total = 0
         for prompt, expected in zip(self.prompts, self.greedy, strict=True):
             produced = list(program.generate(prompt, len(expected)))
@@ -275,9 +311,22 @@ class Reference:
                 if ours != theirs:
                     break
                 agreed += 1
-        report["greedy_tokens_equal"], report["greedy_tokens"] = agreed, total
-        for name in ("pte_to_pytorch_with_the_same_roundings", "prefill_to_token_by_token"):
-            cosine = report[name]["cosine_median"]
+        report = Parity(
+            positions=sum(len(prompt) for prompt in self.prompts),
+            pte_to_checkpoint=compare(self.checkpoint, logits),
+            pte_to_pytorch_with_the_same_roundings=compare(self.same_rounding, logits),
+            prefill_to_token_by_token=compare(
+                [stepped[-len(rows) :] for stepped, rows in zip(logits, whole, strict=True)], whole
+            ),
+            sources=self.sources,
+            greedy_tokens_equal=agreed,
+            greedy_tokens=total,
+        )
+        for name, agreement in (
+            ("pte_to_pytorch_with_the_same_roundings", report.pte_to_pytorch_with_the_same_roundings),
+            ("prefill_to_token_by_token", report.prefill_to_token_by_token),
+        ):
+            cosine = agreement.cosine_median
             if not cosine >= MIN_COSINE:
                 raise ValueError(
                     f"The exported program does not compute this model: the median cosine of {name} is {cosine}, "

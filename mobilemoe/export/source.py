@@ -4,7 +4,7 @@ import json
 import logging
 import math
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -20,7 +20,7 @@ from modeling_mobilemoe.configuration_mobilemoe import MobileMoEConfig
 from modeling_mobilemoe.fused_mobilemoe import unpack_int4
 from modeling_mobilemoe.quantization_mobilemoe import PACKED_NAMES, MobileMoEInt4Config, MobileMoEInt4Quantizer
 
-from ..artifacts import is_pte, local_checkpoint, weights_sha256
+from ..artifacts import EXPORT_FILE, LogitAgreement, RuntimeExport, is_pte, local_checkpoint, weights_sha256
 from ..machine import available_memory, package_versions, peak_memory
 from .exporter import (
     check_absent,
@@ -28,7 +28,6 @@ from .exporter import (
     check_place,
     remove_remnants,
     stop_signal_as_exit,
-    write_report,
 )
 from .parity import compare, encode_prompts, reference_logits
 from .relayout import LAYER, Weight, relayout
@@ -36,7 +35,7 @@ from .relayout import LAYER, Weight, relayout
 
 logger = logging.getLogger(__name__)
 
-# Of logits, median over positions. Runtimes that round activations to 8 bits leave 0.999 and more; a runtime that computes
+# Of logits, median over positions. Runtimes that round activations to 8 bits leave 0.999 and more; one that computes
 # another model leaves less than this.
 MIN_COSINE = 0.99
 # A weight is in memory at a time while the files are written; the comparison loads whole models, so it has a limit.
@@ -205,7 +204,7 @@ class Source:
         ends.save_pretrained(directory)
 
     @contextmanager
-    def directory(self, size: int) -> Iterator[Path]:
+    def directory(self, size: int) -> Generator[Path, None, None]:
         """A temporary directory that becomes the output when the block ends well, and leaves nothing otherwise."""
         logger.info(f"{size / 1e6:,.0f} MB to write")
         remove_remnants(self.output_dir)
@@ -213,19 +212,36 @@ class Source:
         with stop_signal_as_exit(), replace_when_complete(self.output_dir) as partial:
             yield partial
 
-    def report(self, to: str, rounding: "Rounding", packages: tuple[str, ...]) -> dict:
-        return {
-            "model": self.model,
-            "to": to,
-            "weights_sha256": weights_sha256(self.path),
-            "versions": package_versions(("mobilemoe", "torch", "transformers", "safetensors", *packages)),
-            "expert_axis": self.expert_axis,
-            "rounding": rounding.report(),
-            "eos_ids": self.eos_ids,
-            "license": self.licence.get("license"),
-        }
+    def save_report(
+        self,
+        directory: Path,
+        to: str,
+        rounding: "Rounding",
+        packages: tuple[str, ...],
+        compare_runtime: Callable[[], LogitAgreement | str],
+        **settings: str | None,
+    ) -> None:
+        """Compares what was written with PyTorch, and describes it in `export.json`."""
+        files = {path.name: path.stat().st_size for path in sorted(directory.iterdir())}
+        memory = peak_memory()
+        outcome = compare_runtime()
+        RuntimeExport(
+            model=self.model,
+            to=to,
+            weights_sha256=weights_sha256(self.path),
+            versions=package_versions(("mobilemoe", "torch", "transformers", "safetensors", *packages)),
+            expert_axis=self.expert_axis,
+            rounding=rounding.report(),
+            eos_ids=self.eos_ids,
+            license=self.licence.get("license"),
+            files=files,
+            peak_memory_bytes=memory,
+            parity=None if isinstance(outcome, str) else outcome,
+            not_compared=outcome if isinstance(outcome, str) else None,
+            **settings,
+        ).save(directory / EXPORT_FILE)
 
-    def parity(self, size: int, load: Callable[[], Callable[[list[int]], torch.Tensor]]) -> dict | str:
+    def parity(self, size: int, load: Callable[[], Callable[[list[int]], torch.Tensor]]) -> LogitAgreement | str:
         """
         How far a runtime's logits are from PyTorch's on a few prompts; a reason where that cannot be said.
 
@@ -250,21 +266,13 @@ class Source:
         logits = load()
         result = compare(expected, [logits(prompt) for prompt in self.prompts])
         # The negation also holds for a cosine that is no number.
-        if not result["cosine_median"] >= MIN_COSINE:
+        if not result.cosine_median >= MIN_COSINE:
             raise ValueError(
-                f"The runtime's logits have a median cosine of {result['cosine_median']} to PyTorch's, less than "
+                f"The runtime's logits have a median cosine of {result.cosine_median} to PyTorch's, less than "
                 f"{MIN_COSINE}: this version of it does not compute the model. Update it, or uninstall it here to "
                 "export without a comparison."
             )
         return result
-
-
-def finish(directory: Path, report: dict, compare_runtime: Callable[[], dict | str]) -> None:
-    """Adds sizes, memory and parity to a report, and writes it."""
-    report["files"] = {path.name: path.stat().st_size for path in sorted(directory.iterdir())}
-    report["peak_memory_bytes"] = peak_memory()
-    report["parity"] = compare_runtime()
-    write_report(directory, report)
 
 
 def group_of(name: str) -> str:

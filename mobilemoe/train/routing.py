@@ -15,7 +15,7 @@ from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 from modeling_mobilemoe.fused_mobilemoe import Int4FeedForward
 from modeling_mobilemoe.modeling_mobilemoe import MobileMoEFeedForward, MobileMoERouter, grouped_mm_experts
 
-from ..artifacts import write_text
+from ..artifacts import write_json, write_text
 from ..display import picture
 
 
@@ -294,7 +294,7 @@ class ExpertBiasCallback(TrainerCallback):
     def on_train_end(self, args, state, control, **kwargs) -> None:
         self._flush(args, state)
         if state.is_world_process_zero:
-            write_text(Path(args.output_dir, "expert_load.json"), json.dumps({"load": self.load.tolist()}) + "\n")
+            write_json(Path(args.output_dir, "expert_load.json"), {"load": self.load.tolist()})
             plot_routing(args.output_dir)
 
 

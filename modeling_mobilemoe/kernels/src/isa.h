@@ -3,8 +3,14 @@
 // y[n] = sum_k x[k] * s[k, n / 32] * q[k, n] has its scale inside the reduction. So for every group of 32 outputs and
 // every block of 128 inputs, the activations are multiplied by that group's scales and rounded to INT8 with one step;
 // all products are then integers, and the blocks' sums are added in FP32, in order. Every path rounds in the same
-// places, so results do not depend on the machine, the number of threads, or how tokens are batched. (Linears of up to
-// three tokens add their products up in another order than those of more.)
+// places, so results do not depend on the machine, the number of threads, or how tokens are batched.
+//
+// Linears have their groups along the input. A group's products add up to an integer. Times the group's scale and step,
+// it is added in FP32 to one of four sums: group g to sum g % 4, in order. The result is ((s0 + s1) + s2) + s3. With
+// few tokens the four are lanes of a register; with many tokens they are computed one after the other.
+//
+// These orders are part of the operators' definition. FP32 sums in another order differ in their last bits, which can
+// move an input of the next operator by a whole INT8 step, and some layers later select another expert.
 #pragma once
 
 #include <cstdint>
@@ -57,6 +63,7 @@ struct LinearInputs {
   int32_t* offset;  // [K / 8]: -8 times the sum of the 4 even and 4 odd integers that meet in one cell
 };
 
+constexpr int kSums = 4;           // FP32 sums of a linear's output
 constexpr int kAhead = 4096;       // bytes that reading a linear's weights front to back fetches in advance
 constexpr int kPanelRows = 32;     // outputs of a linear that are unpacked together
 constexpr int kMaxLinearTile = 6;  // tokens that they are multiplied with at a time

@@ -144,72 +144,144 @@ void multiply_strip(const Strip& strip, int num_rows, const Activations& activat
   }
 }
 
-// 2 groups at a time; a register's halves are groups.
-void multiply_rows(const uint8_t* qweight, const uint16_t* scale, int num_rows, int num_groups,
-                   const LinearInputs& inputs, float* out) {
-  for (int n = 0; n < num_rows; ++n) {
-    __m256 sums[2] = {_mm256_setzero_ps(), _mm256_setzero_ps()};
-    for (int g = 0; g < num_groups; g += 2) {
-      const bool has_second = g + 1 < num_groups;
-      const int64_t at = static_cast<int64_t>(n) * num_groups + g;
-      const __m256i packed = load_groups(qweight + at * 16, has_second);
-      _mm_prefetch(reinterpret_cast<const char*>(qweight) + at * 16 + kAhead, _MM_HINT_T0);
-      const auto load_inputs = [g](const int8_t* of) {
-        return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(of + g * 16));
-      };
-      const __m256i products = _mm256_add_epi16(_mm256_maddubs_epi16(low_nibbles(packed), load_inputs(inputs.even)),
-                                                _mm256_maddubs_epi16(high_nibbles(packed), load_inputs(inputs.odd)));
-      const __m256i offset = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(inputs.offset + g * 4));
-      const float first = _cvtsh_ss(scale[at]) * inputs.step[g];
-      const float second = has_second ? _cvtsh_ss(scale[at + 1]) * inputs.step[g + 1] : 0.0f;
-      const __m256 steps = _mm256_set_m128(_mm_set1_ps(second), _mm_set1_ps(first));
-      __m256& sum = sums[g / 2 % 2];
-      sum = _mm256_add_ps(sum, _mm256_mul_ps(_mm256_cvtepi32_ps(add_pairs(offset, products)), steps));
+// Scales of 4 rows for up to 8 groups from `begin` on, times the inputs' steps -> [pairs of groups][2 groups][4 rows].
+inline void load_steps(const uint16_t* const* scales, int begin, int count, const float* step, __m256i* steps) {
+  __m256i rows[4];
+  for (int i = 0; i < 4; ++i) {
+    if (count == 8) {
+      const __m256 of_row = _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(scales[i] + begin)));
+      rows[i] = _mm256_castps_si256(_mm256_mul_ps(of_row, _mm256_loadu_ps(step + begin)));
+    } else {
+      float row[8] = {};
+      for (int g = 0; g < count; ++g) row[g] = _cvtsh_ss(scales[i][begin + g]) * step[begin + g];
+      rows[i] = _mm256_castps_si256(_mm256_loadu_ps(row));
     }
-    float lanes[16];
-    _mm256_storeu_ps(lanes, sums[0]);
-    _mm256_storeu_ps(lanes + 8, sums[1]);
-    out[n] = sum_lanes(lanes);
+  }
+  const __m256i low01 = _mm256_unpacklo_epi32(rows[0], rows[1]), high01 = _mm256_unpackhi_epi32(rows[0], rows[1]);
+  const __m256i low23 = _mm256_unpacklo_epi32(rows[2], rows[3]), high23 = _mm256_unpackhi_epi32(rows[2], rows[3]);
+  // Groups i and i + 4.
+  const __m256i groups[4] = {_mm256_unpacklo_epi64(low01, low23), _mm256_unpackhi_epi64(low01, low23),
+                             _mm256_unpacklo_epi64(high01, high23), _mm256_unpackhi_epi64(high01, high23)};
+  for (int i = 0; i < 2; ++i) {
+    steps[i] = _mm256_permute2x128_si256(groups[2 * i], groups[2 * i + 1], 0x20);
+    steps[2 + i] = _mm256_permute2x128_si256(groups[2 * i], groups[2 * i + 1], 0x31);
   }
 }
 
-// 2 tokens and 16 outputs at a time.
-void multiply_row_panel(const uint8_t* panel, const float* scales, int num_groups, const LinearInputs* inputs,
-                        int num_tokens, float* out) {
-  for (int half = 0; half < 2; ++half) {
-    __m256 sums[2][2] = {};
-    for (int g = 0; g < num_groups; ++g) {
-      __m256i products[2][2];
-      for (int t = 0; t < num_tokens; ++t) {
-        const int32_t* offset = inputs[t].offset + 4 * g;
-        products[t][0] = products[t][1] = _mm256_set1_epi32(offset[0] + offset[1] + offset[2] + offset[3]);
+// 4 rows at a time, whose scales are converted for 8 groups at once. A register's 128-bit lanes are groups.
+void multiply_rows(const uint8_t* qweight, const uint16_t* scale, int num_rows, int num_groups,
+                   const LinearInputs& inputs, float* out) {
+  const int64_t row_bytes = static_cast<int64_t>(num_groups) * 16;
+  for (int n = 0; n < num_rows; n += 4) {
+    const int rows = num_rows - n < 4 ? num_rows - n : 4;
+    const uint8_t* of_row[4];
+    const uint16_t* scales[4];
+    for (int i = 0; i < 4; ++i) {
+      // A missing row repeats the last one; its sum is dropped.
+      const int64_t row = n + (i < rows ? i : rows - 1);
+      of_row[i] = qweight + row * row_bytes;
+      scales[i] = scale + row * num_groups;
+    }
+    // Of every row, sums 0 and 1, then 2 and 3.
+    __m256 sums[2] = {_mm256_setzero_ps(), _mm256_setzero_ps()};
+    for (int begin = 0; begin < num_groups; begin += 8) {
+      const int count = num_groups - begin < 8 ? num_groups - begin : 8;
+      __m256i steps[4];
+      load_steps(scales, begin, count, inputs.step, steps);
+      for (int first = begin; first < begin + count; first += kSums) {
+#pragma GCC unroll 2
+        for (int pair = 0; pair < 2; ++pair) {
+          const int g = first + 2 * pair;
+          if (g >= num_groups) break;
+          const bool has_second = g + 1 < num_groups;
+          const auto load_inputs = [g](const int8_t* of) {
+            return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(of + g * 16));
+          };
+          const __m256i even = load_inputs(inputs.even), odd = load_inputs(inputs.odd);
+          const __m256i offset = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(inputs.offset + g * 4));
+          __m256i products[4];
+#pragma GCC unroll 4
+          for (int i = 0; i < 4; ++i) {
+            const __m256i packed = load_groups(of_row[i] + g * 16, has_second);
+            _mm_prefetch(reinterpret_cast<const char*>(of_row[i]) + g * 16 + kAhead, _MM_HINT_T0);
+            products[i] = add_pairs(offset, _mm256_add_epi16(_mm256_maddubs_epi16(low_nibbles(packed), even),
+                                                             _mm256_maddubs_epi16(high_nibbles(packed), odd)));
+          }
+          // The sums of the groups' values: lane g has group g of every row.
+          const __m256i of_groups = _mm256_hadd_epi32(_mm256_hadd_epi32(products[0], products[1]),
+                                                      _mm256_hadd_epi32(products[2], products[3]));
+          const __m256 of_steps = _mm256_castsi256_ps(steps[(g - begin) / 2]);
+          sums[pair] = _mm256_add_ps(sums[pair], _mm256_mul_ps(_mm256_cvtepi32_ps(of_groups), of_steps));
+        }
       }
-      for (int c = 0; c < 4; ++c) {
-        const auto* cells = reinterpret_cast<const __m256i*>(panel + (g * 8 + 2 * c) * 128 + half * 64);
-        for (int t = 0; t < num_tokens; ++t) {
-          int32_t pair[2];
-          std::memcpy(pair, inputs[t].even + g * 16 + c * 4, 4);
-          std::memcpy(pair + 1, inputs[t].odd + g * 16 + c * 4, 4);
-          const __m256i even = _mm256_set1_epi32(pair[0]), odd = _mm256_set1_epi32(pair[1]);
+    }
+    __m128 total = _mm_add_ps(_mm256_castps256_ps128(sums[0]), _mm256_extractf128_ps(sums[0], 1));
+    total = _mm_add_ps(total, _mm256_castps256_ps128(sums[1]));
+    total = _mm_add_ps(total, _mm256_extractf128_ps(sums[1], 1));
+    float totals[4];
+    _mm_storeu_ps(totals, total);
+    std::memcpy(out + n, totals, rows * sizeof(float));
+  }
+}
+
+// 16 outputs at a time of kTokens tokens, whose sums stay in registers.
+template <int kTokens>
+void multiply_row_tile(const uint8_t* panel, const float* scales, int num_groups, const LinearInputs* inputs,
+                       float* out) {
+  for (int half = 0; half < 2; ++half) {
+    for (int first = 0; first < kSums; ++first) {
+      __m256 sums[kTokens][2];
+#pragma GCC unroll 2
+      for (int t = 0; t < kTokens; ++t) sums[t][0] = sums[t][1] = _mm256_setzero_ps();
+      for (int g = first; g < num_groups; g += kSums) {
+        __m256i products[kTokens][2];
+#pragma GCC unroll 2
+        for (int t = 0; t < kTokens; ++t) {
+          const int32_t* offset = inputs[t].offset + 4 * g;
+          products[t][0] = products[t][1] = _mm256_set1_epi32(offset[0] + offset[1] + offset[2] + offset[3]);
+        }
+        for (int c = 0; c < 4; ++c) {
+          const auto* cells = reinterpret_cast<const __m256i*>(panel + (g * 8 + 2 * c) * 128 + half * 64);
+#pragma GCC unroll 2
+          for (int t = 0; t < kTokens; ++t) {
+            int32_t pair[2];
+            std::memcpy(pair, inputs[t].even + g * 16 + c * 4, 4);
+            std::memcpy(pair + 1, inputs[t].odd + g * 16 + c * 4, 4);
+            const __m256i even = _mm256_set1_epi32(pair[0]), odd = _mm256_set1_epi32(pair[1]);
+#pragma GCC unroll 2
+            for (int i = 0; i < 2; ++i) {
+              const __m256i of_even = _mm256_maddubs_epi16(_mm256_loadu_si256(cells + i), even);
+              const __m256i of_odd = _mm256_maddubs_epi16(_mm256_loadu_si256(cells + 4 + i), odd);
+              products[t][i] = add_pairs(products[t][i], _mm256_add_epi16(of_even, of_odd));
+            }
+          }
+        }
+#pragma GCC unroll 2
+        for (int t = 0; t < kTokens; ++t) {
+          const __m256 step = _mm256_set1_ps(inputs[t].step[g]);
+#pragma GCC unroll 2
           for (int i = 0; i < 2; ++i) {
-            products[t][i] = add_pairs(products[t][i],
-                                       _mm256_add_epi16(_mm256_maddubs_epi16(_mm256_loadu_si256(cells + i), even),
-                                                        _mm256_maddubs_epi16(_mm256_loadu_si256(cells + 4 + i), odd)));
+            const __m256 steps = _mm256_mul_ps(_mm256_loadu_ps(scales + g * kPanelRows + half * 16 + i * 8), step);
+            sums[t][i] = _mm256_add_ps(sums[t][i], _mm256_mul_ps(_mm256_cvtepi32_ps(products[t][i]), steps));
           }
         }
       }
-      for (int t = 0; t < num_tokens; ++t) {
-        const __m256 step = _mm256_set1_ps(inputs[t].step[g]);
+#pragma GCC unroll 2
+      for (int t = 0; t < kTokens; ++t) {
+#pragma GCC unroll 2
         for (int i = 0; i < 2; ++i) {
-          const __m256 steps = _mm256_mul_ps(_mm256_loadu_ps(scales + g * kPanelRows + half * 16 + i * 8), step);
-          sums[t][i] = _mm256_add_ps(sums[t][i], _mm256_mul_ps(_mm256_cvtepi32_ps(products[t][i]), steps));
+          float* target = out + t * kPanelRows + half * 16 + i * 8;
+          _mm256_storeu_ps(target, first > 0 ? _mm256_add_ps(_mm256_loadu_ps(target), sums[t][i]) : sums[t][i]);
         }
       }
     }
-    for (int t = 0; t < num_tokens; ++t) {
-      for (int i = 0; i < 2; ++i) _mm256_storeu_ps(out + t * kPanelRows + half * 16 + i * 8, sums[t][i]);
-    }
   }
+}
+
+void multiply_row_panel(const uint8_t* panel, const float* scales, int num_groups, const LinearInputs* inputs,
+                        int num_tokens, float* out) {
+  const auto multiply = num_tokens == 2 ? multiply_row_tile<2> : multiply_row_tile<1>;
+  multiply(panel, scales, num_groups, inputs, out);
 }
 
 bool supported() { return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("f16c"); }

@@ -229,16 +229,26 @@ void multiply_strip(const Strip& strip, int num_rows, const Activations& activat
   }
 }
 
-// The 16 sums of each of 4 rows, added up by halves.
-inline __m128 add_up(const __m512* sums) {
-  __m128 quarters[4];
-  for (int n = 0; n < 4; ++n) {
-    const __m256 halves = _mm256_add_ps(_mm512_castps512_ps256(sums[n]), _mm512_extractf32x8_ps(sums[n], 1));
-    quarters[n] = _mm_add_ps(_mm256_castps256_ps128(halves), _mm256_extractf128_ps(halves, 1));
-  }
-  const __m128 first = _mm_add_ps(_mm_movelh_ps(quarters[0], quarters[1]), _mm_movehl_ps(quarters[1], quarters[0]));
-  const __m128 second = _mm_add_ps(_mm_movelh_ps(quarters[2], quarters[3]), _mm_movehl_ps(quarters[3], quarters[2]));
-  return _mm_add_ps(_mm_shuffle_ps(first, second, 0x88), _mm_shuffle_ps(first, second, 0xDD));
+// 4 rows of 4 groups, a group's 4 values in a 128-bit lane -> their sums: lane g has group g of every row.
+inline __m512i sum_groups(const __m512i* rows) {
+  const auto add_halves = [](__m512i a, __m512i b) {
+    return _mm512_add_epi32(_mm512_unpacklo_epi32(a, b), _mm512_unpackhi_epi32(a, b));
+  };
+  const __m512i first = add_halves(rows[0], rows[1]), second = add_halves(rows[2], rows[3]);
+  return _mm512_add_epi32(_mm512_unpacklo_epi64(first, second), _mm512_unpackhi_epi64(first, second));
+}
+
+// Floats of 4 rows of 16 groups -> register i has groups 4i .. 4i + 3 in its lanes, each of every row.
+inline void transpose_groups(const __m512* rows, __m512i* groups) {
+  __m512i bits[4];
+  for (int i = 0; i < 4; ++i) bits[i] = _mm512_castps_si512(rows[i]);
+  const __m512i low01 = _mm512_unpacklo_epi32(bits[0], bits[1]), high01 = _mm512_unpackhi_epi32(bits[0], bits[1]);
+  const __m512i low23 = _mm512_unpacklo_epi32(bits[2], bits[3]), high23 = _mm512_unpackhi_epi32(bits[2], bits[3]);
+  groups[0] = _mm512_unpacklo_epi64(low01, low23);
+  groups[1] = _mm512_unpackhi_epi64(low01, low23);
+  groups[2] = _mm512_unpacklo_epi64(high01, high23);
+  groups[3] = _mm512_unpackhi_epi64(high01, high23);
+  transpose_lanes(groups);
 }
 
 // 4 rows at a time, whose scales are converted for 16 groups at once. A register's 128-bit lanes are groups.
@@ -251,88 +261,96 @@ void multiply_rows(const uint8_t* qweight, const uint16_t* scale, int num_rows, 
     const int rows = num_rows - n < 4 ? num_rows - n : 4;
     const uint8_t* of_row[4];
     const uint16_t* scales[4];
-    __m512 sums[4];
+    __m512 sums = _mm512_setzero_ps();
 #pragma GCC unroll 4
     for (int i = 0; i < 4; ++i) {
       // A missing row repeats the last one; its sum is dropped.
       const int64_t row = n + (i < rows ? i : rows - 1);
       of_row[i] = qweight + row * row_bytes;
       scales[i] = scale + row * num_groups;
-      sums[i] = _mm512_setzero_ps();
     }
     for (int begin = 0; begin < num_groups; begin += 16) {
       const int count = num_groups - begin < 16 ? num_groups - begin : 16;
       const auto used = static_cast<__mmask16>((1u << count) - 1);
       const __m512 step = _mm512_maskz_loadu_ps(used, inputs.step + begin);
-      __m512 steps[4];
+      __m512 of_rows[4];
 #pragma GCC unroll 4
       for (int i = 0; i < 4; ++i) {
         const __m512 converted = _mm512_cvtph_ps(_mm256_maskz_loadu_epi16(used, scales[i] + begin));
-        steps[i] = _mm512_mul_ps(converted, step);
+        of_rows[i] = _mm512_mul_ps(converted, step);
         _mm_prefetch(reinterpret_cast<const char*>(scales[i] + begin) + ahead / 8, _MM_HINT_T0);
       }
-      __m512i lanes = _mm512_set_epi32(3, 3, 3, 3, 2, 2, 2, 2, 1, 1, 1, 1, 0, 0, 0, 0);
-      for (int g = begin; g < begin + count; g += 4) {
+      __m512i steps[4];
+      transpose_groups(of_rows, steps);
+      for (int g = begin; g < begin + count; g += kSums) {
         const __mmask64 bytes = begin + count - g < 4 ? ~0ull >> (64 - 16 * (begin + count - g)) : ~0ull;
         const __m512i even = _mm512_loadu_si512(inputs.even + g * 16), odd = _mm512_loadu_si512(inputs.odd + g * 16);
         const __m512i offset = _mm512_loadu_si512(inputs.offset + g * 4);
+        __m512i products[4];
 #pragma GCC unroll 4
         for (int i = 0; i < 4; ++i) {
           const uint8_t* at = of_row[i] + g * 16;
           const __m512i packed = _mm512_maskz_loadu_epi8(bytes, at);
           _mm_prefetch(reinterpret_cast<const char*>(at) + ahead, _MM_HINT_T0);
-          __m512i products = offset;
-          add_products(products, low_nibbles(packed), even);
-          add_products(products, high_nibbles(packed), odd);
-          const __m512 of_lanes = _mm512_permutexvar_ps(lanes, steps[i]);
-          sums[i] = _mm512_add_ps(sums[i], _mm512_mul_ps(_mm512_cvtepi32_ps(products), of_lanes));
+          products[i] = offset;
+          add_products(products[i], low_nibbles(packed), even);
+          add_products(products[i], high_nibbles(packed), odd);
         }
-        lanes = _mm512_add_epi32(lanes, _mm512_set1_epi32(4));
+        const __m512 of_groups = _mm512_castsi512_ps(steps[(g - begin) / kSums]);
+        sums = _mm512_add_ps(sums, _mm512_mul_ps(_mm512_cvtepi32_ps(sum_groups(products)), of_groups));
       }
     }
-    _mm_mask_storeu_ps(out + n, (1 << rows) - 1, add_up(sums));
+    __m128 total = _mm512_castps512_ps128(sums);
+    total = _mm_add_ps(total, _mm512_extractf32x4_ps(sums, 1));
+    total = _mm_add_ps(total, _mm512_extractf32x4_ps(sums, 2));
+    total = _mm_add_ps(total, _mm512_extractf32x4_ps(sums, 3));
+    _mm_mask_storeu_ps(out + n, (1 << rows) - 1, total);
   }
 }
 
 template <int kTokens>
 void multiply_row_tile(const uint8_t* panel, const float* scales, int num_groups, const LinearInputs* inputs,
                        float* out) {
-  __m512 sums[kTokens][2];
+  for (int begin = 0; begin < kSums; ++begin) {
+    __m512 sums[kTokens][2];
 #pragma GCC unroll 6
-  for (int t = 0; t < kTokens; ++t) sums[t][0] = sums[t][1] = _mm512_setzero_ps();
-  for (int g = 0; g < num_groups; ++g) {
-    __m512i products[kTokens][2];
-#pragma GCC unroll 6
-    for (int t = 0; t < kTokens; ++t) {
-      const int32_t* offset = inputs[t].offset + 4 * g;
-      products[t][0] = products[t][1] = _mm512_set1_epi32(offset[0] + offset[1] + offset[2] + offset[3]);
-    }
-    for (int c = 0; c < 8; ++c) {
-      const uint8_t* cells = panel + (g * 8 + c) * 128;
-      const __m512i first = _mm512_loadu_si512(cells), second = _mm512_loadu_si512(cells + 64);
+    for (int t = 0; t < kTokens; ++t) sums[t][0] = sums[t][1] = _mm512_setzero_ps();
+    for (int g = begin; g < num_groups; g += kSums) {
+      __m512i products[kTokens][2];
 #pragma GCC unroll 6
       for (int t = 0; t < kTokens; ++t) {
-        int32_t cell;
-        std::memcpy(&cell, (c % 2 == 0 ? inputs[t].even : inputs[t].odd) + g * 16 + c / 2 * 4, sizeof(cell));
-        const __m512i x = _mm512_set1_epi32(cell);
-        add_products(products[t][0], first, x);
-        add_products(products[t][1], second, x);
+        const int32_t* offset = inputs[t].offset + 4 * g;
+        products[t][0] = products[t][1] = _mm512_set1_epi32(offset[0] + offset[1] + offset[2] + offset[3]);
+      }
+      for (int c = 0; c < 8; ++c) {
+        const uint8_t* cells = panel + (g * 8 + c) * 128;
+        const __m512i first = _mm512_loadu_si512(cells), second = _mm512_loadu_si512(cells + 64);
+#pragma GCC unroll 6
+        for (int t = 0; t < kTokens; ++t) {
+          int32_t cell;
+          std::memcpy(&cell, (c % 2 == 0 ? inputs[t].even : inputs[t].odd) + g * 16 + c / 2 * 4, sizeof(cell));
+          const __m512i x = _mm512_set1_epi32(cell);
+          add_products(products[t][0], first, x);
+          add_products(products[t][1], second, x);
+        }
+      }
+      const __m512 first = _mm512_loadu_ps(scales + g * 32), second = _mm512_loadu_ps(scales + g * 32 + 16);
+#pragma GCC unroll 6
+      for (int t = 0; t < kTokens; ++t) {
+        const __m512 step = _mm512_set1_ps(inputs[t].step[g]);
+        sums[t][0] =
+            _mm512_add_ps(sums[t][0], _mm512_mul_ps(_mm512_cvtepi32_ps(products[t][0]), _mm512_mul_ps(first, step)));
+        sums[t][1] =
+            _mm512_add_ps(sums[t][1], _mm512_mul_ps(_mm512_cvtepi32_ps(products[t][1]), _mm512_mul_ps(second, step)));
       }
     }
-    const __m512 first = _mm512_loadu_ps(scales + g * 32), second = _mm512_loadu_ps(scales + g * 32 + 16);
 #pragma GCC unroll 6
     for (int t = 0; t < kTokens; ++t) {
-      const __m512 step = _mm512_set1_ps(inputs[t].step[g]);
-      sums[t][0] =
-          _mm512_add_ps(sums[t][0], _mm512_mul_ps(_mm512_cvtepi32_ps(products[t][0]), _mm512_mul_ps(first, step)));
-      sums[t][1] =
-          _mm512_add_ps(sums[t][1], _mm512_mul_ps(_mm512_cvtepi32_ps(products[t][1]), _mm512_mul_ps(second, step)));
+      for (int i = 0; i < 2; ++i) {
+        float* target = out + t * kPanelRows + i * 16;
+        _mm512_storeu_ps(target, begin > 0 ? _mm512_add_ps(_mm512_loadu_ps(target), sums[t][i]) : sums[t][i]);
+      }
     }
-  }
-#pragma GCC unroll 6
-  for (int t = 0; t < kTokens; ++t) {
-    _mm512_storeu_ps(out + t * kPanelRows, sums[t][0]);
-    _mm512_storeu_ps(out + t * kPanelRows + 16, sums[t][1]);
   }
 }
 

@@ -60,44 +60,44 @@ void multiply_strip(const Strip& strip, int num_rows, const Activations& activat
   }
 }
 
-// A dot product has 16 sums: cell c of every fourth group goes to sum 4 * (group % 4) + c.
 void multiply_rows(const uint8_t* qweight, const uint16_t* scale, int num_rows, int num_groups,
                    const LinearInputs& inputs, float* out) {
   for (int n = 0; n < num_rows; ++n) {
-    float sums[16] = {};
+    float sums[kSums] = {};
     for (int g = 0; g < num_groups; ++g) {
       const uint8_t* bytes = qweight + (n * num_groups + g) * 16;
       const int8_t *even = inputs.even + g * 16, *odd = inputs.odd + g * 16;
-      const float step = half_to_float(scale[n * num_groups + g]) * inputs.step[g];
-      for (int c = 0; c < 4; ++c) {
-        int32_t sum = inputs.offset[4 * g + c];
-        for (int j = 4 * c; j < 4 * c + 4; ++j) {
-          sum += ((bytes[j] & 0x0F) ^ kBias) * even[j] + ((bytes[j] >> 4) ^ kBias) * odd[j];
-        }
-        sums[g % 4 * 4 + c] += static_cast<float>(sum) * step;
+      const int32_t* offset = inputs.offset + 4 * g;
+      int32_t sum = offset[0] + offset[1] + offset[2] + offset[3];
+      for (int j = 0; j < kGroup / 2; ++j) {
+        sum += ((bytes[j] & 0x0F) ^ kBias) * even[j] + ((bytes[j] >> 4) ^ kBias) * odd[j];
       }
+      sums[g % kSums] += static_cast<float>(sum) * (half_to_float(scale[n * num_groups + g]) * inputs.step[g]);
     }
-    out[n] = sum_lanes(sums);
+    out[n] = ((sums[0] + sums[1]) + sums[2]) + sums[3];
   }
 }
 
 void multiply_row_panel(const uint8_t* panel, const float* scales, int num_groups, const LinearInputs* inputs,
                         int num_tokens, float* out) {
   for (int t = 0; t < num_tokens; ++t) {
-    float* sums = out + t * kPanelRows;
-    for (int n = 0; n < kPanelRows; ++n) sums[n] = 0.0f;
-    for (int g = 0; g < num_groups; ++g) {
-      const int32_t* offset = inputs[t].offset + 4 * g;
-      const float step = inputs[t].step[g];
-      for (int n = 0; n < kPanelRows; ++n) {
-        int32_t sum = offset[0] + offset[1] + offset[2] + offset[3];
-        for (int c = 0; c < 8; ++c) {
-          const uint8_t* cell = panel + ((g * 8 + c) * kPanelRows + n) * kCellBytes;
-          const int8_t* x = (c % 2 == 0 ? inputs[t].even : inputs[t].odd) + g * 16 + c / 2 * kCellBytes;
-          for (int j = 0; j < kCellBytes; ++j) sum += cell[j] * x[j];
+    float* row = out + t * kPanelRows;
+    for (int first = 0; first < kSums; ++first) {
+      float sums[kPanelRows] = {};
+      for (int g = first; g < num_groups; g += kSums) {
+        const int32_t* offset = inputs[t].offset + 4 * g;
+        const float step = inputs[t].step[g];
+        for (int n = 0; n < kPanelRows; ++n) {
+          int32_t sum = offset[0] + offset[1] + offset[2] + offset[3];
+          for (int c = 0; c < 8; ++c) {
+            const uint8_t* cell = panel + ((g * 8 + c) * kPanelRows + n) * kCellBytes;
+            const int8_t* x = (c % 2 == 0 ? inputs[t].even : inputs[t].odd) + g * 16 + c / 2 * kCellBytes;
+            for (int j = 0; j < kCellBytes; ++j) sum += cell[j] * x[j];
+          }
+          sums[n] += static_cast<float>(sum) * (scales[g * kPanelRows + n] * step);
         }
-        sums[n] += static_cast<float>(sum) * (scales[g * kPanelRows + n] * step);
       }
+      for (int n = 0; n < kPanelRows; ++n) row[n] = first > 0 ? row[n] + sums[n] : sums[n];
     }
   }
 }

@@ -92,20 +92,26 @@ void multiply_strip(const Strip& strip, int num_rows, const Activations& activat
 void multiply_rows(const uint8_t* qweight, const uint16_t* scale, int num_rows, int num_groups,
                    const LinearInputs& inputs, float* out) {
   for (int n = 0; n < num_rows; ++n) {
-    float32x4_t sums[4] = {vdupq_n_f32(0), vdupq_n_f32(0), vdupq_n_f32(0), vdupq_n_f32(0)};
-    for (int g = 0; g < num_groups; ++g) {
+    float32x4_t sums = vdupq_n_f32(0);
+    for (int g = 0; g < num_groups; g += kSums) {
       const int64_t at = static_cast<int64_t>(n) * num_groups + g;
-      const uint8x16_t packed = vld1q_u8(qweight + at * 16);
-      __builtin_prefetch(qweight + at * 16 + kAhead);
-      int32x4_t products = vld1q_s32(inputs.offset + 4 * g);
-      products = vdotq_s32(products, low_nibbles(packed), vld1q_s8(inputs.even + g * 16));
-      products = vdotq_s32(products, high_nibbles(packed), vld1q_s8(inputs.odd + g * 16));
-      const float step = to_float(scale + at) * inputs.step[g];
-      sums[g % 4] = vaddq_f32(sums[g % 4], vmulq_n_f32(vcvtq_f32_s32(products), step));
+      const int count = num_groups - g < kSums ? num_groups - g : kSums;
+      const auto multiply = [&](int i) {
+        const uint8x16_t packed = vld1q_u8(qweight + (at + i) * 16);
+        __builtin_prefetch(qweight + (at + i) * 16 + kAhead);
+        int32x4_t products = vld1q_s32(inputs.offset + 4 * (g + i));
+        products = vdotq_s32(products, low_nibbles(packed), vld1q_s8(inputs.even + (g + i) * 16));
+        return vdotq_s32(products, high_nibbles(packed), vld1q_s8(inputs.odd + (g + i) * 16));
+      };
+      const int32x4_t zero = vdupq_n_s32(0);
+      const int32x4_t first = vpaddq_s32(multiply(0), count > 1 ? multiply(1) : zero);
+      const int32x4_t second = vpaddq_s32(count > 2 ? multiply(2) : zero, count > 3 ? multiply(3) : zero);
+      __fp16 half[kSums] = {};
+      std::memcpy(half, scale + at, count * sizeof(uint16_t));
+      const float32x4_t steps = vmulq_f32(vcvt_f32_f16(vld1_f16(half)), vld1q_f32(inputs.step + g));
+      sums = vaddq_f32(sums, vmulq_f32(vcvtq_f32_s32(vpaddq_s32(first, second)), steps));
     }
-    float lanes[16];
-    for (int i = 0; i < 4; ++i) vst1q_f32(lanes + 4 * i, sums[i]);
-    out[n] = sum_lanes(lanes);
+    out[n] = vgetq_lane_f32(sums, 0) + vgetq_lane_f32(sums, 1) + vgetq_lane_f32(sums, 2) + vgetq_lane_f32(sums, 3);
   }
 }
 
@@ -113,35 +119,40 @@ void multiply_rows(const uint8_t* qweight, const uint16_t* scale, int num_rows, 
 void multiply_row_panel(const uint8_t* panel, const float* scales, int num_groups, const LinearInputs* inputs,
                         int num_tokens, float* out) {
   for (int half = 0; half < 2; ++half) {
-    float32x4_t sums[2][4];
-    for (int t = 0; t < 2; ++t) {
-      for (int i = 0; i < 4; ++i) sums[t][i] = vdupq_n_f32(0);
-    }
-    for (int g = 0; g < num_groups; ++g) {
-      int32x4_t products[2][4];
-      for (int t = 0; t < num_tokens; ++t) {
-        const int32x4_t offset = vdupq_n_s32(vaddvq_s32(vld1q_s32(inputs[t].offset + 4 * g)));
-        for (int i = 0; i < 4; ++i) products[t][i] = offset;
+    for (int first = 0; first < kSums; ++first) {
+      float32x4_t sums[2][4];
+      for (int t = 0; t < 2; ++t) {
+        for (int i = 0; i < 4; ++i) sums[t][i] = vdupq_n_f32(0);
       }
-      for (int c = 0; c < 8; ++c) {
-        const auto* cells = reinterpret_cast<const int8_t*>(panel) + (g * 8 + c) * 128 + half * 64;
+      for (int g = first; g < num_groups; g += kSums) {
+        int32x4_t products[2][4];
         for (int t = 0; t < num_tokens; ++t) {
-          int32_t cell;
-          std::memcpy(&cell, (c % 2 == 0 ? inputs[t].even : inputs[t].odd) + g * 16 + c / 2 * 4, sizeof(cell));
-          const int8x16_t x = vreinterpretq_s8_s32(vdupq_n_s32(cell));
-          for (int i = 0; i < 4; ++i) products[t][i] = vdotq_s32(products[t][i], vld1q_s8(cells + 16 * i), x);
+          const int32x4_t offset = vdupq_n_s32(vaddvq_s32(vld1q_s32(inputs[t].offset + 4 * g)));
+          for (int i = 0; i < 4; ++i) products[t][i] = offset;
+        }
+        for (int c = 0; c < 8; ++c) {
+          const auto* cells = reinterpret_cast<const int8_t*>(panel) + (g * 8 + c) * 128 + half * 64;
+          for (int t = 0; t < num_tokens; ++t) {
+            int32_t cell;
+            std::memcpy(&cell, (c % 2 == 0 ? inputs[t].even : inputs[t].odd) + g * 16 + c / 2 * 4, sizeof(cell));
+            const int8x16_t x = vreinterpretq_s8_s32(vdupq_n_s32(cell));
+            for (int i = 0; i < 4; ++i) products[t][i] = vdotq_s32(products[t][i], vld1q_s8(cells + 16 * i), x);
+          }
+        }
+        for (int t = 0; t < num_tokens; ++t) {
+          for (int i = 0; i < 4; ++i) {
+            const float32x4_t steps =
+                vmulq_n_f32(vld1q_f32(scales + g * kPanelRows + half * 16 + 4 * i), inputs[t].step[g]);
+            sums[t][i] = vaddq_f32(sums[t][i], vmulq_f32(vcvtq_f32_s32(products[t][i]), steps));
+          }
         }
       }
       for (int t = 0; t < num_tokens; ++t) {
         for (int i = 0; i < 4; ++i) {
-          const float32x4_t steps =
-              vmulq_n_f32(vld1q_f32(scales + g * kPanelRows + half * 16 + 4 * i), inputs[t].step[g]);
-          sums[t][i] = vaddq_f32(sums[t][i], vmulq_f32(vcvtq_f32_s32(products[t][i]), steps));
+          float* target = out + t * kPanelRows + half * 16 + 4 * i;
+          vst1q_f32(target, first > 0 ? vaddq_f32(vld1q_f32(target), sums[t][i]) : sums[t][i]);
         }
       }
-    }
-    for (int t = 0; t < num_tokens; ++t) {
-      for (int i = 0; i < 4; ++i) vst1q_f32(out + t * kPanelRows + half * 16 + 4 * i, sums[t][i]);
     }
   }
 }
