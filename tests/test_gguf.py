@@ -16,6 +16,7 @@ from mobilemoe.cli import main
 from mobilemoe.export.relayout import Weight, relayout
 from mobilemoe.export.source import Source, weights_of
 from mobilemoe.runtime import CheckpointModel
+from modeling_mobilemoe import MobileMoEForCausalLM
 from modeling_mobilemoe.fused_mobilemoe import quantize_tensor
 
 
@@ -303,3 +304,37 @@ def test_llama_cpp_splits_text_the_same(exported, llama):
 def test_llama_cpp_knows_the_template(exported, llama):
     template = llama.metadata["tokenizer.chat_template"]
     assert "<|header_start|>" in template
+
+
+def test_licence_and_merges_of_llama_3(text_checkpoint, tmp_path):
+    checkpoint = shutil.copytree(text_checkpoint, tmp_path / "checkpoint")
+    (checkpoint / "README.md").write_text("---\nlicense: other\nlicense_name: fair-noncommercial\n---\n")
+    content = json.loads((checkpoint / "tokenizer.json").read_text())
+    content["model"]["ignore_merges"] = True
+    (checkpoint / "tokenizer.json").write_text(json.dumps(content))
+    export_gguf(checkpoint, tmp_path / "out")
+    found = fields(tmp_path / "out")
+    assert (found["general.license"], found["general.license.name"]) == ("other", "fair-noncommercial")
+    assert found["general.name"] == "checkpoint"
+    assert found["tokenizer.ggml.pre"] == "llama-bpe"
+
+
+def test_rows_that_do_not_divide_into_blocks(tiny_config, tokenizer, tmp_path):
+    sizes = {"intermediate_size": 48, "intermediate_size_mlp": 96, "bos_token_id": 496, "eos_token_id": 497}
+    config = tiny_config.__class__(**tiny_config.to_dict() | sizes)
+    MobileMoEForCausalLM(config).save_pretrained(tmp_path / "checkpoint")
+    tokenizer.save_pretrained(tmp_path / "checkpoint")
+    with pytest.raises(ValueError, match="rows of 48 numbers, and q4_0 stores blocks of 32. Set"):
+        export_gguf(tmp_path / "checkpoint", tmp_path / "out", "q4_0")
+    export_gguf(tmp_path / "checkpoint", tmp_path / "out")
+
+
+def test_an_old_llama_cpp_costs_the_comparison_only(text_checkpoint, tmp_path, monkeypatch):
+    llama_cpp = pytest.importorskip("llama_cpp", reason="needs llama.cpp: pip install llama-cpp-python")
+
+    def fail(*arguments, **options):
+        raise ValueError("Failed to load model")
+
+    monkeypatch.setattr(llama_cpp, "Llama", fail)
+    export_gguf(text_checkpoint, tmp_path / "out")
+    assert "does not load it (Failed to load" in json.loads((tmp_path / "out/export.json").read_text())["not_compared"]

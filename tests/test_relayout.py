@@ -210,3 +210,17 @@ def test_alternative_names(text_checkpoint, tmp_path):
     exported = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype=torch.float32)
     tokens = torch.arange(20)[None]
     torch.testing.assert_close(exported(tokens).logits, model(tokens).logits, rtol=1e-4, atol=1e-4)
+
+
+def test_a_runtime_that_computes_another_model_is_an_error(text_checkpoint, tmp_path, monkeypatch):
+    from mobilemoe.export import glm4_moe
+
+    original = glm4_moe.glm4_moe_config
+    monkeypatch.setattr(
+        glm4_moe,
+        "glm4_moe_config",
+        lambda *args: (config := original(*args), config.update({"use_qk_norm": False}))[0],
+    )
+    with pytest.raises(ValueError, match="does not compute the model"):
+        export_glm4_moe(text_checkpoint, tmp_path / "out")
+    assert list(tmp_path.iterdir()) == []

@@ -22,13 +22,7 @@ from modeling_mobilemoe.quantization_mobilemoe import PACKED_NAMES, MobileMoEInt
 
 from ..artifacts import EXPORT_FILE, LogitAgreement, RuntimeExport, is_pte, local_checkpoint, weights_sha256
 from ..machine import available_memory, package_versions, peak_memory
-from .exporter import (
-    check_absent,
-    check_config,
-    check_place,
-    remove_remnants,
-    stop_signal_as_exit,
-)
+from .exporter import check_absent, check_config, check_place, remove_remnants, stop_signal_as_exit
 from .parity import compare, encode_prompts, reference_logits
 from .relayout import LAYER, Weight, relayout
 
@@ -241,14 +235,14 @@ class Source:
             **settings,
         ).save(directory / EXPORT_FILE)
 
-    def parity(self, size: int, load: Callable[[], Callable[[list[int]], torch.Tensor]]) -> LogitAgreement | str:
+    def parity(self, size: int, load: Callable[[], Callable[[list[int]], torch.Tensor] | str]) -> LogitAgreement | str:
         """
         How far a runtime's logits are from PyTorch's on a few prompts; a reason where that cannot be said.
 
         Args:
             size (`int`): bytes that the runtime loads.
             load (`Callable`): loads them and returns a function from token ids to FP32 logits of every position,
-                `(tokens, vocab)`.
+                `(tokens, vocab)`, or why it cannot.
 
         Raises:
             ValueError: when they are not those of this model.
@@ -264,6 +258,8 @@ class Source:
         del model
         # Only now, so that the two are not in memory together.
         logits = load()
+        if isinstance(logits, str):
+            return logits
         result = compare(expected, [logits(prompt) for prompt in self.prompts])
         # The negation also holds for a cosine that is no number.
         if not result.cosine_median >= MIN_COSINE:
