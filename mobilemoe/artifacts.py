@@ -149,6 +149,36 @@ class Export(Artifact):
         return self.weights_sha256 == weights_sha256(directory)
 
 
+class RuntimeExport(Artifact):
+    """`export.json` beside what `mobilemoe export --to` wrote for another runtime than ExecuTorch."""
+
+    what = "the report of an export to another runtime"
+    remedy = "Export again: mobilemoe export --to FORMAT --model CHECKPOINT --output DIR"
+    mark = "to"
+
+    command: str | None = None
+    model: str
+    to: Literal["gguf", "mlx", "glm4_moe"]
+    weights_sha256: dict[str, str]
+    versions: dict[str, str]
+    # Of packed experts in the checkpoint.
+    expert_axis: str | None
+    # Types of the matrices and of the experts, where the format has a choice.
+    weights: str | None = None
+    expert_weights: str | None = None
+    # By kind of weight: "bit-exact", or the signal-to-noise ratio in dB.
+    rounding: dict[str, str]
+    eos_ids: list[int]
+    license: str | None
+    # Bytes by name.
+    files: dict[str, int]
+    # Before the comparison, for which whole models are loaded.
+    peak_memory_bytes: int
+    # Of the runtime with PyTorch, or why there is none.
+    parity: LogitAgreement | None
+    not_compared: str | None
+
+
 class ModelDescription(BaseModel):
     """What a model was when it was measured, see [`describe_model`]."""
 
@@ -541,7 +571,7 @@ def local_checkpoint(model: str | os.PathLike) -> Path:
     if Path(model).is_dir():
         return Path(model)
     try:
-        return Path(snapshot_download(str(model), allow_patterns=["*.json", "*.safetensors", "*.jinja"]))
+        return Path(snapshot_download(str(model), allow_patterns=["*.json", "*.safetensors", "*.jinja", "README.md"]))
     except (HFValidationError, OSError) as error:
         raise ValueError(
             f"{model} is not a directory, and the Hub does not give it: {error} Name a checkpoint directory; for a "

@@ -18,7 +18,24 @@ from . import __version__
 
 
 # Modules of one extra; others are in that of the command.
-EXTRAS = {"executorch": "export", "torchao": "export", "trl": "train"}
+EXTRAS = {"executorch": "export", "torchao": "export", "trl": "train", "gguf": "gguf"}
+# What `export` takes for each runtime, beside --model and --output.
+EXPORT_OPTIONS = {
+    "pte": (
+        "max_seq_len",
+        "expert_bits",
+        "moe_op",
+        "weights",
+        "embedding_bits",
+        "kv_cache",
+        "all_logits",
+        "experts_file",
+    ),
+    "gguf": ("weights", "expert_weights"),
+    "mlx": (),
+    "glm4_moe": ("weights",),
+}
+WEIGHT_SUFFIXES = {".pte", ".ptd", ".gguf", ".safetensors"}
 MODEL_HELP = "checkpoint directory, Hub id, or directory with model.pte"
 
 
@@ -164,42 +181,69 @@ def run_plan(arguments: argparse.Namespace) -> None:
 
 
 def add_export(commands) -> None:
-    export = commands.add_parser("export", help="turn a checkpoint into a directory with model.pte for ExecuTorch")
+    export = commands.add_parser("export", help="turn a checkpoint into a directory for ExecuTorch or another runtime")
     export.add_argument("--model", required=True, metavar="MODEL", help="checkpoint directory or Hub id")
     export.add_argument("--output", required=True, metavar="DIR", help="directory to create")
-    program = export.add_argument_group("program")
+    export.add_argument(
+        "--to",
+        default="pte",
+        choices=EXPORT_OPTIONS,
+        help="pte: ExecuTorch (default); gguf: llama.cpp; mlx: mlx-lm; glm4_moe: transformers, vLLM, SGLang",
+    )
+    # Defaults are those of the exporters, so that an option that was set is known from one that was not.
+    program = export.add_argument_group("program, for --to pte")
     program.add_argument("--max-seq-len", type=int, help="context in tokens (default: the model's)")
-    program.add_argument("--kv-cache", default="fp32", choices=("fp32", "int8"), help="default: fp32")
+    program.add_argument("--kv-cache", choices=("fp32", "int8"), help="default: fp32")
     program.add_argument("--all-logits", action="store_true", help="return logits of every position, for evaluation")
     program.add_argument("--experts-file", action="store_true", help="put the experts into experts.ptd")
-    weights = export.add_argument_group("weights")
-    weights.add_argument(
+    program.add_argument(
         "--moe-op",
         choices=("mobilemoe", "llama"),
         help="operator of the experts: ours, compiled on first use, or ExecuTorch's (default: ours where possible)",
     )
-    weights.add_argument("--expert-bits", type=int, choices=(4, 8), help="default: 4 where that loses nothing, else 8")
+    program.add_argument("--expert-bits", type=int, choices=(4, 8), help="default: 4 where that loses nothing, else 8")
+    program.add_argument(
+        "--embedding-bits", type=int, choices=(4, 8), help="8 stores the same integers wider (default: 4)"
+    )
+    weights = export.add_argument_group("weights")
     weights.add_argument(
-        "--embedding-bits", type=int, default=4, choices=(4, 8), help="8 stores the same integers wider (default: 4)"
+        "--weights",
+        choices=("int4", "fp32", "bf16", "f32", "q4_0"),
+        help="pte: int4 (default), or fp32, bf16: no quantization, slow; gguf: f32, bf16 or q4_0; glm4_moe: bf16 or "
+        "fp32 (default of these two: nothing is rounded where that is possible)",
     )
     weights.add_argument(
-        "--weights", default="int4", choices=("int4", "fp32", "bf16"), help="fp32, bf16: no quantization, slow"
+        "--expert-weights",
+        choices=("q8_0", "bf16"),
+        help="gguf: type of INT4 experts grouped along their output, which q4_0 cannot hold (default: q8_0)",
     )
     export.set_defaults(function=run_export, extra="export")
 
 
 def run_export(arguments: argparse.Namespace) -> None:
-    from .artifacts import PROGRAM_FILE, read_export
+    from .artifacts import EXPORT_FILE, Export, RuntimeExport
     from .display import show
-    from .export.exporter import export_checkpoint
     from .export.report import export_report
 
-    names = ("max_seq_len", "expert_bits", "weights", "embedding_bits", "kv_cache", "all_logits", "experts_file")
-    options = {name: getattr(arguments, name) for name in (*names, "moe_op")}
-    output = export_checkpoint(arguments.model, arguments.output, **options, command=arguments.command_line)
-    report = read_export(output)
-    show(*export_report(report))
-    print(f"{output / PROGRAM_FILE}: {report.pte_bytes / 1e6:,.1f} MB; more in export.json")
+    names = set().union(*EXPORT_OPTIONS.values())
+    given = {name: value for name, value in vars(arguments).items() if value is not None and value is not False}
+    options = {name: value for name, value in given.items() if name in names}
+    foreign = [f"--{name.replace('_', '-')}" for name in options if name not in EXPORT_OPTIONS[arguments.to]]
+    if foreign:
+        raise ValueError(f"{', '.join(foreign)}: of another format than --to {arguments.to}. Leave it out.")
+    if arguments.to == "gguf":
+        from .export.gguf import export_gguf as export
+    elif arguments.to == "mlx":
+        from .export.mlx import export_mlx as export
+    elif arguments.to == "glm4_moe":
+        from .export.glm4_moe import export_glm4_moe as export
+    else:
+        from .export.exporter import export_checkpoint as export
+    output = export(arguments.model, arguments.output, **options, command=arguments.command_line)
+    kind = Export if arguments.to == "pte" else RuntimeExport
+    show(*export_report(kind.load(output / EXPORT_FILE)))
+    size = sum(path.stat().st_size for path in output.iterdir() if path.suffix in WEIGHT_SUFFIXES)
+    print(f"{output}: {size / 1e6:,.1f} MB of weights; more in export.json")
 
 
 def add_run(commands) -> None:

@@ -131,8 +131,7 @@ def check_options(
     moe_op: str | None,
 ) -> None:
     """What can be known without the checkpoint."""
-    if output_dir.exists():
-        raise ValueError(f"The output {output_dir} exists and would be overwritten. Remove it or name another one.")
+    check_absent(output_dir)
     for name, value, legal in (
         ("expert_bits", expert_bits, (None, 4, 8)),
         ("embedding_bits", embedding_bits, (4, 8)),
@@ -316,22 +315,40 @@ def check_resources(
     # Fitted to S and M (README, Export): imports, weights in several copies, and what the program plans to work in,
     # which grows with the context as its cache does.
     memory = int(0.7e9 + max(2.8 * size, 1.1 * loaded) + 4 * cache + 2 * logits)
+    logger.info(f"{size / 1e6:,.0f} MB to write, about {memory / 1e9:.1f} GB of memory needed")
+    check_place(output_dir, size)
+    free_memory = available_memory()
+    if free_memory is not None and free_memory < memory:
+        raise ValueError(
+            f"The export takes about {memory / 1e9:.1f} GB of memory and {free_memory / 1e9:.1f} GB are available. "
+            "Use a larger machine, fewer expert_bits, or a smaller max_seq_len."
+        )
+
+
+def check_absent(output_dir: Path) -> None:
+    """
+    Raises:
+        ValueError: when there is something in the place of the output.
+    """
+    if output_dir.exists():
+        raise ValueError(f"The output {output_dir} exists and would be overwritten. Remove it or name another one.")
+
+
+def check_place(output_dir: Path, size: int) -> None:
+    """
+    Raises:
+        ValueError: when the output cannot be made there, or the disk is too small for so many bytes.
+    """
     parent = output_dir.absolute()
     while not parent.exists():
         parent = parent.parent
     if not parent.is_dir() or not os.access(parent, os.W_OK):
         raise ValueError(f"{output_dir} cannot be made: {parent} is no directory one can write to. Name another one.")
-    free_disk, free_memory = shutil.disk_usage(parent).free, available_memory()
-    logger.info(f"{size / 1e6:,.0f} MB to write, about {memory / 1e9:.1f} GB of memory needed")
-    if free_disk < 1.02 * size:
+    free = shutil.disk_usage(parent).free
+    if free < 1.02 * size:
         raise ValueError(
-            f"The program takes {size / 1e9:.2f} GB and {parent} has {free_disk / 1e9:.2f} GB free. "
+            f"The output takes {size / 1e9:.2f} GB and {parent} has {free / 1e9:.2f} GB free. "
             "Free space, or name an output on another disk."
-        )
-    if free_memory is not None and free_memory < memory:
-        raise ValueError(
-            f"The export takes about {memory / 1e9:.1f} GB of memory and {free_memory / 1e9:.1f} GB are available. "
-            "Use a larger machine, fewer expert_bits, or a smaller max_seq_len."
         )
 
 

@@ -1,8 +1,8 @@
-"""What `export.json` says of a program, as a table and a sentence."""
+"""What `export.json` says, as a table and a sentence."""
 
 from typing import TYPE_CHECKING
 
-from ..artifacts import Export, Parity
+from ..artifacts import Export, Parity, RuntimeExport
 from ..display import table
 
 
@@ -34,8 +34,10 @@ def parity_table(parity: Parity) -> "Group":
     return table(("logits", "cosine", "lowest", "SQNR dB", "KL nats", "top-1"), rows, caption=caption)
 
 
-def export_report(report: Export) -> "list[str | Group]":
-    """The comparison with PyTorch, and what a second rounding of the experts cost where there was one."""
+def export_report(report: Export | RuntimeExport) -> "list[str | Group]":
+    """The comparison with PyTorch, and what the weights lost on the way."""
+    if isinstance(report, RuntimeExport):
+        return [rounding_table(report)]
     parts = [parity_table(report.parity)]
     if report.experts_rounded_twice:
         parts.append(
@@ -43,3 +45,14 @@ def export_report(report: Export) -> "list[str | Group]":
             f"{report.expert_rounding_sqnr_db} dB of signal to rounding noise in the weights"
         )
     return parts
+
+
+def rounding_table(report: RuntimeExport) -> "Group":
+    """What an export to another runtime rounded, and how its logits compare."""
+    caption = f"logits {report.not_compared}"
+    if report.parity is not None:
+        caption = (
+            f"logits beside PyTorch: cosine {report.parity.cosine_mean:.6f}, lowest {report.parity.cosine_min:.6f}, "
+            f"SQNR {report.parity.sqnr_db:.1f} dB, top-1 {report.parity.top1_agreement:.3f}"
+        )
+    return table(("weights", "signal to rounding noise"), list(report.rounding.items()), caption=caption)
