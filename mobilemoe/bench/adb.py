@@ -16,7 +16,8 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from ..artifacts import PhoneCondition, PhoneFingerprint, file_sha256
+from ..artifacts import file_sha256
+from ..results import PhoneCondition, PhoneFingerprint
 
 
 class DeviceLost(OSError):

@@ -19,23 +19,20 @@ from pathlib import Path
 from tqdm import tqdm
 from transformers import AutoConfig, AutoTokenizer
 
-from ..artifacts import (
+from ..artifacts import Export, is_pte, is_shape, read_export
+from ..export.random_program import write_random_program
+from ..machine import spread
+from ..results import (
     Benchmark,
     BenchmarkedModel,
     BenchmarkMachine,
-    Export,
     LengthResult,
     Phone,
     PhoneFingerprint,
     PhoneSample,
     Spread,
     StartSeconds,
-    is_pte,
-    is_shape,
-    read_export,
 )
-from ..export.random_program import write_random_program
-from ..machine import spread
 from ..shapes import shapes
 from .adb import Device, find_device, parse_minibench, parse_observer
 from .worker import cache_bits, program_bytes_per_token, random_tokens

@@ -22,16 +22,9 @@ from pathlib import Path
 import torch
 import yaml
 
-from ..artifacts import (
-    EVALUATION_FILE,
-    Evaluation,
-    EvaluationSettings,
-    Machine,
-    TaskResult,
-    describe_model,
-    is_pte,
-)
+from ..artifacts import describe_model, is_pte
 from ..machine import machine, package_versions
+from ..results import EVALUATION_FILE, Evaluation, EvaluationSettings, Machine, TaskResult
 from ..runtime import CheckpointModel, PteModel
 from .data import CODE_EVAL, SITE, check_data, check_requirements
 from .report import format_score, mean_score, plot_reports
