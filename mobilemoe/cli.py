@@ -281,7 +281,8 @@ def run_bench(arguments: argparse.Namespace) -> None:
     phone_names = ("serial", "runner", "runner_binary", "max_celsius", "sustained_seconds", "keep")
     phone = {name: value for name in phone_names if (value := getattr(arguments, name))}
     if arguments.device == "adb":
-        from .bench.phone import PhoneOptions, bench_phone
+        from .bench.phone import bench_phone
+        from .bench.runners import PhoneOptions
 
         if arguments.profile or arguments.runtime != "pte":
             raise ValueError(
