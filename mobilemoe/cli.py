@@ -11,7 +11,7 @@ import os
 import shlex
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Generator, Mapping
 from contextlib import contextmanager
 
 from . import __version__
@@ -70,27 +70,28 @@ def make_parser() -> argparse.ArgumentParser:
 
 
 class PrintCompletion(argparse.Action):
-    def __call__(self, parser, namespace, shell, option_string=None) -> None:
+    def __call__(self, parser, namespace, values, option_string=None) -> None:
         import shtab
 
         file, directory = shtab.FILE, shtab.DIRECTORY
         complete_paths(parser, {"FILE": file, "NAME_OR_FILE": file, "DIR": directory, "MODEL": directory})
-        print(shtab.complete(parser, shell))
+        print(shtab.complete(parser, values))
         parser.exit()
 
 
-def complete_paths(parser: argparse.ArgumentParser, by_metavar: dict[str, dict[str, str]]) -> None:
+def complete_paths(parser: argparse.ArgumentParser, by_metavar: Mapping[str, object]) -> None:
     """Tells the completion which arguments are paths: those with such a metavar, also in subcommands."""
     for action in parser._actions:
-        if action.metavar in by_metavar:
-            action.complete = by_metavar[action.metavar]
+        if isinstance(action.metavar, str) and action.metavar in by_metavar:
+            # shtab reads it; argparse does not declare it.
+            action.complete = by_metavar[action.metavar]  # ty: ignore[missing-attribute]
         if isinstance(action, argparse._SubParsersAction):
             for subparser in action.choices.values():
                 complete_paths(subparser, by_metavar)
 
 
 @contextmanager
-def log_to_stderr(command: str) -> Iterator[None]:
+def log_to_stderr(command: str) -> Generator[None]:
     """Shows what the package logs; in a notebook its user decides."""
     logger, handler = logging.getLogger("mobilemoe"), logging.StreamHandler()
     handler.setFormatter(logging.Formatter(f"[{command}] %(message)s"))
@@ -260,35 +261,22 @@ def add_run(commands) -> None:
 
 
 def run_generation(arguments: argparse.Namespace) -> None:
-    from .artifacts import is_pte
+    from .runtime import load_language_model
 
-    if is_pte(arguments.model):
-        from .runtime import PteModel
-
-        model = PteModel(arguments.model)
-    else:
-        from .runtime import CheckpointModel
-
-        model = CheckpointModel(arguments.model)
+    model = load_language_model(arguments.model)
     prompt = model.encode(arguments.prompt, chat=arguments.chat)
-    started = time.perf_counter()
-    first_token, tokens, text = 0.0, [], ""
     sampling = {"temperature": arguments.temperature, "top_p": arguments.top_p, "seed": arguments.seed}
-    for token in model.generate(prompt, arguments.max_new_tokens, **sampling):
-        first_token = first_token or time.perf_counter()
-        tokens.append(token)
-        # Decoded as a whole: a character may span tokens, and until its last one the text ends in a replacement.
-        grown = model.decode(tokens)
-        if not grown.endswith("\ufffd"):
-            print(grown[len(text) :], end="", flush=True)
-            text = grown
-    finished = time.perf_counter()
-    print(model.decode(tokens)[len(text) :])
-    if len(tokens) > 1:
-        rate = (len(tokens) - 1) / (finished - first_token)
+    started, times = time.perf_counter(), []
+    for text in model.stream(model.generate(prompt, arguments.max_new_tokens, **sampling)):
+        times.append(time.perf_counter())
+        print(text, end="", flush=True)
+    print()
+    num_tokens = len(times) - 1
+    if num_tokens > 1:
+        rate = (num_tokens - 1) / (times[-1] - times[0])
         print(
-            f"[{len(prompt)} prompt tokens, first token after {first_token - started:.2f} s; "
-            f"{len(tokens)} new tokens, {rate:.1f} tokens/s]",
+            f"[{len(prompt)} prompt tokens, first token after {times[0] - started:.2f} s; "
+            f"{num_tokens} new tokens, {rate:.1f} tokens/s]",
             file=sys.stderr,
         )
 
@@ -337,7 +325,8 @@ def run_bench(arguments: argparse.Namespace) -> None:
     phone_names = ("serial", "runner", "runner_binary", "max_celsius", "sustained_seconds", "keep")
     phone = {name: value for name in phone_names if (value := getattr(arguments, name))}
     if arguments.device == "adb":
-        from .bench.phone import PhoneOptions, bench_phone
+        from .bench.phone import bench_phone
+        from .bench.runners import PhoneOptions
 
         if arguments.profile or arguments.runtime != "pte":
             raise ValueError(

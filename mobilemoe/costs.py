@@ -15,7 +15,7 @@ import numpy as np
 from modeling_mobilemoe.configuration_mobilemoe import MobileMoEConfig
 from modeling_mobilemoe.fused_mobilemoe import Int4Format
 
-from .artifacts import Benchmark, DeviceMeasurements, result_kind
+from .results import Benchmark, DeviceMeasurements, result_kind
 
 
 # Measurements of devices that `mobilemoe plan --device` knows by name.

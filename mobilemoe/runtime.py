@@ -1,7 +1,7 @@
 """Runs models from Python, token ids in and logits out: an exported `.pte` through ExecuTorch, or a checkpoint."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import cast
 
@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache, PreT
 
 from modeling_mobilemoe.kernels import BuildError, load_executorch
 
-from .artifacts import PROGRAM_FILE, read_export
+from .artifacts import PROGRAM_FILE, is_pte, read_export
 
 
 class LanguageModel(ABC):
@@ -117,6 +117,20 @@ class LanguageModel(ABC):
     def decode(self, tokens: list[int]) -> str:
         # The released tokenizer config asks for a clean-up that drops spaces before punctuation, also in code.
         return str(self.tokenizer.decode(tokens, skip_special_tokens=True, clean_up_tokenization_spaces=False))
+
+    def stream(self, tokens: Iterable[int]) -> Iterator[str]:
+        """Yields for every token the text that it completes, which may be empty, and at the end the rest."""
+        read, text = [], ""
+        for token in tokens:
+            read.append(token)
+            # Decoded as a whole: a character may span tokens, and until its last one the text ends in a replacement.
+            grown = self.decode(read)
+            if grown.endswith("\ufffd"):
+                yield ""
+            else:
+                yield grown[len(text) :]
+                text = grown
+        yield self.decode(read)[len(text) :]
 
 
 class CheckpointModel(LanguageModel):
@@ -229,6 +243,11 @@ class PteModel(LanguageModel):
         logits = [self.forward(tokens[:first], start)]
         logits += [self.forward([token], start + first + i) for i, token in enumerate(tokens[first:])]
         return torch.stack(logits)
+
+
+def load_language_model(path: str | Path) -> LanguageModel:
+    """A `.pte` directory, or a checkpoint; raises as [`PteModel`] and [`CheckpointModel`]."""
+    return PteModel(path) if is_pte(path) else CheckpointModel(path)
 
 
 def load_kernels() -> None:

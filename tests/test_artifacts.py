@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 from stand_ins import bench_result
 
-from mobilemoe.artifacts import Artifact, Benchmark, Export, is_checkpoint, is_pte, is_shape, read_export, read_result
+from mobilemoe.artifacts import Artifact, Export, is_checkpoint, is_pte, is_shape, read_export
+from mobilemoe.results import Benchmark, read_result
 from modeling_mobilemoe import MobileMoEConfig
 
 
@@ -72,5 +73,5 @@ def test_every_result_records_its_command():
 
 def test_importing_is_light():
     heavy = "{'torch', 'transformers', 'huggingface_hub', 'numpy'}"
-    code = f"import sys, mobilemoe.artifacts; print({heavy} & set(sys.modules))"
+    code = f"import sys, mobilemoe.results; print({heavy} & set(sys.modules))"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout == "set()\n"

@@ -18,6 +18,7 @@ from mobilemoe.cli import main
 from mobilemoe.costs import read_device
 from mobilemoe.display import show
 from mobilemoe.export import random_program as bench_programs
+from mobilemoe.results import Benchmark
 from modeling_mobilemoe import MobileMoEConfig
 from modeling_mobilemoe.fused_mobilemoe import Int4Module
 
@@ -155,6 +156,7 @@ def test_tables_fit_80_columns_and_say_all(capsys, tmp_path):
         model["start_seconds"] = {"cold": {"load": 1.25}, "warm": {"load": 0.25}}
         model["lengths"]["512"]["decode_of_memory_limit"] = 0.5
     result["models"]["S"]["operator_ms"] = {"512": {"decode": {"mobilemoe::moe_ffn.out": 12.3456}}}
+    result = Benchmark.model_validate(result)
     show(*tables(result, paper=True))
     lines = capsys.readouterr().out.splitlines()
     assert max(map(len, lines)) <= 80

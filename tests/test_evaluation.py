@@ -24,7 +24,7 @@ from lm_eval.api.instance import Instance
 from lm_eval.models.huggingface import HFLM
 from lm_eval.tasks import TaskManager
 
-from mobilemoe.artifacts import Score, describe_model
+from mobilemoe.artifacts import describe_model
 from mobilemoe.cli import main
 from mobilemoe.eval import run as evaluation
 from mobilemoe.eval.data import (
@@ -39,6 +39,7 @@ from mobilemoe.eval.data import (
 from mobilemoe.eval.models import CheckpointLM, PteLM
 from mobilemoe.eval.report import mean_score
 from mobilemoe.eval.run import group_file
+from mobilemoe.results import Score
 from mobilemoe.runtime import CheckpointModel
 from modeling_mobilemoe import quantize
 

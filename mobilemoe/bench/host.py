@@ -19,16 +19,9 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from ..artifacts import (
-    Benchmark,
-    BenchmarkedModel,
-    BenchmarkMachine,
-    LengthResult,
-    Spread,
-    StartSeconds,
-    is_shape,
-)
+from ..artifacts import is_shape
 from ..machine import cpu_name, memory_read_rate, spread
+from ..results import Benchmark, BenchmarkedModel, BenchmarkMachine, LengthResult, Spread, StartSeconds
 from ..shapes import shapes
 
 

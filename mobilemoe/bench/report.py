@@ -3,8 +3,8 @@
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ..artifacts import Benchmark, Spread
 from ..display import number, picture, table, with_spread
+from ..results import Benchmark, Spread
 from ..shapes import published_speeds
 
 

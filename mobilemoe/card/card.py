@@ -18,10 +18,11 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from modeling_mobilemoe.configuration_mobilemoe import MobileMoEConfig
 
 from .. import artifacts
-from ..artifacts import Benchmark, Check, Evaluation, Export, ModelDescription
+from ..artifacts import Export, ModelDescription
 from ..costs import int4_bytes, kv_cache_bytes, parameter_counts
 from ..eval.report import format_score
 from ..eval.suites import suite_file
+from ..results import Benchmark, Check, Evaluation, read_result
 from ..shapes import published, shapes
 
 
@@ -115,7 +116,7 @@ def write_card(
             output that exists.
     """
     check_free(Path(output), overwrite)
-    found = [artifacts.read_result(path) for path in results]
+    found = [read_result(path) for path in results]
     sources = sorted({source for result in found for source in result.sources})
     if model is None and len(sources) != 1:
         of = ", ".join(sources) or "no model"

@@ -11,9 +11,10 @@ from tqdm import tqdm
 
 from modeling_mobilemoe.modeling_mobilemoe import MobileMoERouter
 
-from ..artifacts import Check, ExpertUse, Machine, TextAgreement, describe_model, is_pte
+from ..artifacts import describe_model
 from ..machine import machine
-from ..runtime import CheckpointModel, LanguageModel, PteModel
+from ..results import Check, ExpertUse, Machine, TextAgreement
+from ..runtime import CheckpointModel, LanguageModel, load_language_model
 
 
 # Tokens that a model sees at once, one BOS included; less where the context is shorter.
@@ -124,10 +125,6 @@ def expert_utilisation(model: CheckpointModel, text: str, max_tokens: int = 4096
         used=(counts > 0).float().mean(dim=1).tolist(),
         effective=(entropy.exp() / num_experts).tolist(),
     )
-
-
-def load_language_model(path: str | Path) -> LanguageModel:
-    return PteModel(path) if is_pte(path) else CheckpointModel(path)
 
 
 def check_models(

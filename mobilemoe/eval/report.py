@@ -5,8 +5,9 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ..artifacts import EVALUATION_FILE, Comparison, ComparisonRow, Evaluation, Score, TaskResult, replace_file
+from ..artifacts import replace_file
 from ..display import picture, table
+from ..results import EVALUATION_FILE, Comparison, ComparisonRow, Evaluation, Score, TaskResult
 from .suites import suite_file
 
 

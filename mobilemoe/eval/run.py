@@ -22,16 +22,9 @@ from pathlib import Path
 import torch
 import yaml
 
-from ..artifacts import (
-    EVALUATION_FILE,
-    Evaluation,
-    EvaluationSettings,
-    Machine,
-    TaskResult,
-    describe_model,
-    is_pte,
-)
+from ..artifacts import describe_model, is_pte
 from ..machine import machine, package_versions
+from ..results import EVALUATION_FILE, Evaluation, EvaluationSettings, Machine, TaskResult
 from ..runtime import CheckpointModel, PteModel
 from .data import CODE_EVAL, SITE, check_data, check_requirements
 from .report import format_score, mean_score, plot_reports
@@ -65,8 +58,7 @@ def evaluate(
         model (`str` or `Path`): checkpoint directory, Hub id, or directory with `model.pte`.
         suite (`str`): of `suites.yaml`.
         output_dir (`str` or `Path`): for reports and finished tasks.
-        data_dir (`str` or `Path`, *optional*): made by `prepare_data`; nothing is downloaded then. When absent, the
-            harness downloads the pinned revisions into the Hub's cache.
+        data_dir (`str` or `Path`, *optional*): made by `prepare_data`; without it the harness downloads the data.
         tasks (`list[str]`, *optional*): only these of the suite.
         limit (`int`, *optional*): only the first documents of each task, for a try.
         dtype (`str`, defaults to `"auto"`): of a checkpoint's weights that are not packed.
@@ -89,7 +81,6 @@ def evaluate(
         name: fingerprint({"task": task, "data": revisions[task["dataset"]]} | identity)
         for name, task in selected.items()
     }
-    output_dir = Path(output_dir)
     results = kept_results(output_dir, fingerprints)
     todo = {name: task for name, task in selected.items() if name not in results}
     if todo:
@@ -112,8 +103,8 @@ def evaluate(
         mean=mean and mean.score,
         mean_stderr=mean and mean.stderr,
     )
-    report.save(output_dir / EVALUATION_FILE)
-    plot_reports({description.name: report}, output_dir / "report.png")
+    report.save(Path(output_dir, EVALUATION_FILE))
+    plot_reports({description.name: report}, Path(output_dir, "report.png"))
     return report
 
 
@@ -172,11 +163,11 @@ def suite_settings(suite: str, limit: int | None, dtype: str) -> EvaluationSetti
     )
 
 
-def task_file(output_dir: Path, name: str) -> Path:
-    return output_dir / "tasks" / f"{name}.json"
+def task_file(output_dir: str | Path, name: str) -> Path:
+    return Path(output_dir, "tasks", f"{name}.json")
 
 
-def kept_results(output_dir: Path, fingerprints: dict[str, str]) -> dict[str, TaskResult]:
+def kept_results(output_dir: str | Path, fingerprints: dict[str, str]) -> dict[str, TaskResult]:
     """
     Finished tasks of an earlier run.
 

@@ -62,8 +62,7 @@ def export_checkpoint(
         expert_bits (`int`, *optional*): width of the experts. `llama::quantized_moe_ffn` groups along the input axis
             and the released grid along the output axis: 8 keeps those weights, 4 rounds them a second time. Experts
             along the input keep integers and scales in both. 4 when that loses nothing, else 8, when absent.
-        weights (`str`, defaults to `"int4"`): `"fp32"` and `"bf16"` quantise nothing. For evaluation of small models
-            only: every token passes through every expert.
+        weights (`str`, defaults to `"int4"`): `"fp32"` and `"bf16"` quantise nothing and compute every expert: slow.
         embedding_bits (`int`, defaults to 4): 8 stores the same integers wider.
         kv_cache (`str`, defaults to `"fp32"`): or `"int8"`.
         all_logits (`bool`, defaults to `False`): the program returns `[1, S, vocab]`.
@@ -102,17 +101,7 @@ def export_checkpoint(
         with stages("write"):
             write_files(partial, program, tokenizer, config)
             del program
-            report = Export(
-                command=command,
-                model=str(model),
-                weights_sha256=weights_sha256(checkpoint),
-                **described,
-                pte_bytes=(partial / PROGRAM_FILE).stat().st_size,
-            )
-            if report.experts_file is not None:
-                report.ptd_bytes = (partial / report.experts_file).stat().st_size
-            # Needed to load the program, and written again once it has run.
-            report.save(partial / EXPORT_FILE)
+            report = write_report(partial, checkpoint, command=command, model=str(model), **described)
         with stages("compare"):
             report.parity = reference.report(PteModel(partial))
         report.seconds = stages.seconds | {"total": round(sum(stages.seconds.values()), 1)}
@@ -232,6 +221,16 @@ def write_files(directory: Path, program, tokenizer, config: MobileMoEConfig) ->
     program.write_tensor_data_to_file(directory)
     tokenizer.save_pretrained(directory)
     config.save_pretrained(directory)
+
+
+def write_report(directory: Path, checkpoint: Path, **described) -> Export:
+    """`export.json`: needed to load the program, and written again once it has run."""
+    size = (directory / PROGRAM_FILE).stat().st_size
+    report = Export(**described, weights_sha256=weights_sha256(checkpoint), pte_bytes=size)
+    if report.experts_file is not None:
+        report.ptd_bytes = (directory / report.experts_file).stat().st_size
+    report.save(directory / EXPORT_FILE)
+    return report
 
 
 def check_config(checkpoint: Path, max_seq_len: int | None) -> MobileMoEConfig:
