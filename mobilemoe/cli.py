@@ -6,34 +6,23 @@ Importing this file and parsing arguments imports neither torch nor transformers
 
 import argparse
 import json
-import logging
 import os
 import shlex
 import sys
 import time
-from collections.abc import Generator, Mapping
-from contextlib import contextmanager
 
 from . import __version__
+from .console import PrintCompletion, log_to_stderr
 
 
 # Modules of one extra; others are in that of the command.
 EXTRAS = {"executorch": "export", "torchao": "export", "trl": "train", "gguf": "gguf"}
 # What `export` takes for each runtime, beside --model and --output.
 EXPORT_OPTIONS = {
-    "pte": (
-        "max_seq_len",
-        "expert_bits",
-        "moe_op",
-        "weights",
-        "embedding_bits",
-        "kv_cache",
-        "all_logits",
-        "experts_file",
-    ),
-    "gguf": ("weights", "expert_weights"),
-    "mlx": (),
-    "glm4_moe": ("weights",),
+    "pte": "max_seq_len expert_bits moe_op weights embedding_bits kv_cache all_logits experts_file".split(),
+    "gguf": ["weights", "expert_weights"],
+    "mlx": [],
+    "glm4_moe": ["weights"],
 }
 WEIGHT_SUFFIXES = {".pte", ".ptd", ".gguf", ".safetensors"}
 MODEL_HELP = "checkpoint directory, Hub id, or directory with model.pte"
@@ -67,42 +56,6 @@ def make_parser() -> argparse.ArgumentParser:
     for add in (add_plan, add_export, add_run, add_bench, add_eval, add_card):
         add(commands)
     return parser
-
-
-class PrintCompletion(argparse.Action):
-    def __call__(self, parser, namespace, values, option_string=None) -> None:
-        import shtab
-
-        file, directory = shtab.FILE, shtab.DIRECTORY
-        complete_paths(parser, {"FILE": file, "NAME_OR_FILE": file, "DIR": directory, "MODEL": directory})
-        print(shtab.complete(parser, values))
-        parser.exit()
-
-
-def complete_paths(parser: argparse.ArgumentParser, by_metavar: Mapping[str, object]) -> None:
-    """Tells the completion which arguments are paths: those with such a metavar, also in subcommands."""
-    for action in parser._actions:
-        if isinstance(action.metavar, str) and action.metavar in by_metavar:
-            # shtab reads it; argparse does not declare it.
-            action.complete = by_metavar[action.metavar]  # ty: ignore[missing-attribute]
-        if isinstance(action, argparse._SubParsersAction):
-            for subparser in action.choices.values():
-                complete_paths(subparser, by_metavar)
-
-
-@contextmanager
-def log_to_stderr(command: str) -> Generator[None]:
-    """Shows what the package logs; in a notebook its user decides."""
-    logger, handler = logging.getLogger("mobilemoe"), logging.StreamHandler()
-    handler.setFormatter(logging.Formatter(f"[{command}] %(message)s"))
-    level = logger.level
-    logger.addHandler(handler)
-    logger.setLevel(logging.INFO)
-    try:
-        yield
-    finally:
-        logger.removeHandler(handler)
-        logger.setLevel(level)
 
 
 def add_plan(commands) -> None:
