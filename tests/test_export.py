@@ -570,7 +570,7 @@ def test_a_program_that_computes_something_else_fails_the_export(text_checkpoint
 
     monkeypatch.setattr(export_module, "lower", lambda *_: FakeProgram())
     monkeypatch.setattr(export_module, "PteModel", Broken)
-    with pytest.raises(ValueError, match="does not compute this model: the median cosine of pte_to_pytorch"):
+    with pytest.raises(ValueError, match="does not compute this model: the signal to noise in dB of pte_to_pytorch"):
         export_checkpoint(text_checkpoint, tmp_path / "out")
     assert not list(tmp_path.iterdir())
 

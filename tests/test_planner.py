@@ -263,18 +263,16 @@ def test_command_line_errors_are_one_line(arguments, message):
 
 def test_document_shows_what_the_command_prints(monkeypatch, capsys):
     monkeypatch.chdir(RECIPES.parent)
-    blocks = [
-        block.split("```")[0] for block in Path("docs/scaling.md").read_text().split("```\n$ mobilemoe plan ")[1:]
-    ]
-    assert len(blocks) == 2
-    for block in blocks:
-        command, _, shown = block.partition("\n")
-        try:
-            run_cli("plan", *command.split())
-            printed = capsys.readouterr().out
-        except SystemExit as error:
-            printed = str(error)
-        assert printed.split() == shown.split()
+    document = Path("docs/scaling.md").read_text()
+    _, block = document.split("```\n$ mobilemoe plan ")
+    command, _, shown = block.split("```")[0].partition("\n")
+    run_cli("plan", *command.split())
+    assert capsys.readouterr().out.split() == shown.split()
+    _, error = document.split("```\nmobilemoe plan: ")
+    impossible = "--memory-gb 1 --tokens 500e9 --tokens-per-second 5000 --device galaxy-s25"
+    with pytest.raises(SystemExit) as raised:
+        run_cli("plan", *impossible.split())
+    assert str(raised.value).split() == ["mobilemoe", "plan:", *error.split("```")[0].split()]
 
 
 @pytest.fixture(scope="module")

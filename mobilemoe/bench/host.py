@@ -288,7 +288,8 @@ def bench(
             "A built-in shape has random weights and no tokenizer, so it reads no prompt file. Leave the file out for "
             "random tokens, or name a checkpoint."
         )
-    context = max(prompt_lengths, default=0) + new_tokens
+    # Before an export, which takes minutes.
+    context = Rounds(prompt_lengths, new_tokens, repeats, num_threads).context
     with tempfile.TemporaryDirectory() as directory:
         paths = {}
         for name in models:
@@ -298,7 +299,7 @@ def bench(
             config = shapes()[name]
             path = os.path.join(directory, name)
             if runtime == "pte":
-                if not 1 <= context <= config.max_position_embeddings:
+                if context > config.max_position_embeddings:
                     raise ValueError(
                         f"{name} has a context of {config.max_position_embeddings} tokens and {context} are needed. "
                         "Give shorter prompt lengths."
