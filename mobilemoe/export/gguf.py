@@ -8,6 +8,7 @@ through without rounding; llama.cpp has no type for experts grouped along their 
 import json
 from collections.abc import Callable
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -20,6 +21,9 @@ from ..artifacts import LogitAgreement
 from .relayout import Weight
 from .source import Rounding, Source, group_of, plan
 
+
+if TYPE_CHECKING:
+    from gguf import GGMLQuantizationType, GGUFWriter
 
 GGUF_FILE = "model.gguf"
 WEIGHTS = ("f32", "bf16", "q4_0")
@@ -55,9 +59,9 @@ def export_gguf(
         ValueError: for a request that cannot be met, a damaged checkpoint, or a disk that is too small. Nothing is
             written then.
     """
-    from gguf import GGML_QUANT_SIZES, GGMLQuantizationType, GGUFWriter, get_tensor_name_map
+    from gguf import GGUFWriter
     from gguf.constants import MODEL_ARCH, MODEL_ARCH_NAMES
-    from gguf.quants import dequantize, quant_shape_to_byte_shape, quantize
+    from gguf.quants import dequantize
 
     if Path(output_dir).suffix == ".gguf":
         raise ValueError(
@@ -68,53 +72,14 @@ def export_gguf(
         if value is not None and value not in legal:
             raise ValueError(f"{name}={value!r} is not written here. Set {' or '.join(legal)}.")
     source = Source(model, output_dir)
-    if weights is None:
-        weights = "q4_0" if source.is_int4 else "bf16" if source.dtype == torch.bfloat16 else "f32"
-    if expert_weights is not None and (weights != "q4_0" or source.expert_axis != "output"):
-        raise ValueError(
-            f"expert_weights={expert_weights!r} is for packed experts grouped along their output in a file of q4_0; "
-            f"here all matrices are {weights}. Leave it out."
-        )
-    matrix_type = GGMLQuantizationType[weights.upper()]
-    expert_type = matrix_type
-    if weights == "q4_0" and source.expert_axis == "output":
-        expert_type = GGMLQuantizationType[(expert_weights or "q8_0").upper()]
-
-    name_map = get_tensor_name_map(MODEL_ARCH.EXAONE_MOE, source.config.num_hidden_layers)
-
-    def placed(name: str) -> tuple[list[str], GGMLQuantizationType]:
-        """The names of a weight in the file, and its type there."""
-        # llama.cpp calls the bias one, with a dot.
-        base, _, suffix = name.replace("correction_bias", "correction.bias").rpartition(".")
-        names = [f"{name_map.get_name(base)}.{suffix}"]
-        if names == ["token_embd.weight"]:
-            # The loader's own fallback to a tied head never runs.
-            names.append("output.weight")
-        group = group_of(name)
-        if group in ("norms", "router"):
-            return names, GGMLQuantizationType.F32
-        return names, expert_type if group == "experts" else matrix_type
-
+    types = Types(source, weights, expert_weights)
     writer = GGUFWriter(None, MODEL_ARCH_NAMES[MODEL_ARCH.EXAONE_MOE])
     add_model(writer, source.config)
     add_tokenizer(writer, source)
-    add_description(writer, source, weights)
+    add_description(writer, source, types.weights)
     factors = rope_factors(source.config)
     writer.add_tensor_info("rope_freqs.weight", factors.shape, factors.dtype, factors.nbytes)
-    size = 0
-    for name, weight in plan(source.config):
-        names, kind = placed(name)
-        row, block = weight.values.shape[-1], GGML_QUANT_SIZES[kind][0]
-        if row % block:
-            raise ValueError(
-                f"{name} has rows of {row} numbers, and {kind.name.lower()} stores blocks of {block}. "
-                "Set weights='bf16'."
-            )
-        num_bytes = int(np.prod(quant_shape_to_byte_shape(weight.values.shape, kind), dtype=np.int64))
-        for stored_name in names:
-            writer.add_tensor_info(stored_name, weight.values.shape, np.dtype(np.float32), num_bytes, raw_dtype=kind)
-            size += num_bytes
-
+    size = add_weights(writer, source, types)
     rounding = Rounding()
     with source.directory(size) as partial:
         try:
@@ -123,11 +88,8 @@ def export_gguf(
             writer.write_ti_data_to_file()
             writer.write_tensor_data(factors)
             for name, weight in source.relayouted(GGUF_FILE):
-                names, kind = placed(name)
-                if kind == GGMLQuantizationType.Q4_0:
-                    stored = q4_0_blocks(weight)
-                else:
-                    stored = quantize(weight.float().contiguous().numpy(), kind)
+                names, kind = types.placed(name)
+                stored = types.stored(weight, kind)
                 rounding.add(name, weight, torch.from_numpy(dequantize(stored, kind)))
                 for _ in names:
                     writer.write_tensor_data(stored)
@@ -140,11 +102,85 @@ def export_gguf(
             rounding,
             ("gguf", "llama_cpp_python"),
             lambda: llama_cpp_parity(source, partial / GGUF_FILE),
-            weights=weights,
-            expert_weights=expert_type.name.lower(),
+            weights=types.weights,
+            expert_weights=types.experts.name.lower(),
             command=command,
         )
     return source.output_dir
+
+
+class Types:
+    """
+    The GGUF types of a checkpoint's weights, and the names under which the file holds them.
+
+    Raises:
+        ValueError: for `expert_weights` where it would have no effect.
+    """
+
+    def __init__(self, source: Source, weights: str | None, expert_weights: str | None):
+        from gguf import GGMLQuantizationType, get_tensor_name_map
+        from gguf.constants import MODEL_ARCH
+
+        if weights is None:
+            weights = "q4_0" if source.is_int4 else "bf16" if source.dtype == torch.bfloat16 else "f32"
+        if expert_weights is not None and (weights != "q4_0" or source.expert_axis != "output"):
+            raise ValueError(
+                f"expert_weights={expert_weights!r} is for packed experts grouped along their output in a file of "
+                f"q4_0; here all matrices are {weights}. Leave it out."
+            )
+        self.weights = weights
+        self.matrices = self.experts = GGMLQuantizationType[weights.upper()]
+        if weights == "q4_0" and source.expert_axis == "output":
+            self.experts = GGMLQuantizationType[(expert_weights or "q8_0").upper()]
+        self.vectors = GGMLQuantizationType.F32
+        self.names = get_tensor_name_map(MODEL_ARCH.EXAONE_MOE, source.config.num_hidden_layers)
+
+    def placed(self, name: str) -> "tuple[list[str], GGMLQuantizationType]":
+        """The names of a weight in the file, and its type there."""
+        # llama.cpp calls the bias one, with a dot.
+        base, _, suffix = name.replace("correction_bias", "correction.bias").rpartition(".")
+        names = [f"{self.names.get_name(base)}.{suffix}"]
+        if names == ["token_embd.weight"]:
+            # The loader's own fallback to a tied head never runs.
+            names.append("output.weight")
+        group = group_of(name)
+        if group in ("norms", "router"):
+            return names, self.vectors
+        return names, self.experts if group == "experts" else self.matrices
+
+    def stored(self, weight: Weight, kind: "GGMLQuantizationType") -> np.ndarray:
+        """The bytes of a weight in the file."""
+        from gguf.quants import quantize
+
+        if kind.name == "Q4_0":
+            return q4_0_blocks(weight)
+        return quantize(weight.float().contiguous().numpy(), kind)
+
+
+def add_weights(writer: "GGUFWriter", source: Source, types: Types) -> int:
+    """
+    Declares every weight, and returns the bytes of all.
+
+    Raises:
+        ValueError: for a width that a type's blocks do not divide.
+    """
+    from gguf import GGML_QUANT_SIZES
+    from gguf.quants import quant_shape_to_byte_shape
+
+    size = 0
+    for name, weight in plan(source.config):
+        names, kind = types.placed(name)
+        row, block = weight.values.shape[-1], GGML_QUANT_SIZES[kind][0]
+        if row % block:
+            raise ValueError(
+                f"{name} has rows of {row} numbers, and {kind.name.lower()} stores blocks of {block}. "
+                "Set weights='bf16'."
+            )
+        num_bytes = int(np.prod(quant_shape_to_byte_shape(weight.values.shape, kind), dtype=np.int64))
+        for stored_name in names:
+            writer.add_tensor_info(stored_name, weight.values.shape, np.dtype(np.float32), num_bytes, raw_dtype=kind)
+            size += num_bytes
+    return size
 
 
 def q4_0_blocks(weight: Weight) -> np.ndarray:
