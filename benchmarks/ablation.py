@@ -28,7 +28,6 @@ import argparse
 import hashlib
 import json
 import math
-import os
 import statistics
 import sys
 import time
@@ -40,8 +39,11 @@ import torch
 from torch import nn
 from tqdm import tqdm
 
-from mobilemoe.plan.fit import describe_fit, fit_law, heldout_error, plot_fit
+from mobilemoe.artifacts import replace_file, write_text
+from mobilemoe.display import markdown
+from mobilemoe.plan.fit import fit_law, heldout_error
 from mobilemoe.plan.law import COEFFICIENTS, COLUMNS
+from mobilemoe.plan.report import describe_fit, plot_fit
 from mobilemoe.train.recipe import RecipeArguments, set_up_routing
 from modeling_mobilemoe import MobileMoEConfig, MobileMoEForCausalLM
 
@@ -151,9 +153,8 @@ def load_tokens(directory: Path) -> dict[str, torch.Tensor]:
             part: np.concatenate([np.array(ids, dtype=np.uint16) for ids in tokenizer(sources).input_ids])
             for part, sources in texts.items()
         }
-        partial = file.with_name("partial.npz")
-        np.savez(partial, **arrays)
-        os.replace(partial, file)
+        with replace_file(file) as partial:
+            np.savez(partial, **arrays)
     with np.load(file) as arrays:
         return {part: torch.from_numpy(arrays[part].astype(np.int64)) for part in arrays}
 
@@ -277,25 +278,26 @@ def report(rows: list[dict], num_planned: int, output: Path) -> tuple[str, dict]
     hours = sum(row["seconds"] for row in rows) / 3600
     lines.append(f"{len(rows)} of {num_planned} runs of the plan are done, in {hours:.1f} hours of training.")
     lines.append(f"\n## Losses\n\nNats per held-out token, width {cell[0]}, {cell[1]} layers, {cell[2]:,} tokens.\n")
-    lines.append(
-        "| E | granularity | shared expert | active | total | loss, mean ± sd | seeds |\n|---|---|---|---|---|---|---|"
-    )
+    losses = []
     for (expansion, granularity, shared), members in arms.items():
-        losses = [row["loss"] for row in members]
-        spread = f" ± {statistics.stdev(losses):.4f}" if len(losses) > 1 else ""
-        counts = f"{members[0]['active_parameters']:,} | {members[0]['total_parameters']:,}"
-        arm = f"{expansion} | {granularity} | {'yes' if shared else 'no'}"
-        lines.append(f"| {arm} | {counts} | {statistics.mean(losses):.4f}{spread} | {len(losses)} |")
+        values = [row["loss"] for row in members]
+        spread = f" ± {statistics.stdev(values):.4f}" if len(values) > 1 else ""
+        counts = (f"{members[0]['active_parameters']:,}", f"{members[0]['total_parameters']:,}")
+        mean = f"{statistics.mean(values):.4f}{spread}"
+        losses.append((expansion, granularity, "yes" if shared else "no", *counts, mean, len(values)))
+    columns = ("E", "granularity", "shared expert", "active", "total", "loss, mean ± sd", "seeds")
+    lines.append(markdown(columns, losses))
 
     result: dict = {"benchmark": "ablation", "runs": len(rows), "findings": {}}
-    lines.append(
-        "\n## Findings\n\n| finding of the paper | below zero if it holds (95 % interval) | verdict |\n|---|---|---|"
-    )
+    lines.append("\n## Findings\n")
+    findings = []
     for claim, weights in FINDINGS:
         measured = contrast(repeated, weights)
         text = "" if measured is None else f"{measured[0]:+.4f} ± {measured[1]:.4f}"
         result["findings"][claim] = {"measured": measured, "verdict": judge(measured)}
-        lines.append(f"| {claim} | {text} | {judge(measured)} |")
+        findings.append((claim, text, judge(measured)))
+    columns = ("finding of the paper", "below zero if it holds (95 % interval)", "verdict")
+    lines.append(markdown(columns, findings))
 
     sweep = [row for row in rows if row["granularity"] == 2 and not row["shared"]]
     table = {name: np.array([float(row[name]) for row in sweep]) for name in COLUMNS}
@@ -339,10 +341,7 @@ def main() -> None:
             run |= {"learning_rate": arguments.learning_rate * RATE_WIDTH / run["width"]} | settings
         done = {tuple(row[key] for key in plan[0]) for row in rows}
         runs = [run for run in plan if tuple(run.values()) not in done]
-        arguments.output.parent.mkdir(parents=True, exist_ok=True)
-        partial = arguments.output.with_suffix(".partial")
-        partial.write_text("".join(json.dumps(row) + "\n" for row in rows))
-        os.replace(partial, arguments.output)
+        write_text(arguments.output, "".join(json.dumps(row) + "\n" for row in rows))
         for run in tqdm(runs, desc="ablation", unit="run"):
             rows.append(train(run, text, arguments))
             with arguments.output.open("a") as file:
@@ -351,12 +350,11 @@ def main() -> None:
     print(markdown)
     command = f"python benchmarks/ablation.py --sizes {' '.join(arguments.sizes)} "
     command += f"--tokens {' '.join(map(str, arguments.tokens))} --seeds {' '.join(map(str, arguments.seeds))}"
-    partial = arguments.output.with_suffix(".partial")
-    partial.write_text(
+    write_text(
+        arguments.output.with_suffix(".md"),
         f"# Our ablation\n\n`{command}`\n\nWritten by that script from {arguments.output.name}; what the "
-        f"sweeps are is said in it.\n\n{markdown}\n"
+        f"sweeps are is said in it.\n\n{markdown}\n",
     )
-    os.replace(partial, arguments.output.with_suffix(".md"))
     print(json.dumps(result))
 
 

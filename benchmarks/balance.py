@@ -15,9 +15,9 @@ import subprocess
 import sys
 from pathlib import Path
 
-import matplotlib.pyplot as plt
 from matplotlib.ticker import ScalarFormatter
 
+from mobilemoe.display import picture, show, table
 from mobilemoe.train.routing import read_routing
 
 
@@ -28,26 +28,30 @@ GOAL, WINDOW = 1.5, 20
 
 def report(output: Path) -> dict:
     """Draws and prints both runs; returns the numbers."""
-    figure, axis = plt.subplots(figsize=(8, 4), layout="constrained")
     result: dict = {}
-    print(f"{'busiest expert over the mean':30s} {'at first':>9s} {'at last':>9s}  stays below {GOAL} from step")
-    for name in RUNS:
-        steps = [max(row["imbalance"]) for row in read_routing(OUT / name.replace(" ", "-"))]
-        medians = [statistics.median(steps[max(0, end - WINDOW) : end]) for end in range(1, len(steps) + 1)]
-        above = [step for step, value in enumerate(medians, start=1) if value >= GOAL]
-        below_from = (max(above, default=0) + 1) if max(above, default=0) < len(steps) else None
-        result[name] = {"first": medians[min(WINDOW, len(steps)) - 1], "last": medians[-1], "below_from": below_from}
-        (line,) = axis.plot(range(1, len(steps) + 1), medians, label=f"{name}, median of {WINDOW} steps")
-        axis.plot(range(1, len(steps) + 1), steps, color=line.get_color(), alpha=0.3, linewidth=0.8)
-        print(f"{name:30s} {result[name]['first']:9.2f} {medians[-1]:9.2f}  {below_from or 'never'}")
-    axis.axhline(GOAL, color="grey", linestyle="--", linewidth=1)
-    axis.set(xlabel="optimizer step", ylabel="busiest expert over the mean, worst layer", yscale="log")
-    axis.set_yticks([1, 1.5, 2, 3, 4])
-    axis.yaxis.set_major_formatter(ScalarFormatter())
-    axis.minorticks_off()
-    axis.legend()
     output.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(output, dpi=120)
+    with picture(output, (8, 4)) as (axis,):
+        for name in RUNS:
+            steps = [max(row["imbalance"]) for row in read_routing(OUT / name.replace(" ", "-"))]
+            medians = [statistics.median(steps[max(0, end - WINDOW) : end]) for end in range(1, len(steps) + 1)]
+            above = [step for step, value in enumerate(medians, start=1) if value >= GOAL]
+            below_from = (max(above, default=0) + 1) if max(above, default=0) < len(steps) else None
+            first = medians[min(WINDOW, len(steps)) - 1]
+            result[name] = {"first": first, "last": medians[-1], "below_from": below_from}
+            (line,) = axis.plot(range(1, len(steps) + 1), medians, label=f"{name}, median of {WINDOW} steps")
+            axis.plot(range(1, len(steps) + 1), steps, color=line.get_color(), alpha=0.3, linewidth=0.8)
+        axis.axhline(GOAL, color="grey", linestyle="--", linewidth=1)
+        axis.set(xlabel="optimizer step", ylabel="busiest expert over the mean, worst layer", yscale="log")
+        axis.set_yticks([1, 1.5, 2, 3, 4])
+        axis.yaxis.set_major_formatter(ScalarFormatter())
+        axis.minorticks_off()
+        axis.legend()
+    rows = [
+        (name, f"{row['first']:.2f}", f"{row['last']:.2f}", row["below_from"] or "never")
+        for name, row in result.items()
+    ]
+    columns = ("busiest expert over the mean", "at first", "at last", f"stays below {GOAL} from step")
+    show(table(columns, rows))
     return result
 
 

@@ -25,6 +25,7 @@ import torch
 from lm_eval.api.instance import Instance
 from lm_eval.models.huggingface import HFLM
 
+from mobilemoe.display import show, table, with_spread
 from mobilemoe.eval.models import CheckpointLM
 from mobilemoe.runtime import CheckpointModel
 from modeling_mobilemoe import MobileMoEConfig, MobileMoEForCausalLM
@@ -115,9 +116,12 @@ def main() -> None:
             name: [len(instances) / max(values), len(instances) / min(values)] for name, values in seconds.items()
         }
         result["tasks"][task] = {"requests_per_s": rates, "range": spread, "largest_difference": worst}
-        print(f"\n{task}: {len(instances)} requests; largest difference of a log-likelihood {worst:.3f}")
-        for name, rate in rates.items():
-            print(f"  {name:20s} {rate:8.1f} requests/s ({spread[name][0]:.1f} to {spread[name][1]:.1f})")
+        title = f"{task}: {len(instances)} requests; largest difference of a log-likelihood {worst:.3f}"
+        rows = [
+            (name, with_spread(rate, low, high))
+            for (name, rate), (low, high) in zip(rates.items(), spread.values(), strict=True)
+        ]
+        show(table(("model", "requests/s, median (range)"), rows, title))
     print(json.dumps(result))
 
 

@@ -21,6 +21,9 @@ from pathlib import Path
 
 from bench_load import write_random_checkpoint
 
+from mobilemoe.artifacts import read_export
+from mobilemoe.display import show, table
+
 
 # The data and the tokenizer of the demo.
 sys.path.append(str(Path(__file__).parents[1] / "examples"))
@@ -82,35 +85,43 @@ def main() -> None:
                 command += [CONTEXT_FLAGS[output_flag], str(arguments.max_seq_len)]
             subprocess.run(command, check=True, stdout=sys.stderr)
             seconds = time.perf_counter() - started
-            report = json.loads((output / "export.json").read_text())
+            report = read_export(output)
             result["exports"].append(
                 {
                     "size": size,
                     "export": name,
-                    "moe_op": report["moe_op"],
-                    "expert_bits": report["expert_bits"],
-                    "max_seq_len": report["max_seq_len"],
+                    "moe_op": report.moe_op,
+                    "expert_bits": report.expert_bits,
+                    "max_seq_len": report.max_seq_len,
                     "checkpoint_bytes": (source / "model.safetensors").stat().st_size,
-                    "pte_bytes": report["pte_bytes"],
+                    "pte_bytes": report.pte_bytes,
                     "seconds": round(seconds, 1),
                     "cpu_seconds": round(cpu_seconds() - cpu_started, 1),
-                    "stage_seconds": report["seconds"],
-                    "peak_memory_bytes": report["peak_memory_bytes"],
-                    "cosine": report["parity"]["pte_to_pytorch_with_the_same_roundings"]["cosine_median"],
+                    "stage_seconds": report.seconds,
+                    "peak_memory_bytes": report.peak_memory_bytes,
+                    "cosine": report.parity.pte_to_pytorch_with_the_same_roundings.cosine_median,
                 }
             )
             if not arguments.keep:
                 shutil.rmtree(output)
 
-    columns = ("checkpoint MB", ".pte MB", "seconds", "of it lowering", "CPU seconds", "peak GB", "cosine")
-    print(f"{'size':6s}{'export':>9s}{'experts':>17s}" + "".join(f"{column:>15s}" for column in columns))
-    for row in result["exports"]:
-        experts = f"{row['moe_op'].partition(':')[0]} INT{row['expert_bits']}"
-        print(
-            f"{row['size']:6s}{row['export']:>9s}{experts:>17s}{row['checkpoint_bytes'] / 1e6:15,.2f}"
-            f"{row['pte_bytes'] / 1e6:15,.2f}{row['seconds']:15.0f}{row['stage_seconds']['lower']:15.0f}"
-            f"{row['cpu_seconds']:15.0f}{row['peak_memory_bytes'] / 1e9:15.2f}{row['cosine']:15.6f}"
+    columns = ("checkpoint MB", ".pte MB", "seconds", "lowering s", "CPU s", "peak GB", "cosine")
+    rows = [
+        (
+            row["size"],
+            row["export"],
+            f"{row['moe_op'].partition(':')[0]} INT{row['expert_bits']}",
+            f"{row['checkpoint_bytes'] / 1e6:.1f}",
+            f"{row['pte_bytes'] / 1e6:.1f}",
+            f"{row['seconds']:.0f}",
+            f"{row['stage_seconds']['lower']:.0f}",
+            f"{row['cpu_seconds']:.0f}",
+            f"{row['peak_memory_bytes'] / 1e9:.2f}",
+            f"{row['cosine']:.6f}",
         )
+        for row in result["exports"]
+    ]
+    show(table(("size", "export", "experts", *columns), rows))
     print(json.dumps(result))
 
 

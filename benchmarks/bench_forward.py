@@ -17,6 +17,8 @@ from peers import peer_configs
 from tqdm import tqdm
 from transformers import AutoModel
 
+from mobilemoe.display import number, show, table, with_spread
+
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[1])
@@ -50,12 +52,13 @@ def main() -> None:
         "machine": platform.machine(),
         "torch": torch.__version__,
     }
-    print(f"{'model':12s} {'ms/layer':>9s} {'10 %':>8s} {'90 %':>8s} {'tokens/s/layer':>15s}")
+    rows = []
     for name, values in seconds.items():
         per_layer = sorted(1e3 * value / arguments.layers for value in values)
         low, median, high = (per_layer[round(q * (len(per_layer) - 1))] for q in (0.1, 0.5, 0.9))
         result[name] = {"ms_per_layer": round(median, 3), "p10": round(low, 3), "p90": round(high, 3)}
-        print(f"{name:12s} {median:9.2f} {low:8.2f} {high:8.2f} {1e3 * arguments.tokens / median:15.0f}")
+        rows.append((name, with_spread(median, low, high), number(1e3 * arguments.tokens / median)))
+    show(table(("model", "ms/layer", "tokens/s/layer"), rows, caption="Median (10-90 %)"))
     print(json.dumps(result))
 
 

@@ -17,6 +17,7 @@ import torch
 from torch import nn
 from tqdm import tqdm
 
+from mobilemoe.display import show, table, with_spread
 from modeling_mobilemoe import kernels
 from modeling_mobilemoe.fused_mobilemoe import Int4Experts
 
@@ -53,7 +54,7 @@ def main() -> None:
     generator = torch.Generator().manual_seed(0)
     layers = {g: [random_layer(g, generator) for _ in range(NUM_LAYERS)] for g in GRANULARITIES}
     result: dict = {"benchmark": "granularity", "threads": arguments.threads, "us_per_token": {}}
-    print(f"| tokens | {' | '.join(f'g = {g}' for g in GRANULARITIES)} |\n|---{'|---' * len(GRANULARITIES)}|")
+    table_rows = []
     with torch.inference_mode():
         for num_tokens in arguments.tokens:
             hidden_states = torch.randn(num_tokens, HIDDEN, generator=generator)
@@ -73,8 +74,9 @@ def main() -> None:
                 for g, values in times.items()
             }
             result["us_per_token"][num_tokens] = {g: [round(value, 2) for value in row] for g, row in rows.items()}
-            cells = [f"{median:.1f} ({low:.1f}-{high:.1f})" for median, low, high in rows.values()]
-            print(f"| {num_tokens} | {' | '.join(cells)} |")
+            table_rows.append((num_tokens, *(with_spread(*row) for row in rows.values())))
+    columns = ("tokens", *(f"g = {g}" for g in GRANULARITIES))
+    show(table(columns, table_rows, "Microseconds per token, median (10-90 %)"))
     print(json.dumps(result))
 
 

@@ -17,6 +17,7 @@ import torch
 from torch import nn
 from tqdm import tqdm
 
+from mobilemoe.display import number, show, table, with_spread
 from modeling_mobilemoe import kernels
 from modeling_mobilemoe.fused_mobilemoe import Int4Experts, Int4Format
 
@@ -70,8 +71,7 @@ def main() -> None:
         "torch": torch.__version__,
         "ms_per_layer": {},
     }
-    columns = ("kernel", "10 %", "90 %", "floor", "of floor", "packed torch")
-    print("tokens" + "".join(f"{column:>14s}" for column in columns) + "   ms per layer")
+    rows = []
     with torch.inference_mode():
         for num_tokens in arguments.tokens:
             x = torch.randn(num_tokens, DIM, generator=generator)
@@ -110,9 +110,10 @@ def main() -> None:
                 "packed_torch": round(packed, 2),
                 "multiply_adds_per_s": round(num_tokens * TOP_K * 3 * DIM * EXPERT_DIM / median * 1e3),
             }
-            print(
-                f"{num_tokens:6d}{median:14.3f}{p10:14.3f}{p90:14.3f}{floor:14.3f}{floor / median:14.2f}{packed:14.2f}"
-            )
+            row = (with_spread(median, p10, p90), number(floor), f"{floor / median:.2f}", number(packed))
+            rows.append((num_tokens, *row))
+    columns = ("tokens", "kernel", "memory floor", "of floor", "packed torch")
+    show(table(columns, rows, "Milliseconds per layer, median (10-90 %)"))
     print(json.dumps(result))
 
 

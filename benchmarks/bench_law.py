@@ -18,6 +18,7 @@ import time
 import numpy as np
 from tqdm import tqdm
 
+from mobilemoe.display import show, table
 from mobilemoe.plan.fit import fit_law
 from mobilemoe.plan.law import COEFFICIENTS, COLUMNS, PAPER_GRID, PAPER_LAW
 
@@ -41,9 +42,9 @@ def main() -> None:
     estimates: dict[str, list[float]] = {name: [] for name in COEFFICIENTS}
     joint, errors, seconds = 0, [], []
     for trial in tqdm(range(arguments.trials), unit="trial"):
-        table = synthetic_table(arguments.noise, trial)
+        runs = synthetic_table(arguments.noise, trial)
         started = time.perf_counter()
-        fit = fit_law(table, bootstrap=arguments.bootstrap, seed=trial)
+        fit = fit_law(runs, bootstrap=arguments.bootstrap, seed=trial)
         seconds.append(time.perf_counter() - started)
         own, together = fit.intervals(), fit.intervals(joint=True)
         percentiles = np.quantile(fit.samples, [0.025, 0.975], axis=0)
@@ -52,18 +53,21 @@ def main() -> None:
             inside[name] += own[name][0] <= value <= own[name][1]
             estimates[name].append(fit.law.__dict__[name])
         joint += all(together[name][0] <= value <= together[name][1] for name, value in truth.items())
-        grid = [table[name] for name in COLUMNS[:3]]
+        grid = [runs[name] for name in COLUMNS[:3]]
         errors.append(float(np.abs(fit.law.loss(*grid) - PAPER_LAW.loss(*grid)).max()))
 
     count = len(errors)
-    print(f"Inside a 95 % interval, of {count} trials\n")
-    print("| coefficient | published | median fit | profile interval | bootstrap percentiles |\n|---|---|---|---|---|")
-    for name, value in truth.items():
-        fitted = statistics.median(estimates[name])
-        print(f"| {name} | {value:.4f} | {fitted:.4f} | {inside[name]} | {inside_percentiles[name]} |")
-    print(f"\nAll nine inside the joint 95 % intervals: {joint} of {count}")
     error = statistics.median(errors)
-    print(f"Largest error of the fitted loss on the grid, median of trials: {error:.4f}; noise {arguments.noise}")
+    columns = ("coefficient", "published", "median fit", "profile interval", "bootstrap percentiles")
+    rows = [
+        (name, f"{value:.4f}", f"{statistics.median(estimates[name]):.4f}", inside[name], inside_percentiles[name])
+        for name, value in truth.items()
+    ]
+    show(
+        table(columns, rows, f"Inside a 95 % interval, of {count} trials"),
+        f"All nine inside the joint 95 % intervals: {joint} of {count}. Largest error of the fitted loss on the grid, "
+        f"median of trials: {error:.4f}; noise {arguments.noise}.",
+    )
     result = {"benchmark": "law", "trials": count, "inside": inside, "inside_percentiles": inside_percentiles}
     result |= {"joint": joint, "max_loss_error": error, "seconds_per_fit": statistics.median(seconds)}
     print(json.dumps(result))

@@ -12,6 +12,7 @@ JSON line last.
 
 import argparse
 import json
+import shlex
 import sys
 import time
 from pathlib import Path
@@ -19,7 +20,8 @@ from pathlib import Path
 import numpy as np
 
 from mobilemoe.bench.host import model_files, run_benchmark, worker_command
-from mobilemoe.bench.report import draw, print_table
+from mobilemoe.bench.report import draw, tables
+from mobilemoe.display import show
 from mobilemoe.export.random_program import program_config, shapes, write_random_program
 from modeling_mobilemoe import MobileMoEConfig
 
@@ -29,7 +31,7 @@ CONTEXT = 2048
 
 def write_gguf(name: str, path: Path) -> None:
     """The shape with random weights."""
-    from gguf import ExpertGatingFuncType, GGMLQuantizationType, GGUFWriter
+    from gguf import GGMLQuantizationType, GGUFWriter
 
     shape = shapes()[name]
     is_moe = isinstance(shape, MobileMoEConfig)
@@ -38,29 +40,7 @@ def write_gguf(name: str, path: Path) -> None:
     key = config.num_key_value_heads * config.head_dim
     generator = np.random.default_rng(0)
     writer = GGUFWriter(path, "bailingmoe2" if is_moe else "llama", use_temp_file=True)
-    writer.add_context_length(CONTEXT)
-    writer.add_embedding_length(hidden)
-    writer.add_block_count(config.num_hidden_layers)
-    writer.add_feed_forward_length(config.intermediate_size_mlp)
-    writer.add_head_count(config.num_attention_heads)
-    writer.add_head_count_kv(config.num_key_value_heads)
-    writer.add_key_length(config.head_dim)
-    writer.add_value_length(config.head_dim)
-    writer.add_rope_dimension_count(config.head_dim)
-    writer.add_rope_freq_base(500000.0)
-    writer.add_layer_norm_rms_eps(config.rms_norm_eps)
-    writer.add_vocab_size(config.vocab_size)
-    writer.add_tokenizer_model("no_vocab")
-    if is_moe:
-        writer.add_leading_dense_block_count(0)
-        writer.add_expert_count(config.num_local_experts)
-        writer.add_expert_used_count(config.num_experts_per_tok)
-        writer.add_expert_feed_forward_length(config.intermediate_size)
-        writer.add_expert_shared_count(1)
-        writer.add_expert_shared_feed_forward_length(config.intermediate_size_mlp)
-        writer.add_expert_weights_scale(config.routed_scaling_factor)
-        writer.add_expert_weights_norm(True)
-        writer.add_expert_gating_func(ExpertGatingFuncType.SIGMOID)
+    add_sizes(writer, config, is_moe)
 
     def add_packed(tensor: str, *size: int) -> None:
         blocks = generator.integers(0, 256, (*size[:-1], size[-1] // 32, 18), dtype=np.uint8)
@@ -104,6 +84,34 @@ def write_gguf(name: str, path: Path) -> None:
     writer.close()
 
 
+def add_sizes(writer, config: MobileMoEConfig, is_moe: bool) -> None:
+    from gguf import ExpertGatingFuncType
+
+    writer.add_context_length(CONTEXT)
+    writer.add_embedding_length(config.hidden_size)
+    writer.add_block_count(config.num_hidden_layers)
+    writer.add_feed_forward_length(config.intermediate_size_mlp)
+    writer.add_head_count(config.num_attention_heads)
+    writer.add_head_count_kv(config.num_key_value_heads)
+    writer.add_key_length(config.head_dim)
+    writer.add_value_length(config.head_dim)
+    writer.add_rope_dimension_count(config.head_dim)
+    writer.add_rope_freq_base(500000.0)
+    writer.add_layer_norm_rms_eps(config.rms_norm_eps)
+    writer.add_vocab_size(config.vocab_size)
+    writer.add_tokenizer_model("no_vocab")
+    if is_moe:
+        writer.add_leading_dense_block_count(0)
+        writer.add_expert_count(config.num_local_experts)
+        writer.add_expert_used_count(config.num_experts_per_tok)
+        writer.add_expert_feed_forward_length(config.intermediate_size)
+        writer.add_expert_shared_count(1)
+        writer.add_expert_shared_feed_forward_length(config.intermediate_size_mlp)
+        writer.add_expert_weights_scale(config.routed_scaling_factor)
+        writer.add_expert_weights_norm(True)
+        writer.add_expert_gating_func(ExpertGatingFuncType.SIGMOID)
+
+
 class LlamaCpp:
     """One sequence, token ids in and the logits' largest out."""
 
@@ -138,7 +146,8 @@ class LlamaCpp:
 
 def serve(path: str, num_threads: int) -> None:
     """Answers as mobilemoe/bench/worker.py does."""
-    from mobilemoe.bench.worker import peak_memory_bytes, random_tokens
+    from mobilemoe.bench.worker import random_tokens
+    from mobilemoe.machine import peak_memory
 
     started = time.perf_counter()
     model = LlamaCpp(path, num_threads)
@@ -153,7 +162,7 @@ def serve(path: str, num_threads: int) -> None:
             started = time.perf_counter()
             model.forward(tokens[begin:end], begin)
             times.append(time.perf_counter() - started)
-        answer = {"first_token": times[0], "decode": times[1:], "peak_memory_bytes": peak_memory_bytes()}
+        answer = {"first_token": times[0], "decode": times[1:], "peak_memory_bytes": peak_memory()}
         print(json.dumps(answer), flush=True)
 
 
@@ -187,22 +196,21 @@ def main() -> None:
     result = run_benchmark(
         commands, files, arguments.prompt_lengths, arguments.new_tokens, arguments.repeats, arguments.threads
     )
-    print_table(result)
-    models = result["models"]
+    show(*tables(result))
     for name in arguments.shapes:
         for length in arguments.prompt_lengths:
-            rows = [models[model]["lengths"][str(length)] for model in (name, f"{name}, llama.cpp")]
+            ours, theirs = (result.models[key].lengths[str(length)] for key in (name, f"{name}, llama.cpp"))
             ratios = {
-                key: rows[0][f"{key}_tokens_per_s"]["median"] / rows[1][f"{key}_tokens_per_s"]["median"]
-                for key in ("prefill", "decode")
+                "prefill": ours.prefill_tokens_per_s.median / theirs.prefill_tokens_per_s.median,
+                "decode": ours.decode_tokens_per_s.median / theirs.decode_tokens_per_s.median,
             }
             print(f"{name}, prompt of {length}: " + ", ".join(f"{key} {ratio:.2f} x" for key, ratio in ratios.items()))
-    result["benchmark"] = "llama.cpp"
+    result.benchmark, result.command = "llama.cpp", shlex.join(["python", *sys.argv])
     if arguments.json:
-        arguments.json.write_text(json.dumps(result, indent=2) + "\n")
+        result.save(arguments.json)
     if arguments.picture:
         draw(result, arguments.picture)
-    print(json.dumps(result))
+    print(json.dumps(result.as_dict()))
 
 
 if __name__ == "__main__":

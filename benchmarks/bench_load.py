@@ -15,6 +15,8 @@ import sys
 import time
 from pathlib import Path
 
+from mobilemoe.display import show, table
+
 
 WAYS = ("import", "packed", "expanded")
 
@@ -89,15 +91,14 @@ def main() -> None:
         result[way] = json.loads(output.splitlines()[-1])
     baseline = result["import"]["resident"]
     columns = ("load s", "resident MB", "x file", "peak MB", "64 tokens s", "tokens/s")
-    print(" " * 10 + "".join(f"{column:>13s}" for column in columns))
+    rows = []
     for way in WAYS[1:]:
         row = result[way]
         resident, peak = row["resident"] - baseline, row["peak"] - baseline
         row["resident_over_file"] = round(resident / result["file"], 3)
-        print(
-            f"{way:10s}{row['load_s']:13.2f}{resident / 1e6:13.0f}{row['resident_over_file']:13.2f}"
-            f"{peak / 1e6:13.0f}{row['prefill_64_s']:13.2f}{row['decode_tokens_per_s']:13.2f}"
-        )
+        rows.append((way, f"{row['load_s']:.2f}", f"{resident / 1e6:.0f}", f"{row['resident_over_file']:.2f}"))
+        rows[-1] += (f"{peak / 1e6:.0f}", f"{row['prefill_64_s']:.2f}", f"{row['decode_tokens_per_s']:.2f}")
+    show(table(("weights", *columns), rows))
     print(json.dumps(result))
 
 

@@ -11,7 +11,6 @@ the peak above that before the first step, measured in a process of its own. One
 """
 
 import argparse
-import contextlib
 import json
 import multiprocessing
 import platform
@@ -21,6 +20,7 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
+from mobilemoe.display import show, table, with_spread
 from mobilemoe.train.qat import prepare
 from modeling_mobilemoe import MobileMoEConfig, MobileMoEForCausalLM
 from modeling_mobilemoe.fused_mobilemoe import Int4Format
@@ -46,8 +46,7 @@ class Step:
         self.model = MobileMoEForCausalLM(config).train()
         if VARIANTS[variant] is not None:
             axis, activations = VARIANTS[variant]
-            with contextlib.redirect_stdout(None):
-                prepare(self.model, Int4Format(axis), activations)
+            prepare(self.model, Int4Format(axis), activations)
         self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=1e-4, fused=True)
         length = min(256, tokens)
         self.input_ids = torch.randint(3, config.vocab_size, (tokens // length, length))
@@ -106,8 +105,7 @@ def main() -> None:
         "machine": platform.machine(),
         "torch": torch.__version__,
     }
-    header = ("shape", "variant", "ms/step", "10 %", "90 %", "of plain", "peak MB")
-    lines = ["{:6s} {:30s} {:>9s} {:>8s} {:>8s} {:>9s} {:>8s}".format(*header)]
+    rows = []
     for shape in arguments.shape:
         steps = {variant: Step(shape, variant, arguments.tokens, arguments.dtype) for variant in VARIANTS}
         seconds: dict[str, list[float]] = {variant: [] for variant in VARIANTS}
@@ -132,11 +130,10 @@ def main() -> None:
                 "peak_mb": round(measure_memory(shape, variant, arguments.tokens, arguments.dtype), 1),
             }
             result[shape][variant] = row
-            lines.append(
-                f"{shape:6s} {variant:30s} {median:9.1f} {low:8.1f} {high:8.1f} {row['of_plain']:9.2f} "
-                f"{row['peak_mb']:8.0f}"
-            )
-    print("\n".join(lines))
+            times = (with_spread(median, low, high), f"{row['of_plain']:.2f}", f"{row['peak_mb']:.0f}")
+            rows.append((shape, variant, *times))
+    columns = ("shape", "variant", "ms/step", "of plain", "peak MB")
+    show(table(columns, rows, caption="Median (10-90 %)"))
     print(json.dumps(result))
 
 

@@ -26,6 +26,7 @@ from peers import peer_configs
 from tqdm import tqdm
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
+from mobilemoe.display import show, table, with_spread
 from mobilemoe.train.recipe import RecipeArguments, set_up_routing
 
 
@@ -134,7 +135,7 @@ def main() -> None:
         "peak_tflops": round(peak / 1e12, 3),
     }
     print(f"one large matrix multiplication: {peak / 1e12:.2f} TFLOP/s")
-    print(f"{'model':24s} {'tokens/s':>9s} {'10 %':>8s} {'90 %':>8s} {'MFU':>7s}")
+    rows = []
     for name, trainee in trainees.items():
         config = trainee.model.config
         width = config.num_attention_heads * 64
@@ -143,7 +144,8 @@ def main() -> None:
         low, median, high = (rates[round(q * (len(rates) - 1))] for q in (0.1, 0.5, 0.9))
         result[name] = {"tokens_per_s": round(median, 1), "p10": round(low, 1), "p90": round(high, 1)}
         result[name]["mfu"] = round(median * flops / peak, 4)
-        print(f"{name:24s} {median:9.0f} {low:8.0f} {high:8.0f} {result[name]['mfu']:7.1%}")
+        rows.append((name, with_spread(median, low, high), f"{result[name]['mfu']:.1%}"))
+    show(table(("model", "tokens/s", "MFU"), rows, caption="Median (10-90 %)"))
     if arguments.device == "cuda":
         result["peak_memory_gb"] = round(torch.cuda.max_memory_allocated() / 1e9, 2)
         print(f"peak memory: {result['peak_memory_gb']} GB")

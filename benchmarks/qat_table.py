@@ -9,7 +9,7 @@ counts for neither; rounding is applied to the former. Recovered is the share of
 does not have. Every model is measured with its inputs as they are, and rounded to INT8 per token, as `--moe-op llama`
 does; the `.pte` kernels of the default round in finer blocks.
 
-A cell that is done is not done again: interrupt and repeat the command. A markdown table, and one JSON line last.
+A cell that is done is not done again: interrupt and repeat the command. A table, and one JSON line last.
 """
 
 import argparse
@@ -24,6 +24,7 @@ import torch
 from tqdm import tqdm
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
+from mobilemoe.display import show, table
 from mobilemoe.train.qat import Int4FakeQuantizer, prepare
 from modeling_mobilemoe import dequantize, quantize
 from modeling_mobilemoe.fused_mobilemoe import Int4Format
@@ -70,8 +71,7 @@ def losses(directory: Path, demo: Path, rows: int) -> dict[str, dict[str, float]
     result = {}
     for name, model in models.items():
         result[name] = {"plain": heldout_loss(model.eval(), directory, demo, rows)}
-        with contextlib.redirect_stdout(None):
-            prepare(model)
+        prepare(model)
         for module in model.modules():
             # The weights are on the grid already; rounded values need not round to themselves.
             if isinstance(module, Int4FakeQuantizer):
@@ -123,31 +123,29 @@ def main() -> None:
         sys.exit(f"qat_table: {arguments.demo} has no fine-tuned checkpoint 3-sft. Run `make demo` first.")
 
     # Row of the table -> inputs in the evaluation -> loss per seed.
-    table: dict[str, dict[str, list[float]]] = {}
+    measured: dict[str, dict[str, list[float]]] = {}
     for seed in arguments.seeds:
         for name in TRAINING:
             for kind, row in cell(name, seed, arguments).items():
-                entry = table.setdefault(name if kind == "packed" else kind, {"plain": [], "int8": []})
+                entry = measured.setdefault(name if kind == "packed" else kind, {"plain": [], "int8": []})
                 for inputs, loss in row.items():
                     entry[inputs].append(loss)
 
     result = {"benchmark": "qat_table", "seeds": arguments.seeds, "max_steps": arguments.max_steps, "rows": {}}
-    print(f"\nHeld-out loss, nats per token, mean ± standard deviation over {len(arguments.seeds)} seeds\n")
-    print("| experts along | model | inputs as they are | recovered | inputs INT8 | recovered |")
-    print("|---|---|---|---|---|---|")
+    rows = []
     labels = {
         "rounded": "INT4 by rounding",
         "plain": "INT4 by QAT, weights only",
         "int8": "INT4 by QAT, weights and inputs",
     }
-    for name, entry in table.items():
+    for name, entry in measured.items():
         kind, _, rest = name.partition("-")
         axis, _, trained = rest.partition("-")
         cells = {}
         for inputs, values in entry.items():
             cells[inputs] = {"mean": statistics.mean(values), "per_seed": values}
             if kind == "qat":
-                rounded, plain = table[f"rounded-{axis}"][inputs], table["bf16"][inputs]
+                rounded, plain = measured[f"rounded-{axis}"][inputs], measured["bf16"][inputs]
                 shares = [(r - v) / (r - p) for r, v, p in zip(rounded, values, plain, strict=True)]
                 cells[inputs]["recovered"] = statistics.mean(shares)
                 cells[inputs]["recovered_per_seed"] = shares
@@ -156,7 +154,10 @@ def main() -> None:
         for inputs, values in entry.items():
             shares = cells[inputs].get("recovered_per_seed")
             columns += [mean_and_spread(values), mean_and_spread(shares, 2) if shares else ""]
-        print(f"| {axis} | {'BF16' if kind == 'bf16' else labels[trained or kind]} | {' | '.join(columns)} |")
+        rows.append((axis, "BF16" if kind == "bf16" else labels[trained or kind], *columns))
+    title = f"Held-out loss, nats per token, mean ± standard deviation over {len(arguments.seeds)} seeds"
+    columns = ("experts along", "model", "inputs as they are", "recovered", "inputs INT8", "recovered")
+    show(table(columns, rows, title))
     print(json.dumps(result))
 
 

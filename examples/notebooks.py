@@ -7,7 +7,6 @@ They read what `make demo` wrote. Progress bars and warnings are not kept.
 """
 
 import argparse
-import os
 import time
 from base64 import b64decode, b64encode
 from io import BytesIO
@@ -17,6 +16,8 @@ import nbformat
 from nbclient import NotebookClient
 from nbformat import NotebookNode
 from PIL import Image
+
+from mobilemoe.artifacts import replace_file
 
 
 HERE = Path(__file__).parent
@@ -61,9 +62,8 @@ def save_notebook(notebook: NotebookNode, path: Path) -> None:
                 if "image/png" in output.get("data", {}):
                     output.data["image/png"] = palette_png(output.data["image/png"])
     notebook.metadata = {"kernelspec": {"display_name": "Python 3", "language": "python", "name": "python3"}}
-    partial = path.with_suffix(".partial")
-    nbformat.write(notebook, partial)
-    os.replace(partial, path)
+    with replace_file(path) as partial:
+        nbformat.write(notebook, partial)
 
 
 def main() -> None:

@@ -1,21 +1,186 @@
-"""The files that steps exchange: what a path is, its hash, the typed contents of our JSONs, and whole writes."""
+"""The files that steps exchange: what a path is, what a model in it is, hashes, typed JSON files, whole writes."""
 
 import hashlib
 import json
 import os
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Generator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any, ClassVar, Literal, Self
 
-from huggingface_hub import snapshot_download
-from huggingface_hub.errors import HFValidationError
+from pydantic import BaseModel, ValidationError
 
 
 # The built-in shapes; `mobilemoe.shapes` has their sizes.
 SIZES = ("S", "M", "L")
 SHAPES = (*SIZES, "MobileLLM-Pro")
 PROGRAM_FILE = "model.pte"
+EXPORT_FILE = "export.json"
+
+
+class Artifact(BaseModel):
+    """
+    Contents of a JSON. Its keys are the names of the fields; unknown keys are ignored, and a field with a default may
+    be absent. A field that was not set is not written.
+    """
+
+    what: ClassVar[str] = "a result"
+    remedy: ClassVar[str] = "It was cut off or is another file: measure again."
+    # A key that only this kind has.
+    mark: ClassVar[str] = ""
+
+    @classmethod
+    def load(cls, path: str | os.PathLike) -> Self:
+        """
+        Raises:
+            ValueError: naming the key and its value, for a file with other contents.
+            OSError: when the file cannot be read.
+        """
+        try:
+            # Strict: a number in quotes is an error.
+            return cls.model_validate_json(Path(path).read_bytes(), strict=True)
+        except ValidationError as error:
+            raise ValueError(f"{path} does not hold {cls.what}: {first_problem(error)}. {cls.remedy}") from error
+
+    def as_dict(self) -> dict[str, Any]:
+        return self.model_dump(exclude_unset=True)
+
+    def save(self, path: str | os.PathLike) -> None:
+        write_json(path, self.as_dict())
+
+
+def first_problem(error: ValidationError) -> str:
+    problem = error.errors(include_url=False)[0]
+    key = ".".join(map(str, problem["loc"]))
+    if problem["type"] == "json_invalid":
+        return f"it is not JSON ({problem['ctx']['error']})"
+    if problem["type"] == "missing":
+        return f"the key {key} is missing"
+    expected = problem["msg"].removeprefix("Input should be ")
+    return f"{key or 'its content'} is {repr(problem['input'])[:80]}, expected {expected}"
+
+
+class LogitAgreement(BaseModel):
+    """Logits of two programs, see export/parity.py."""
+
+    # Over positions.
+    cosine_median: float
+    cosine_mean: float
+    cosine_min: float
+    sqnr_db: float
+    kl_nats: float
+    # A share of the positions.
+    top1_agreement: float
+
+
+class Parity(BaseModel):
+    """A program against PyTorch, see export/parity.py."""
+
+    positions: int
+    pte_to_checkpoint: LogitAgreement
+    pte_to_pytorch_with_the_same_roundings: LogitAgreement
+    prefill_to_token_by_token: LogitAgreement
+    # Each rounding alone, by its name.
+    sources: dict[str, LogitAgreement]
+    greedy_tokens_equal: int
+    greedy_tokens: int
+
+
+class Export(Artifact):
+    """`export.json`, beside the program that it describes."""
+
+    what = "the report of an export"
+    remedy = "Export again: mobilemoe export --model CHECKPOINT --output DIR"
+    mark = "pte_bytes"
+
+    command: str | None = None
+    model: str
+    weights_sha256: dict[str, str]
+    versions: dict[str, str]
+    # `None` without routed experts.
+    moe_op: str | None
+    expert_axis: str | None
+    experts_rounded_twice: bool
+    expert_rounding_sqnr_db: float | None
+    # Tokens.
+    max_seq_len: int
+    weights: str
+    # `None` in full precision.
+    expert_bits: int | None
+    embedding_bits: int | None
+    kv_cache: Literal["fp32", "bf16", "int8"]
+    all_logits: bool
+    eos_ids: list[int]
+    experts_file: str | None
+    operators: list[str]
+    pte_bytes: int
+    ptd_bytes: int | None = None
+    # Of a program with a tokenizer, once it has run.
+    parity: Parity | None = None
+    # By stage.
+    seconds: dict[str, float] | None = None
+    peak_memory_bytes: int | None = None
+
+    @property
+    def sources(self) -> list[str]:
+        return [self.model]
+
+    def is_of(self, directory: str | os.PathLike) -> bool:
+        return self.weights_sha256 == weights_sha256(directory)
+
+
+class RuntimeExport(Artifact):
+    """`export.json` beside what `mobilemoe export --to` wrote for another runtime than ExecuTorch."""
+
+    what = "the report of an export to another runtime"
+    remedy = "Export again: mobilemoe export --to FORMAT --model CHECKPOINT --output DIR"
+    mark = "to"
+
+    command: str | None = None
+    model: str
+    to: Literal["gguf", "mlx", "glm4_moe"]
+    weights_sha256: dict[str, str]
+    versions: dict[str, str]
+    # Of packed experts in the checkpoint.
+    expert_axis: str | None
+    # Types of the matrices and of the experts, where the format has a choice.
+    weights: str | None = None
+    expert_weights: str | None = None
+    # By kind of weight: "bit-exact", or the signal-to-noise ratio in dB.
+    rounding: dict[str, str]
+    eos_ids: list[int]
+    license: str | None
+    # Bytes by name.
+    files: dict[str, int]
+    # Before the comparison, for which whole models are loaded.
+    peak_memory_bytes: int
+    # Of the runtime with PyTorch, or why there is none.
+    parity: LogitAgreement | None
+    not_compared: str | None
+
+
+class ModelDescription(BaseModel):
+    """What a model was when it was measured, see [`describe_model`]."""
+
+    name: str
+    kind: Literal["checkpoint", "int4", "pte"]
+    sha256: str
+    bytes: int
+    # The content of `config.json`.
+    config: dict[str, Any]
+    export: Export | None = None
+
+    @property
+    def source(self) -> str:
+        """Name of the model; of a `.pte`, of the one that it was made from."""
+        return self.name if self.export is None else self.export.model
+
+    def is_of(self, directory: str | os.PathLike) -> bool:
+        """Whether this is about the checkpoint in a directory, or a `.pte` of it."""
+        if self.export is not None:
+            return self.export.is_of(directory)
+        return self.sha256 == describe_model(directory).sha256
 
 
 def is_pte(model: str | os.PathLike) -> bool:
@@ -33,6 +198,21 @@ def is_shape(model: str | os.PathLike) -> bool:
     return str(model) in SHAPES and not Path(model).is_dir()
 
 
+def read_export(directory: str | os.PathLike) -> Export:
+    """
+    The report of an exported program.
+
+    Raises:
+        ValueError: when the directory holds no program, or no report of it.
+    """
+    for name in (PROGRAM_FILE, EXPORT_FILE):
+        if not (Path(directory) / name).is_file():
+            raise ValueError(
+                f"{directory} holds no {name}. Make one: mobilemoe export --model CHECKPOINT --output DIR"
+            )
+    return Export.load(Path(directory) / EXPORT_FILE)
+
+
 def local_checkpoint(model: str | os.PathLike) -> Path:
     """
     The directory itself, or the snapshot of a Hub id.
@@ -40,10 +220,14 @@ def local_checkpoint(model: str | os.PathLike) -> Path:
     Raises:
         ValueError: when it is neither.
     """
+    # Takes as long to import as everything else here.
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HFValidationError
+
     if Path(model).is_dir():
         return Path(model)
     try:
-        return Path(snapshot_download(str(model), allow_patterns=["*.json", "*.safetensors", "*.jinja"]))
+        return Path(snapshot_download(str(model), allow_patterns=["*.json", "*.safetensors", "*.jinja", "README.md"]))
     except (HFValidationError, OSError) as error:
         raise ValueError(
             f"{model} is not a directory, and the Hub does not give it: {error} Name a checkpoint directory; for a "
@@ -61,7 +245,7 @@ def weights_sha256(directory: str | os.PathLike) -> dict[str, str]:
     return {path.name: file_sha256(path) for path in sorted(Path(directory).glob("*.safetensors"))}
 
 
-def describe_model(model: str | os.PathLike) -> dict:
+def describe_model(model: str | os.PathLike) -> ModelDescription:
     """
     Kind, size and SHA-256 over names and contents of the files that decide what a model answers.
 
@@ -75,8 +259,6 @@ def describe_model(model: str | os.PathLike) -> dict:
         )
     config = json.loads((path / "config.json").read_text())
     kind = "int4" if config.get("quantization") or config.get("quantization_config") else "checkpoint"
-    if is_pte(path):
-        kind = "pte"
     suffixes = {".pte", ".ptd", ".safetensors", ".jinja"}
     names = {"config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json"}
     digest, size = hashlib.sha256(), 0
@@ -84,14 +266,14 @@ def describe_model(model: str | os.PathLike) -> dict:
         if file.is_file() and (file.suffix in suffixes or file.name in names):
             digest.update(f"{file.name} {file_sha256(file)}\n".encode())
             size += file.stat().st_size
-    description = {"name": str(model), "kind": kind, "sha256": digest.hexdigest(), "bytes": size, "config": config}
-    if kind == "pte":
-        description["export"] = json.loads((path / "export.json").read_text())
+    description = ModelDescription(name=str(model), kind=kind, sha256=digest.hexdigest(), bytes=size, config=config)
+    if is_pte(path):
+        description.kind, description.export = "pte", read_export(path)
     return description
 
 
 @contextmanager
-def replace_file(path: str | os.PathLike) -> Iterator[Path]:
+def replace_file(path: str | os.PathLike) -> Generator[Path]:
     """Gives a temporary path beside `path`; when the block ends well, the file written there takes its place."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -116,6 +298,6 @@ def write_text(path: str | os.PathLike, text: str) -> None:
         partial.write_text(text)
 
 
-def write_json(path: str | os.PathLike, content: dict) -> None:
+def write_json(path: str | os.PathLike, content: dict[str, Any]) -> None:
     """As [`write_text`], indented by 2."""
     write_text(path, json.dumps(content, indent=2) + "\n")

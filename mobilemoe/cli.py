@@ -1,62 +1,103 @@
-"""The `mobilemoe` command: plan, export, run, bench, eval and card."""
+"""
+The `mobilemoe` command: parsers, and what each verb calls.
+
+Importing this file and parsing arguments imports neither torch nor transformers: a verb's modules come when it runs.
+"""
 
 import argparse
 import json
 import os
+import shlex
 import sys
 import time
-from pathlib import Path
+
+from . import __version__
+from .console import PrintCompletion, log_to_stderr
 
 
 # Modules of one extra; others are in that of the command.
-EXTRAS = {"executorch": "export", "torchao": "export", "trl": "train"}
+EXTRAS = {"executorch": "export", "torchao": "export", "trl": "train", "gguf": "gguf"}
+# What `export` takes for each runtime, beside --model and --output.
+EXPORT_OPTIONS = {
+    "pte": "max_seq_len expert_bits moe_op weights embedding_bits kv_cache all_logits experts_file".split(),
+    "gguf": ["weights", "expert_weights"],
+    "mlx": [],
+    "glm4_moe": ["weights"],
+}
+WEIGHT_SUFFIXES = {".pte", ".ptd", ".gguf", ".safetensors"}
+MODEL_HELP = "checkpoint directory, Hub id, or directory with model.pte"
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(prog="mobilemoe", description="On-device mixture-of-experts language models.")
-    commands = parser.add_subparsers(dest="command", required=True)
-    for add in (add_plan, add_export, add_run, add_bench, add_eval, add_card):
-        add(commands)
-    arguments = parser.parse_args(argv)
+    argv = sys.argv[1:] if argv is None else argv
+    arguments = make_parser().parse_args(argv)
+    # For the JSON files that a verb writes.
+    arguments.command_line = shlex.join(["mobilemoe", *argv])
     # Before PyTorch loads OpenMP, whose threads would spin for milliseconds after every operator and take the cores of
     # whatever else computes.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     try:
-        arguments.function(arguments)
+        with log_to_stderr(arguments.command):
+            arguments.function(arguments)
     except (ValueError, OSError) as error:
         sys.exit(f"mobilemoe {arguments.command}: {error}")
     except ModuleNotFoundError as error:
-        extra = EXTRAS.get(error.name.partition(".")[0], arguments.extra)
+        extra = EXTRAS.get(str(error.name).partition(".")[0], arguments.extra)
         sys.exit(f"mobilemoe {arguments.command}: {error.name} is not installed. pip install 'mobilemoe[{extra}]'")
 
 
-def add_plan(commands) -> None:
-    plan = commands.add_parser("plan", help="the best shape for a memory, a training budget and a speed")
-    plan.add_argument(
-        "--memory-gb", type=float, required=True, help="for the program's weights and key-value cache, 1e9 bytes"
+def make_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="mobilemoe", description="On-device mixture-of-experts language models.")
+    parser.add_argument("--version", action="version", version=f"mobilemoe {__version__}")
+    parser.add_argument(
+        "--print-completion",
+        action=PrintCompletion,
+        choices=("bash", "zsh"),
+        help='print a completion script for the shell; eval "$(mobilemoe --print-completion bash)" turns it on',
     )
-    plan.add_argument("--context", type=int, default=8192, help="tokens that the cache holds")
-    plan.add_argument("--tokens", type=float, help="training budget in tokens, or:")
-    plan.add_argument("--flops", type=float, help="training budget in FLOPs")
-    plan.add_argument("--inference-gflops", type=float, help="most GFLOPs per token, 2 x active parameters")
-    plan.add_argument("--tokens-per-second", type=float, help="least decode speed at the full context")
-    plan.add_argument("--device", help="JSON of measurements of a device")
-    plan.add_argument("--bandwidth", type=float, help="or its memory bandwidth in GB/s")
-    plan.add_argument("--rate", type=float, help="and its prefill rate in GFLOP/s")
-    plan.add_argument("--kv-bits", type=int, choices=(8, 16, 32), help="of a cache entry (default: 8, as the paper)")
-    plan.add_argument("--vocab-size", type=int, default=128256)
-    plan.add_argument("--law", help="table of runs, .jsonl or .csv, to fit in place of the paper's law")
-    plan.add_argument("--where", nargs="*", default=[], metavar="COLUMN=VALUE", help="rows of the table to take")
-    plan.add_argument("--output", help="directory to write config.json and plan.json to")
-    plan.add_argument("--plot", help="picture to write: predicted loss over memory")
-    plan.add_argument("--json", action="store_true", help="print plan.json in place of tables")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    for add in (add_plan, add_export, add_run, add_bench, add_eval, add_card):
+        add(commands)
+    return parser
+
+
+def add_plan(commands) -> None:
+    plan = commands.add_parser("plan", help="find the best model shape for a memory, a training budget and a speed")
+    limits = plan.add_argument_group("limits")
+    limits.add_argument("--memory-gb", type=float, required=True, help="for weights and key-value cache, 1e9 bytes")
+    limits.add_argument("--context", type=int, default=8192, help="tokens in the key-value cache (default: 8192)")
+    limits.add_argument("--inference-gflops", type=float, help="largest GFLOPs per token, 2 x active parameters")
+    limits.add_argument("--tokens-per-second", type=float, help="lowest decode speed at the full context")
+    limits.add_argument(
+        "--kv-bits", type=int, choices=(8, 16, 32), help="bits of a cache entry (default: 8, as the paper)"
+    )
+    limits.add_argument("--vocab-size", type=int, default=128256, help="of the tokenizer (default: 128256)")
+    budget = plan.add_argument_group("training budget, one of")
+    budget.add_argument("--tokens", type=float, help="training tokens")
+    budget.add_argument("--flops", type=float, help="training FLOPs")
+    device = plan.add_argument_group("device, for speeds: its measurements or its rates")
+    device.add_argument(
+        "--device",
+        metavar="NAME_OR_FILE",
+        help="a known device, such as galaxy-s25, or a JSON of `mobilemoe bench --json`",
+    )
+    device.add_argument("--bandwidth", type=float, help="memory bandwidth in GB/s")
+    device.add_argument("--rate", type=float, help="prefill rate in GFLOP/s, with --bandwidth")
+    law = plan.add_argument_group("scaling law, of your runs in place of the paper's")
+    law.add_argument("--law", metavar="FILE", help="table of runs to fit, .jsonl or .csv")
+    law.add_argument("--where", nargs="*", default=[], metavar="COLUMN=VALUE", help="use these rows of the table")
+    output = plan.add_argument_group("output")
+    output.add_argument("--output", metavar="DIR", help="write config.json and plan.json there")
+    output.add_argument("--plot", metavar="FILE", help="draw predicted loss over memory")
+    output.add_argument("--json", action="store_true", help="print plan.json, which has every shape, not the table")
     plan.set_defaults(function=run_plan, extra="plan")
 
 
 def run_plan(arguments: argparse.Namespace) -> None:
     from .costs import PROGRAM_KV_BITS, Device, read_device
-    from .plan import planner
-    from .plan.fit import describe_fit, fit_law, read_table
+    from .display import show
+    from .plan import planner, report
+    from .plan.fit import fit_law, read_table
     from .plan.law import PAPER_LAW
 
     if arguments.device and (arguments.bandwidth or arguments.rate):
@@ -67,13 +108,13 @@ def run_plan(arguments: argparse.Namespace) -> None:
     if arguments.bandwidth is not None:
         rate = None if arguments.rate is None else arguments.rate * 1e9
         device = Device(arguments.bandwidth * 1e9, rate, kv_bits=arguments.kv_bits or PROGRAM_KV_BITS)
-    law = PAPER_LAW
+    law, parts = PAPER_LAW, []
     if arguments.law:
         conditions = dict(condition.partition("=")[::2] for condition in arguments.where)
-        table = read_table(arguments.law, **conditions)
-        law = fit_law(table)
+        runs = read_table(arguments.law, **conditions)
+        law = fit_law(runs)
         if not arguments.json:
-            print(describe_fit(law, table), end="\n\n")
+            parts.append(report.fit_table(law, runs))
     request = planner.Request(
         memory=arguments.memory_gb * 1e9,
         context=arguments.context,
@@ -89,131 +130,161 @@ def run_plan(arguments: argparse.Namespace) -> None:
     if arguments.json:
         print(json.dumps(result.as_json, indent=2))
     else:
-        planner.print_plan(result)
+        show(*parts, *report.plan_report(result))
     if arguments.plot:
-        planner.plot_plan(result, arguments.plot)
+        report.plot_plan(result, arguments.plot)
     if arguments.output:
         result.save(arguments.output)
 
 
 def add_export(commands) -> None:
-    export = commands.add_parser("export", help="checkpoint directory -> directory with model.pte")
-    export.add_argument("--model", required=True, help="checkpoint directory or Hub id, packed or full precision")
-    export.add_argument("--output", required=True, help="directory to create")
-    export.add_argument("--max-seq-len", type=int, help="context of the program in tokens (default: the model's)")
-    export.add_argument("--expert-bits", type=int, choices=(4, 8), help="default: 4 where that loses nothing, else 8")
+    export = commands.add_parser("export", help="turn a checkpoint into a directory for ExecuTorch or another runtime")
+    export.add_argument("--model", required=True, metavar="MODEL", help="checkpoint directory or Hub id")
+    export.add_argument("--output", required=True, metavar="DIR", help="directory to create")
     export.add_argument(
-        "--moe-op",
-        choices=("mobilemoe", "llama"),
-        help="operator of the experts: ours, compiled on first use, or the stock one (default: ours where it can)",
+        "--to",
+        default="pte",
+        choices=EXPORT_OPTIONS,
+        help="pte: ExecuTorch (default); gguf: llama.cpp; mlx: mlx-lm; glm4_moe: transformers, vLLM, SGLang",
     )
-    export.add_argument(
-        "--weights", default="int4", choices=("int4", "fp32", "bf16"), help="fp32, bf16: quantise nothing, slow"
-    )
-    export.add_argument("--embedding-bits", type=int, default=4, choices=(4, 8), help="8: the same integers, wider")
-    export.add_argument(
+    # Defaults are those of the exporters, so that an option that was set is known from one that was not.
+    program = export.add_argument_group("program, for --to pte")
+    program.add_argument("--max-seq-len", type=int, help="context in tokens (default: the model's)")
+    program.add_argument(
         "--kv-cache", choices=("fp32", "bf16", "int8"), help="default: int8 with our operators, else fp32"
     )
-    export.add_argument("--all-logits", action="store_true", help="logits of every position, for evaluation")
-    export.add_argument("--experts-file", action="store_true", help="put the experts into experts.ptd")
+    program.add_argument("--all-logits", action="store_true", help="return logits of every position, for evaluation")
+    program.add_argument("--experts-file", action="store_true", help="put the experts into experts.ptd")
+    program.add_argument(
+        "--moe-op",
+        choices=("mobilemoe", "llama"),
+        help="operator of the experts: ours, compiled on first use, or ExecuTorch's (default: ours where possible)",
+    )
+    program.add_argument("--expert-bits", type=int, choices=(4, 8), help="default: 4 where that loses nothing, else 8")
+    program.add_argument(
+        "--embedding-bits", type=int, choices=(4, 8), help="8 stores the same integers wider (default: 4)"
+    )
+    weights = export.add_argument_group("weights")
+    weights.add_argument(
+        "--weights",
+        choices=("int4", "fp32", "bf16", "f32", "q4_0"),
+        help="pte: int4 (default), or fp32, bf16: no quantization, slow; gguf: f32, bf16 or q4_0; glm4_moe: bf16 or "
+        "fp32 (default of these two: nothing is rounded where that is possible)",
+    )
+    weights.add_argument(
+        "--expert-weights",
+        choices=("q8_0", "bf16"),
+        help="gguf: type of INT4 experts grouped along their output, which q4_0 cannot hold (default: q8_0)",
+    )
     export.set_defaults(function=run_export, extra="export")
 
 
 def run_export(arguments: argparse.Namespace) -> None:
-    from .export.exporter import export_checkpoint
+    from .artifacts import EXPORT_FILE, Export, RuntimeExport
+    from .display import show
+    from .export.report import export_report
 
-    names = ("max_seq_len", "expert_bits", "weights", "embedding_bits", "kv_cache", "all_logits", "experts_file")
-    options = {name: getattr(arguments, name) for name in (*names, "moe_op")}
-    output = export_checkpoint(arguments.model, arguments.output, **options)
-    print(f"{output / 'model.pte'}: {(output / 'model.pte').stat().st_size / 1e6:,.1f} MB; more in export.json")
+    names = set().union(*EXPORT_OPTIONS.values())
+    given = {name: value for name, value in vars(arguments).items() if value is not None and value is not False}
+    options = {name: value for name, value in given.items() if name in names}
+    foreign = [f"--{name.replace('_', '-')}" for name in options if name not in EXPORT_OPTIONS[arguments.to]]
+    if foreign:
+        raise ValueError(f"{', '.join(foreign)}: of another format than --to {arguments.to}. Leave it out.")
+    if arguments.to == "gguf":
+        from .export.gguf import export_gguf as export
+    elif arguments.to == "mlx":
+        from .export.mlx import export_mlx as export
+    elif arguments.to == "glm4_moe":
+        from .export.glm4_moe import export_glm4_moe as export
+    else:
+        from .export.exporter import export_checkpoint as export
+    output = export(arguments.model, arguments.output, **options, command=arguments.command_line)
+    kind = Export if arguments.to == "pte" else RuntimeExport
+    show(*export_report(kind.load(output / EXPORT_FILE)))
+    size = sum(path.stat().st_size for path in output.iterdir() if path.suffix in WEIGHT_SUFFIXES)
+    print(f"{output}: {size / 1e6:,.1f} MB of weights; more in export.json")
 
 
 def add_run(commands) -> None:
-    run = commands.add_parser("run", help="generate text from a checkpoint or a .pte directory")
-    run.add_argument("--model", required=True, help="checkpoint directory, Hub id, or directory with model.pte")
+    run = commands.add_parser("run", help="generate text with a checkpoint or a .pte directory")
+    run.add_argument("--model", required=True, metavar="MODEL", help=MODEL_HELP)
     run.add_argument("--prompt", required=True, help="text, or the user's turn with --chat")
     run.add_argument("--chat", action="store_true", help="wrap the prompt in the chat template")
-    run.add_argument("--max-new-tokens", type=int, default=128)
-    run.add_argument("--temperature", type=float, default=0.0, help="0 is greedy")
-    run.add_argument("--top-p", type=float, default=1.0, help="draw from the tokens that reach this probability")
-    run.add_argument("--seed", type=int, help="of the sampling")
+    run.add_argument("--max-new-tokens", type=int, default=128, help="default: 128")
+    sampling = run.add_argument_group("sampling")
+    sampling.add_argument("--temperature", type=float, default=0.0, help="default: 0, greedy decoding")
+    sampling.add_argument("--top-p", type=float, default=1.0, help="nucleus sampling (default: 1, all tokens)")
+    sampling.add_argument("--seed", type=int, help="of the random numbers")
     run.set_defaults(function=run_generation, extra="export")
 
 
 def run_generation(arguments: argparse.Namespace) -> None:
-    if (Path(arguments.model) / "model.pte").is_file():
-        from .runtime import PteModel
+    from .runtime import load_language_model
 
-        model = PteModel(arguments.model)
-    else:
-        from .runtime import CheckpointModel
-
-        model = CheckpointModel(arguments.model)
+    model = load_language_model(arguments.model)
     prompt = model.encode(arguments.prompt, chat=arguments.chat)
-    started = time.perf_counter()
-    first_token, tokens, text = None, [], ""
     sampling = {"temperature": arguments.temperature, "top_p": arguments.top_p, "seed": arguments.seed}
-    for token in model.generate(prompt, arguments.max_new_tokens, **sampling):
-        first_token = first_token or time.perf_counter()
-        tokens.append(token)
-        # Decoded as a whole: a character may span tokens, and until its last one the text ends in a replacement.
-        grown = model.decode(tokens)
-        if not grown.endswith("\ufffd"):
-            print(grown[len(text) :], end="", flush=True)
-            text = grown
-    finished = time.perf_counter()
-    print(model.decode(tokens)[len(text) :])
-    if len(tokens) > 1:
-        rate = (len(tokens) - 1) / (finished - first_token)
+    started, times = time.perf_counter(), []
+    for text in model.stream(model.generate(prompt, arguments.max_new_tokens, **sampling)):
+        times.append(time.perf_counter())
+        print(text, end="", flush=True)
+    print()
+    num_tokens = len(times) - 1
+    if num_tokens > 1:
+        rate = (num_tokens - 1) / (times[-1] - times[0])
         print(
-            f"[{len(prompt)} prompt tokens, first token after {first_token - started:.2f} s; "
-            f"{len(tokens)} new tokens, {rate:.1f} tokens/s]",
+            f"[{len(prompt)} prompt tokens, first token after {times[0] - started:.2f} s; "
+            f"{num_tokens} new tokens, {rate:.1f} tokens/s]",
             file=sys.stderr,
         )
 
 
 def add_bench(commands) -> None:
-    bench = commands.add_parser("bench", help="speed and memory of models on this machine or on a phone")
+    bench = commands.add_parser("bench", help="measure speed and memory of models on this machine or on a phone")
     bench.add_argument(
         "--model",
         nargs="+",
         required=True,
+        metavar="MODEL",
         help="checkpoints, directories with model.pte, or S, M, L, MobileLLM-Pro: shapes with random weights",
     )
-    bench.add_argument("--device", default="host", choices=("host", "adb"), help="this machine, or a phone")
-    bench.add_argument("--prompt-lengths", type=int, nargs="+", default=[128, 512], help="in tokens")
-    bench.add_argument("--new-tokens", type=int, default=48, help="to decode after each prompt")
-    bench.add_argument("--repeats", type=int, default=5)
+    bench.add_argument("--device", default="host", choices=("host", "adb"), help="this machine (default), or a phone")
+    bench.add_argument("--prompt-lengths", type=int, nargs="+", default=[128, 512], help="tokens (default: 128 512)")
+    bench.add_argument("--new-tokens", type=int, default=48, help="to decode after each prompt (default: 48)")
+    bench.add_argument("--repeats", type=int, default=5, help="of every measurement (default: 5)")
     bench.add_argument("--threads", type=int, help="default: all of this machine, 4 on a phone")
-    bench.add_argument("--prompt-file", help="text to take prompts from (default: random tokens)")
+    bench.add_argument("--prompt-file", metavar="FILE", help="take prompts from this text (default: random tokens)")
     bench.add_argument(
         "--runtime",
         default="pte",
         choices=("pte", "pytorch"),
-        help="of the shapes: a program in ExecuTorch, exported first, or PyTorch",
+        help="for the built-in shapes: export a program for ExecuTorch first (default), or PyTorch",
     )
-    bench.add_argument("--profile", action="store_true", help="milliseconds by operator, of programs")
-    bench.add_argument("--json", help="file to write the result to")
-    bench.add_argument("--picture", help="file to draw the result in, such as bench.png")
-    bench.add_argument("--paper", action="store_true", help="show the paper's phones in table and picture too")
+    bench.add_argument("--profile", action="store_true", help="also time every operator of a program")
+    output = bench.add_argument_group("output")
+    output.add_argument("--json", metavar="FILE", help="write the result there")
+    output.add_argument("--picture", metavar="FILE", help="draw the result there, as in bench.png")
+    output.add_argument("--paper", action="store_true", help="show the phones of the paper too")
     phone = bench.add_argument_group("--device adb", "an Android phone with USB debugging, see docs/phone.md")
-    phone.add_argument("--serial", help="which of several devices, as in `adb devices`")
+    phone.add_argument("--serial", help="which device, as in `adb devices`, if there are several")
     phone.add_argument("--runner", choices=("own", "llama_main", "minibench"), help="what runs there (default: own)")
-    phone.add_argument("--runner-binary", help="the runner, built for the phone")
-    phone.add_argument("--max-celsius", type=float, help="let the battery cool down to this first (default: 35)")
-    phone.add_argument("--sustained-seconds", type=int, help="then decode for so long, to see a hot phone")
-    phone.add_argument("--keep", action="store_true", help="leave models there for the next run")
+    phone.add_argument("--runner-binary", metavar="FILE", help="the runner, built for the phone")
+    phone.add_argument("--max-celsius", type=float, help="first wait until the battery is this cool (default: 35)")
+    phone.add_argument("--sustained-seconds", type=int, help="then decode for so long, to measure a hot phone")
+    phone.add_argument("--keep", action="store_true", help="keep the models there for the next run")
     bench.set_defaults(function=run_bench, extra="bench")
 
 
 def run_bench(arguments: argparse.Namespace) -> None:
     from .bench.host import bench
-    from .bench.report import draw, print_table
+    from .bench.report import draw, tables
+    from .display import show
 
     phone_names = ("serial", "runner", "runner_binary", "max_celsius", "sustained_seconds", "keep")
     phone = {name: value for name in phone_names if (value := getattr(arguments, name))}
     if arguments.device == "adb":
-        from .bench.phone import PhoneOptions, bench_phone
+        from .bench.phone import bench_phone
+        from .bench.runners import PhoneOptions
 
         if arguments.profile or arguments.runtime != "pte":
             raise ValueError(
@@ -222,7 +293,7 @@ def run_bench(arguments: argparse.Namespace) -> None:
         phone |= {} if arguments.threads is None else {"num_threads": arguments.threads}
         names = ("prompt_lengths", "new_tokens", "repeats", "prompt_file")
         options = PhoneOptions(**{name: getattr(arguments, name) for name in names}, **phone)
-        result = bench_phone(arguments.model, options)
+        result = bench_phone(arguments.model, options, arguments.command_line)
     else:
         if phone:
             given = ", ".join(f"--{name.replace('_', '-')}" for name in phone)
@@ -232,48 +303,56 @@ def run_bench(arguments: argparse.Namespace) -> None:
             arguments.prompt_lengths,
             arguments.new_tokens,
             arguments.repeats,
-            os.cpu_count() if arguments.threads is None else arguments.threads,
+            os.cpu_count() or 1 if arguments.threads is None else arguments.threads,
             arguments.prompt_file,
             arguments.runtime,
             arguments.profile,
+            arguments.command_line,
         )
     # First what was measured: a table or a picture that fails must not cost it.
     if arguments.json:
-        Path(arguments.json).parent.mkdir(parents=True, exist_ok=True)
-        Path(arguments.json).write_text(json.dumps(result, indent=2) + "\n")
-    print_table(result, arguments.paper)
+        result.save(arguments.json)
+    show(*tables(result, arguments.paper))
     if arguments.picture:
         draw(result, arguments.picture, arguments.paper)
-    print(json.dumps(result))
+    print(json.dumps(result.as_dict()))
 
 
 def add_eval(commands) -> None:
-    evaluation = commands.add_parser("eval", help="the paper's benchmarks for a checkpoint or a .pte directory")
-    evaluation.add_argument("--model", help="checkpoint directory, Hub id, or directory with model.pte")
+    evaluation = commands.add_parser("eval", help="run the paper's benchmarks on a checkpoint or a .pte directory")
+    evaluation.add_argument("--model", metavar="MODEL", help=MODEL_HELP)
     add_suite_arguments(evaluation)
-    evaluation.add_argument("--data-dir", help="made by `eval prepare`; without it the harness downloads the data")
-    evaluation.add_argument("--output", help="directory for the report; finished tasks in it are kept")
-    evaluation.add_argument("--limit", type=int, help="only the first documents of each task, for a try")
-    evaluation.add_argument("--dtype", default="auto", choices=("auto", "float32", "bfloat16", "float16"))
-    evaluation.add_argument("--tokens-per-batch", type=int, help="default: by device, less when memory runs out")
-    evaluation.add_argument("--paper", help="show the paper's numbers of this model, as in S-Base")
     evaluation.add_argument(
-        "--confirm-run-unsafe-code", action="store_true", help="run tasks that execute what the model wrote"
+        "--data-dir", metavar="DIR", help="made by `eval prepare`; without it the harness downloads the data"
     )
+    evaluation.add_argument("--limit", type=int, help="only so many documents of each task, for a quick try")
+    evaluation.add_argument(
+        "--confirm-run-unsafe-code", action="store_true", help="also run tasks that execute code the model wrote"
+    )
+    output = evaluation.add_argument_group("output")
+    output.add_argument("--output", metavar="DIR", help="directory of the report; finished tasks in it are kept")
+    output.add_argument("--paper", help="show the paper's scores of this model, such as S-Base")
+    speed = evaluation.add_argument_group("speed")
+    speed.add_argument("--dtype", default="auto", choices=("auto", "float32", "bfloat16", "float16"))
+    speed.add_argument("--tokens-per-batch", type=int, help="default: by device, reduced when memory runs out")
     actions = evaluation.add_subparsers(dest="action")
     prepare = actions.add_parser("prepare", help="download a suite's data at the pinned revisions")
     add_suite_arguments(prepare)
-    prepare.add_argument("--data-dir", required=True, help="directory for the data")
-    compare = actions.add_parser("compare", help="reports side by side, with differences to the first")
-    compare.add_argument("--results", required=True, nargs="+", help="directories that `mobilemoe eval` wrote")
-    compare.add_argument("--output", required=True, help="directory for comparison.json and comparison.png")
-    compare.add_argument("--paper", help="show the paper's numbers of this model, as in S-Base")
-    check = actions.add_parser("check", help="bits per byte, agreement of two models, expert utilisation")
-    check.add_argument("--model", required=True, help="checkpoint directory, Hub id, or directory with model.pte")
-    check.add_argument("--reference", help="the model to compare with")
+    prepare.add_argument("--data-dir", required=True, metavar="DIR", help="directory for the data")
+    compare = actions.add_parser("compare", help="show reports side by side, with differences to the first")
+    compare.add_argument(
+        "--results", required=True, nargs="+", metavar="DIR", help="directories that `mobilemoe eval` wrote"
+    )
+    compare.add_argument(
+        "--output", required=True, metavar="DIR", help="directory for comparison.json and comparison.png"
+    )
+    compare.add_argument("--paper", help="show the paper's scores of this model, such as S-Base")
+    check = actions.add_parser("check", help="measure bits per byte, agreement of two models, expert utilisation")
+    check.add_argument("--model", required=True, metavar="MODEL", help=MODEL_HELP)
+    check.add_argument("--reference", metavar="MODEL", help="the model to compare with")
     check.add_argument("--text", required=True, nargs="+", metavar="DOMAIN=FILE", help="held-out text by domain")
-    check.add_argument("--max-tokens", type=int, default=4096, help="read this many tokens of each text")
-    check.add_argument("--json", help="write the result here too")
+    check.add_argument("--max-tokens", type=int, default=4096, help="of each text (default: 4096)")
+    check.add_argument("--json", metavar="FILE", help="write the result there too")
     evaluation.set_defaults(function=run_evaluation, extra="eval")
 
 
@@ -288,15 +367,22 @@ def run_evaluation(arguments: argparse.Namespace) -> None:
 
         prepare_data(arguments.suite, arguments.data_dir, arguments.tasks)
     elif arguments.action == "compare":
+        from .display import show
         from .eval.report import compare
 
-        compare(arguments.results, arguments.output, arguments.paper)
+        show(compare(arguments.results, arguments.output, arguments.paper, arguments.command_line))
     elif arguments.action == "check":
-        from .eval.agreement import check_models
+        from .eval.agreement import check_lines, check_models
 
-        check_models(arguments.model, arguments.reference, arguments.text, arguments.max_tokens, arguments.json)
+        texts, command = arguments.text, arguments.command_line
+        check = check_models(arguments.model, arguments.reference, texts, arguments.max_tokens, command)
+        if arguments.json:
+            check.save(arguments.json)
+        for line in check_lines(check):
+            print(line)
     else:
-        from .eval.report import paper_scores, print_table
+        from .display import show
+        from .eval.report import paper_scores, report_table
         from .eval.run import evaluate
 
         if arguments.model is None or arguments.output is None:
@@ -313,32 +399,39 @@ def run_evaluation(arguments: argparse.Namespace) -> None:
                 dtype=arguments.dtype,
                 tokens_per_batch=arguments.tokens_per_batch,
                 run_unsafe_code=arguments.confirm_run_unsafe_code,
+                command=arguments.command_line,
             )
         except KeyboardInterrupt:
             sys.exit(
                 f"mobilemoe eval: interrupted. Finished tasks are kept in {arguments.output}/tasks; "
-                "the same command goes on behind them."
+                "the same command resumes after them."
             )
-        print_table({arguments.model: report}, arguments.paper)
+        show(report_table({arguments.model: report}, arguments.paper))
 
 
 def add_card(commands) -> None:
-    card = commands.add_parser("card", help="a model card from a model's files and measured results")
-    card.add_argument("--model", help="checkpoint directory, Hub id, or S, M, L: Meta's (default: what results name)")
-    card.add_argument("--output", required=True, help="file to write, README.md for the Hub")
+    card = commands.add_parser("card", help="write a model card from a model's files and measured results")
+    card.add_argument(
+        "--model",
+        metavar="MODEL",
+        help="checkpoint directory, Hub id, or Meta's S, M, L (default: what results name)",
+    )
+    card.add_argument("--output", required=True, metavar="FILE", help="file to write, README.md for the Hub")
+    card.add_argument("--overwrite", action="store_true", help="replace the output")
     card.add_argument(
         "--results",
         nargs="*",
         default=[],
+        metavar="FILE",
         help="JSON files of eval, eval check, bench and export, or directories that hold report.json or export.json",
     )
-    card.add_argument("--name", help="the model's id on the Hub (default: --model)")
-    card.add_argument("--license", help="of your model, as the Hub calls it; needed except for S, M, L")
-    card.add_argument("--license-name", help="with --license other")
-    card.add_argument("--license-link", help="with --license other")
-    card.add_argument("--base-model", nargs="+", default=[], help="Hub ids of what it was made from")
-    card.add_argument("--recipe", help="YAML file that it was trained with: data sets and settings")
-    card.add_argument("--overwrite", action="store_true", help="replace the output")
+    card.add_argument("--recipe", metavar="FILE", help="YAML file that it was trained with: data sets and settings")
+    metadata = card.add_argument_group("metadata")
+    metadata.add_argument("--name", help="the model's id on the Hub (default: --model)")
+    metadata.add_argument("--base-model", nargs="+", default=[], help="Hub ids of the models that it was made from")
+    metadata.add_argument("--license", help="of your model, as the Hub calls it; needed except for S, M, L")
+    metadata.add_argument("--license-name", help="with --license other")
+    metadata.add_argument("--license-link", help="with --license other")
     # Nothing beside the package's own dependencies.
     card.set_defaults(function=run_card, extra="all")
 

@@ -5,8 +5,8 @@ FP32 router, the tied embedding once. A checkpoint (`quantization_mobilemoe.py`)
 (`export.py` with the operators of this package) in FP32, and the angles of its positions.
 """
 
-import json
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,7 +16,11 @@ from modeling_mobilemoe.configuration_mobilemoe import MobileMoEConfig
 from modeling_mobilemoe.fused_mobilemoe import Int4Format
 from modeling_mobilemoe.kernels.modules import CACHE_BITS, CACHE_BLOCK, DEFAULT_CACHE
 
+from .results import Benchmark, DeviceMeasurements, result_kind
 
+
+# Measurements of devices that `mobilemoe plan --device` knows by name.
+DEVICES = Path(__file__).parent / "plan/devices"
 # Of an entry of the key-value cache, by default in an exported program and in the paper.
 PROGRAM_KV_BITS = CACHE_BITS[DEFAULT_CACHE]
 # Of every head's INT8 keys, and values, of a token in a program: an FP32 step.
@@ -99,6 +103,7 @@ def program_bytes(
     """
     counts = parameter_counts(config)
     if weights == "int4":
+        assert moe_op is not None
         parts = int4_bytes(config)
         parts["experts"] = packed_bytes(counts["experts"], expert_bits, MOE_GROUP_BITS[moe_op])
         # Our operators read the head from the embedding; XNNPACK and ExecuTorch's wider embedding need their own copy.
@@ -261,8 +266,8 @@ def prefill_matmul_flops(config: MobileMoEConfig, tokens: int) -> float:
 
 def calibrate(
     config: MobileMoEConfig,
-    decode: list[tuple[int, float]],
-    prefill: list[tuple[int, float]] = (),
+    decode: Sequence[tuple[int, float]],
+    prefill: Sequence[tuple[int, float]] = (),
     kv_bits: int = PROGRAM_KV_BITS,
     name: str = "device",
 ) -> Device:
@@ -316,53 +321,66 @@ def two_rates(first: np.ndarray, second: np.ndarray, seconds: np.ndarray) -> tup
     return float(np.mean(first / seconds)), None
 
 
-def _measurements(benchmark: dict) -> dict:
+def _measured_model(benchmark: Benchmark) -> Device:
     models = [
         model
-        for model in benchmark["models"].values()
-        if model["config"]["model_type"] == "mobilemoe" and model["config"].get("quantization")
+        for model in benchmark.models.values()
+        if model.config.get("model_type") == MobileMoEConfig.model_type and model.config.get("quantization")
     ]
     if not models:
         raise ValueError(
             "The benchmark has no MobileMoE model with packed weights, whose bytes are what speed is predicted from. "
             "Run `mobilemoe bench` with one, S for example."
         )
-    config, rows = models[0]["config"], models[0]["lengths"]
-    # Tokens are decoded after the prompt: on average half of them are in the cache too.
-    decode = [(int(length) + benchmark["new_tokens"] // 2, row["decode_tokens_per_s"]) for length, row in rows.items()]
-    prefill = [(int(length), row["prefill_tokens_per_s"]) for length, row in rows.items()]
-    return {
-        "device": f"{benchmark['machine']['cpu']}, {benchmark['machine']['threads']} threads",
-        "config": config,
-        "kv_bits": models[0]["kv_bits"],
-        "decode": [{"context": length, "tokens_per_second": rate["median"]} for length, rate in decode],
-        "prefill": [{"tokens": length, "tokens_per_second": rate["median"]} for length, rate in prefill],
-    }
+    decode = [
+        # Tokens are decoded after the prompt: on average half of them are in the cache too.
+        (int(length) + benchmark.new_tokens // 2, row.decode_tokens_per_s.median)
+        for length, row in models[0].lengths.items()
+    ]
+    prefill = [
+        (int(length), row.prefill_tokens_per_s.median)
+        for length, row in models[0].lengths.items()
+        if row.prefill_tokens_per_s is not None
+    ]
+    name = f"{benchmark.machine.cpu}, {benchmark.machine.threads} threads"
+    return calibrate(MobileMoEConfig.from_dict(models[0].config), decode, prefill, models[0].kv_bits, name)
+
+
+def device_file(device: str | Path) -> Path:
+    """
+    The file of that path, or that of a known device.
+
+    Raises:
+        ValueError: where there is neither; it lists the known ones.
+    """
+    if Path(device).is_file():
+        return Path(device)
+    known = {path.stem: path for path in sorted(DEVICES.glob("*.json"))}
+    if str(device) not in known:
+        raise ValueError(
+            f"No such file or known device: {device}. Give a JSON of measurements, or one of: {', '.join(known)}."
+        )
+    return known[str(device)]
 
 
 def read_device(path: str | Path) -> Device:
     """
-    A device from what `mobilemoe bench --json` wrote, of the first packed MobileMoE model in it, or from a JSON of
-    measurements: `config` (the measured model's `config.json`), `decode` (a list of `{"context",
-    "tokens_per_second"}`), optionally `prefill` (of `{"tokens", "tokens_per_second"}`), `kv_bits` and `device`, a
-    name. Other keys are ignored.
+    A device by its name in `plan/devices/`, or from a file: what `mobilemoe bench --json` wrote, of the first packed
+    MobileMoE model in it, or a JSON of measurements: `config` (the measured model's `config.json`), `decode` (a list
+    of `{"context", "tokens_per_second"}`), optionally `prefill` (of `{"tokens", "tokens_per_second"}`), `kv_bits` and
+    `device`, a name. Other keys are ignored.
 
     Raises:
         ValueError: for a file that is neither.
     """
-    try:
-        content = json.loads(Path(path).read_text())
-        if "benchmark" in content:
-            content = _measurements(content)
-        return calibrate(
-            MobileMoEConfig.from_dict(content["config"]),
-            [(row["context"], row["tokens_per_second"]) for row in content["decode"]],
-            [(row["tokens"], row["tokens_per_second"]) for row in content.get("prefill", [])],
-            content.get("kv_bits", PROGRAM_KV_BITS),
-            content.get("device", "device"),
-        )
-    except (json.JSONDecodeError, KeyError, TypeError) as error:
-        raise ValueError(
-            f"{path} does not hold the measurements of a device ({type(error).__name__}: {error}). It needs `config`, "
-            "and `decode` with entries of `context` and `tokens_per_second`; or give --bandwidth and --rate."
-        ) from error
+    path = device_file(path)
+    if result_kind(path) is Benchmark:
+        return _measured_model(Benchmark.load(path))
+    measured = DeviceMeasurements.load(path)
+    return calibrate(
+        MobileMoEConfig.from_dict(measured.config),
+        [(row.context, row.tokens_per_second) for row in measured.decode],
+        [(row.tokens, row.tokens_per_second) for row in measured.prefill],
+        measured.kv_bits or PROGRAM_KV_BITS,
+        measured.device,
+    )

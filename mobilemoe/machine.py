@@ -53,7 +53,7 @@ def peak_memory() -> int:
     status = Path("/proc/self/status")
     if status.exists():
         # Not ru_maxrss, which starts at the memory of the parent process.
-        return 1024 * int(re.search(r"VmHWM:\s+(\d+)", status.read_text())[1])
+        return 1024 * int(re.findall(r"VmHWM:\s+(\d+)", status.read_text())[0])
     import resource
 
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss

@@ -1,15 +1,17 @@
 """Runs models from Python, token ids in and logits out: an exported `.pte` through ExecuTorch, or a checkpoint."""
 
-import json
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
+from typing import cast
 
 import torch
 from huggingface_hub.errors import GatedRepoError
 from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
 
 from modeling_mobilemoe.kernels import BuildError, load_executorch
+
+from .artifacts import PROGRAM_FILE, is_pte, read_export
 
 
 class LanguageModel(ABC):
@@ -81,9 +83,9 @@ class LanguageModel(ABC):
         for remaining in reversed(range(max_new_tokens)):
             if temperature > 0:
                 probabilities = nucleus((logits / temperature).softmax(dim=-1), top_p)
-                token = torch.multinomial(probabilities, 1, generator=generator).item()
+                token = int(torch.multinomial(probabilities, 1, generator=generator))
             else:
-                token = logits.argmax().item()
+                token = int(logits.argmax())
             if token in self.eos_ids:
                 return
             yield token
@@ -108,11 +110,27 @@ class LanguageModel(ABC):
                 "Give plain text, or use a fine-tuned (SFT or QAT) model."
             )
         messages = [{"role": "user", "content": prompt}]
-        return self.tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
+        return cast(
+            list[int], self.tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
+        )
 
     def decode(self, tokens: list[int]) -> str:
         # The released tokenizer config asks for a clean-up that drops spaces before punctuation, also in code.
-        return self.tokenizer.decode(tokens, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+        return str(self.tokenizer.decode(tokens, skip_special_tokens=True, clean_up_tokenization_spaces=False))
+
+    def stream(self, tokens: Iterable[int]) -> Iterator[str]:
+        """Yields for every token the text that it completes, which may be empty, and at the end the rest."""
+        read, text = [], ""
+        for token in tokens:
+            read.append(token)
+            # Decoded as a whole: a character may span tokens, and until its last one the text ends in a replacement.
+            grown = self.decode(read)
+            if grown.endswith("\ufffd"):
+                yield ""
+            else:
+                yield grown[len(text) :]
+                text = grown
+        yield self.decode(read)[len(text) :]
 
 
 class CheckpointModel(LanguageModel):
@@ -130,7 +148,7 @@ class CheckpointModel(LanguageModel):
     def __init__(self, path: str | Path, dtype: torch.dtype | str = "auto"):
         try:
             self.model = AutoModelForCausalLM.from_pretrained(path, dtype=dtype).eval()
-            self.tokenizer = AutoTokenizer.from_pretrained(path)
+            self.tokenizer = cast(PreTrainedTokenizerBase, AutoTokenizer.from_pretrained(path))
         except OSError as error:
             cause: BaseException | None = error
             while cause is not None and not isinstance(cause, GatedRepoError):
@@ -173,34 +191,31 @@ class PteModel(LanguageModel):
     def __init__(self, path: str | Path):
         import executorch.extension.llm.custom_ops.custom_ops  # noqa: F401  registers llama::*
         import executorch.kernels.quantized  # noqa: F401  registers quantized_decomposed::embedding_4bit
-        from executorch.runtime import Runtime
+        from executorch.runtime import Method, Runtime
 
         path = Path(path)
-        for name in ("model.pte", "export.json"):
-            if not (path / name).is_file():
-                raise ValueError(f"{path} holds no {name}. Make one: mobilemoe export --model CHECKPOINT --output DIR")
-        report = json.loads((path / "export.json").read_text())
-        size = (path / "model.pte").stat().st_size
-        if size != report["pte_bytes"]:
+        report = read_export(path)
+        size = (path / PROGRAM_FILE).stat().st_size
+        if size != report.pte_bytes:
             raise ValueError(
-                f"{path / 'model.pte'} has {size} bytes, export.json says {report['pte_bytes']}: it was cut off or "
+                f"{path / PROGRAM_FILE} has {size} bytes, export.json says {report.pte_bytes}: it was cut off or "
                 "belongs to another export. Copy the whole directory again."
             )
         runtime = Runtime.get()
-        if any(name.startswith("mobilemoe::") for name in report["operators"]):
+        if any(name.startswith("mobilemoe::") for name in report.operators):
             load_kernels()
-        check_operators(report["operators"], runtime.operator_registry.operator_names)
-        data_path = path / report["experts_file"] if report["experts_file"] else None
+        check_operators(report.operators, runtime.operator_registry.operator_names)
+        data_path = path / report.experts_file if report.experts_file else None
         if data_path is not None and not data_path.is_file():
             raise ValueError(f"{data_path} is missing: it holds the experts of model.pte. Copy the whole directory.")
-        self._program = runtime.load_program(path / "model.pte", data_path=data_path)
-        self._method = self._program.load_method("forward")
-        self.has_all_logits = report["all_logits"]
-        self.max_seq_len = report["max_seq_len"]
-        self.eos_ids = report["eos_ids"]
+        self._program = runtime.load_program(path / PROGRAM_FILE, data_path=data_path)
+        self._method = cast(Method, self._program.load_method("forward"))
+        self.has_all_logits = report.all_logits
+        self.max_seq_len = report.max_seq_len
+        self.eos_ids = report.eos_ids
         # A benchmark's program of random weights has none.
         if (path / "tokenizer.json").is_file():
-            self.tokenizer = AutoTokenizer.from_pretrained(path)
+            self.tokenizer = cast(PreTrainedTokenizerBase, AutoTokenizer.from_pretrained(path))
 
     def _execute(self, tokens: torch.Tensor, start: int) -> torch.Tensor:
         # Cloned: the runtime reuses its output memory in the next call.
@@ -228,6 +243,11 @@ class PteModel(LanguageModel):
         logits = [self.forward(tokens[:first], start)]
         logits += [self.forward([token], start + first + i) for i, token in enumerate(tokens[first:])]
         return torch.stack(logits)
+
+
+def load_language_model(path: str | Path) -> LanguageModel:
+    """A `.pte` directory, or a checkpoint; raises as [`PteModel`] and [`CheckpointModel`]."""
+    return PteModel(path) if is_pte(path) else CheckpointModel(path)
 
 
 def load_kernels() -> None:
@@ -274,4 +294,4 @@ def end_of_sequence_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBa
     A model that stops at `<|end_of_text|>` only runs past the end of its turn.
     """
     ids = {*(model.generation_config.eos_token_id or []), tokenizer.eos_token_id, tokenizer.get_vocab().get("<|eot|>")}
-    return sorted(ids - {None})
+    return sorted(token for token in ids if token is not None)

@@ -9,6 +9,7 @@ norm of its queries and keys are ours.
 from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import yaml
 from transformers import LlamaConfig, PretrainedConfig
@@ -17,10 +18,15 @@ from modeling_mobilemoe.configuration_mobilemoe import MobileMoEConfig
 
 
 def shapes() -> dict[str, PretrainedConfig]:
-    medium = {"hidden_size": 1024, "intermediate_size": 512, "intermediate_size_mlp": 2048}
-    large = {"hidden_size": 1280, "intermediate_size": 640, "intermediate_size_mlp": 2560}
+    medium: dict[str, Any] = {"hidden_size": 1024, "intermediate_size": 512, "intermediate_size_mlp": 2048}
+    large: dict[str, Any] = {"hidden_size": 1280, "intermediate_size": 640, "intermediate_size_mlp": 2560}
     # https://arxiv.org/abs/2511.06719. Its local attention is full attention here: the same up to 512 tokens.
-    dense = {"hidden_size": 1280, "intermediate_size": 6144, "num_hidden_layers": 30, "vocab_size": 202048}
+    dense: dict[str, Any] = {
+        "hidden_size": 1280,
+        "intermediate_size": 6144,
+        "num_hidden_layers": 30,
+        "vocab_size": 202048,
+    }
     return {
         "S": MobileMoEConfig(),
         "M": MobileMoEConfig(**medium, num_hidden_layers=26, num_attention_heads=16),

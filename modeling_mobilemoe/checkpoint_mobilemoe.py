@@ -4,10 +4,10 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Iterator
+from collections.abc import Generator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -25,7 +25,11 @@ FLOAT_DTYPES = ("F32", "BF16", "F16")
 RELEASED_VOCAB_SIZE, END_OF_TURN = 128256, 128008
 
 
-class CheckpointMixin:
+# What `super()` of the mixin is in a model.
+Base = PreTrainedModel if TYPE_CHECKING else object
+
+
+class CheckpointMixin(Base):
     """
     How MobileMoE models load and save. Mixed in before `PreTrainedModel`, whose methods do the work.
 
@@ -80,7 +84,10 @@ class CheckpointMixin:
             model.generation_config.eos_token_id = _end_token_ids(model)
         return loaded
 
-    def save_pretrained(self, save_directory: str | os.PathLike, **kwargs) -> None:
+    # Options by name only: two of them are changed here.
+    def save_pretrained(  # ty: ignore[incompatible-method-override]
+        self, save_directory: str | os.PathLike, **kwargs
+    ) -> None:
         """
         As in transformers, but a save that fails leaves the directory as it was, without partial files.
 
@@ -239,7 +246,7 @@ def _check_tied_head(head: StoredTensor, embedding: StoredTensor) -> None:
 
 
 @contextmanager
-def replace_when_complete(directory: str | os.PathLike) -> Iterator[Path]:
+def replace_when_complete(directory: str | os.PathLike) -> Generator[Path]:
     """
     Yields a temporary directory whose files replace those of the target when the block ends without an error.
 

@@ -95,7 +95,8 @@ class MobileMoEConfig(PreTrainedConfig):
         "layers.*.feed_forward.experts.down_proj": "colwise",
         "layers.*.feed_forward.experts": "moe_tp_experts",
     }
-    base_model_ep_plan = {
+    # Annotated in transformers as the plan of a pipeline.
+    base_model_ep_plan = {  # ty: ignore[invalid-assignment]
         "layers.*.feed_forward.experts.gate_up_proj": "grouped_gemm",
         "layers.*.feed_forward.experts.down_proj": "grouped_gemm",
         "layers.*.feed_forward.experts": "ep_dispatch_experts",
@@ -221,20 +222,21 @@ class MobileMoEConfig(PreTrainedConfig):
         self._validate_rope_scaling()
 
     def _validate_rope_scaling(self) -> None:
-        rope_type = self.rope_scaling.get("rope_type")
+        scaling = self.rope_scaling or {}
+        rope_type = scaling.get("rope_type")
         if rope_type != "llama3":
             raise ValueError(f"rope_scaling has rope_type={rope_type!r}, only 'llama3' is implemented. Set 'llama3'.")
         for name in ROPE_SCALING_FIELDS:
-            value = self.rope_scaling.get(name)
+            value = scaling.get(name)
             if isinstance(value, bool) or not isinstance(value, (int, float)) or value <= 0:
                 raise ValueError(
                     f"rope_scaling[{name!r}] is {value!r}: the llama3 rule needs a positive number. "
                     f"Give all of {', '.join(ROPE_SCALING_FIELDS)}."
                 )
-        if self.rope_scaling["high_freq_factor"] < self.rope_scaling["low_freq_factor"]:
+        if scaling["high_freq_factor"] < scaling["low_freq_factor"]:
             raise ValueError(
-                f"rope_scaling has high_freq_factor={self.rope_scaling['high_freq_factor']} below low_freq_factor="
-                f"{self.rope_scaling['low_freq_factor']}, so the bands overlap. Set it to at least low_freq_factor."
+                f"rope_scaling has high_freq_factor={scaling['high_freq_factor']} below low_freq_factor="
+                f"{scaling['low_freq_factor']}, so the bands overlap. Set it to at least low_freq_factor."
             )
 
     @property

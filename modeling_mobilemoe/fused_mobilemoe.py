@@ -188,6 +188,11 @@ class Int4Module(FixedDtypeModule):
 
 
 class Int4Linear(Int4Module):
+    """A packed linear without bias, `[out, in]`, grouped along the input."""
+
+    qweight: torch.Tensor
+    weight_scale: torch.Tensor
+
     def __init__(self, in_features: int, out_features: int):
         super().__init__()
         self.in_features = in_features
@@ -206,6 +211,12 @@ class Int4Linear(Int4Module):
 
 
 class Int4Embedding(Int4Module):
+    """A packed embedding, `[vocab, hidden]`, grouped along its rows. Only those that are read are expanded."""
+
+    qweight: torch.Tensor
+    weight_scale: torch.Tensor
+    output_dtype: torch.Tensor
+
     def __init__(self, num_embeddings: int, embedding_dim: int, dtype: torch.dtype):
         super().__init__()
         self.num_embeddings = num_embeddings
@@ -255,6 +266,11 @@ class Int4Head(nn.Module):
 
 class Int4Experts(Int4Module):
     """Routed experts `[E, in, out]`, grouped along `group_dim`. Only the experts that a batch uses are expanded."""
+
+    gate_up_qweight: torch.Tensor
+    gate_up_scale: torch.Tensor
+    down_qweight: torch.Tensor
+    down_scale: torch.Tensor
 
     def __init__(
         self, num_experts: int, hidden_dim: int, intermediate_dim: int, act_fn: nn.Module, group_dim: int = -1
@@ -321,6 +337,10 @@ class Int4FeedForward(nn.Module):
         expert_bias (`torch.Tensor`): of shape `(E,)`, FP32.
     """
 
+    # Their classes are in `modeling_mobilemoe.py`, which imports this file, or those of adapters.
+    router: Any
+    experts: Any
+    shared_expert: Any
     expert_bias: torch.Tensor
 
     def __init__(self, router: nn.Module, experts: nn.Module, shared_expert: nn.Module, expert_bias: torch.Tensor):

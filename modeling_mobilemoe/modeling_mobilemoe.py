@@ -39,6 +39,8 @@ from .quantization_mobilemoe import register_int4_quantizer
 
 
 class MobileMoERMSNorm(nn.Module):
+    """RMS norm over the last dimension, with a weight."""
+
     def __init__(self, hidden_size: int, eps: float = 1e-5):
         super().__init__()
         self.weight = nn.Parameter(torch.ones(hidden_size))
@@ -58,6 +60,8 @@ def rms_normalize(hidden_states: torch.Tensor, eps: float) -> torch.Tensor:
 
 
 class MobileMoERotaryEmbedding(FixedDtypeModule):
+    """Cosines and sines of RoPE by position, in FP32 whatever the model's dtype."""
+
     inv_freq: torch.Tensor
 
     def __init__(self, config: MobileMoEConfig):
@@ -74,6 +78,8 @@ class MobileMoERotaryEmbedding(FixedDtypeModule):
             `torch.Tensor` of shape `(head_dim / 2,)`, in radians per token.
         """
         scaling = config.rope_scaling
+        # The configuration fills it in.
+        assert scaling is not None
         factor, context = scaling["factor"], scaling["original_max_position_embeddings"]
         low, high = scaling["low_freq_factor"], scaling["high_freq_factor"]
         exponent = torch.arange(0, config.head_dim, 2, dtype=torch.float32) / config.head_dim
@@ -113,7 +119,7 @@ def repeat_kv(hidden_states: torch.Tensor, n_rep: int) -> torch.Tensor:
 
 
 def eager_attention_forward(
-    module: nn.Module,
+    module: "MobileMoEAttention",
     query: torch.Tensor,
     key: torch.Tensor,
     value: torch.Tensor,
@@ -165,6 +171,8 @@ class MobileMoEAttentionInputs(nn.Module):
 
 
 class MobileMoEAttention(nn.Module):
+    """Grouped-query attention with RoPE, then a weightless norm of queries and keys."""
+
     def __init__(self, config: MobileMoEConfig, layer_idx: int):
         super().__init__()
         self.config = config
@@ -249,7 +257,8 @@ def grouped_mm_experts(
     """
     device_type = hidden_states.device.type
     if torch.is_autocast_enabled(device_type):
-        experts = AutocastExperts(experts, torch.get_autocast_dtype(device_type))
+        # It has what transformers reads of the module.
+        experts = AutocastExperts(experts, torch.get_autocast_dtype(device_type))  # ty: ignore[invalid-assignment]
     return grouped_mm_experts_forward(experts, hidden_states, top_k_index, top_k_weights)
 
 
@@ -290,6 +299,8 @@ class MobileMoEExperts(nn.Module):
 
 
 class MobileMoERouter(nn.Module):
+    """Chooses the experts of every token and their weights; also returns the logits."""
+
     def __init__(self, config: MobileMoEConfig):
         super().__init__()
         self.top_k = config.num_experts_per_tok
@@ -312,6 +323,8 @@ class MobileMoERouter(nn.Module):
 
 
 class MobileMoEFeedForward(nn.Module):
+    """The mixture of experts of a layer: router, routed experts and the shared expert."""
+
     expert_bias: torch.Tensor
 
     def __init__(self, config: MobileMoEConfig):
@@ -332,6 +345,8 @@ class MobileMoEFeedForward(nn.Module):
 
 
 class MobileMoEDecoderLayer(GradientCheckpointingLayer):
+    """Attention and the mixture of experts, each after a norm and added to the residual stream."""
+
     def __init__(self, config: MobileMoEConfig, layer_idx: int):
         super().__init__()
         # First: a packed model's dtype is that of its first floating-point parameter, which has to be a norm.
@@ -359,6 +374,8 @@ class MobileMoEDecoderLayer(GradientCheckpointingLayer):
 
 
 class MobileMoEPreTrainedModel(CheckpointMixin, PreTrainedModel):
+    """What both models have in common: initialisation, loading and saving, and what transformers may do with them."""
+
     config: MobileMoEConfig
     base_model_prefix = "model"
     supports_gradient_checkpointing = True
@@ -380,9 +397,10 @@ class MobileMoEPreTrainedModel(CheckpointMixin, PreTrainedModel):
     def _init_weights(self, module: nn.Module) -> None:
         super()._init_weights(module)
         std = self.config.initializer_range
-        if isinstance(module, MobileMoEExperts):
-            init.normal_(module.gate_up_proj, mean=0.0, std=std)
-            init.normal_(module.down_proj, mean=0.0, std=std)
+        # Its decorator is annotated to return a module, not a class.
+        if isinstance(module, MobileMoEExperts):  # ty: ignore[invalid-argument-type]
+            for parameter in module.parameters(recurse=False):
+                init.normal_(parameter, mean=0.0, std=std)
         elif isinstance(module, MobileMoERouter):
             init.normal_(module.weight, mean=0.0, std=std)
         elif isinstance(module, MobileMoEFeedForward):
@@ -392,6 +410,8 @@ class MobileMoEPreTrainedModel(CheckpointMixin, PreTrainedModel):
 
 
 class MobileMoEModel(MobileMoEPreTrainedModel):
+    """The decoder without output head: token ids or embeddings in, last hidden states out."""
+
     def __init__(self, config: MobileMoEConfig):
         super().__init__(config)
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
@@ -408,11 +428,12 @@ class MobileMoEModel(MobileMoEPreTrainedModel):
         self,
         input_ids: torch.LongTensor | None = None,
         attention_mask: torch.Tensor | None = None,
-        position_ids: torch.LongTensor | None = None,
+        position_ids: torch.Tensor | None = None,
         cache: Cache | None = None,
         inputs_embeds: torch.FloatTensor | None = None,
         use_cache: bool | None = None,
-        **kwargs: Unpack[TransformersKwargs],
+        # As everywhere in transformers, whose class names some of the above too.
+        **kwargs: Unpack[TransformersKwargs],  # ty: ignore[invalid-type-form]
     ) -> MoeModelOutputWithPast:
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("Exactly one of input_ids and inputs_embeds is needed. Pass one of them.")
@@ -447,9 +468,12 @@ class MobileMoEModel(MobileMoEPreTrainedModel):
 
 
 class MobileMoEForCausalLM(MobileMoEPreTrainedModel, GenerationMixin):
+    """The decoder with its output head, tied to the embedding."""
+
     _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}
     _tp_plan = {"lm_head": "colwise_gather_output"}
-    _pp_plan = {"lm_head": (["hidden_states"], ["logits"])}
+    # Annotated in transformers without the lists that it takes.
+    _pp_plan = {"lm_head": (["hidden_states"], ["logits"])}  # ty: ignore[invalid-assignment]
     _fsdp_plan = {"lm_head": "keep_full_weight"}
 
     def __init__(self, config: MobileMoEConfig):
@@ -465,14 +489,15 @@ class MobileMoEForCausalLM(MobileMoEPreTrainedModel, GenerationMixin):
         self,
         input_ids: torch.LongTensor | None = None,
         attention_mask: torch.Tensor | None = None,
-        position_ids: torch.LongTensor | None = None,
+        position_ids: torch.Tensor | None = None,
         cache: Cache | None = None,
         inputs_embeds: torch.FloatTensor | None = None,
         labels: torch.LongTensor | None = None,
         use_cache: bool | None = None,
         output_router_logits: bool | None = None,
         logits_to_keep: int | torch.Tensor = 0,
-        **kwargs: Unpack[TransformersKwargs],
+        # As everywhere in transformers, whose class names some of the above too.
+        **kwargs: Unpack[TransformersKwargs],  # ty: ignore[invalid-type-form]
     ) -> MoeCausalLMOutputWithPast:
         r"""
         Args:
@@ -496,7 +521,10 @@ class MobileMoEForCausalLM(MobileMoEPreTrainedModel, GenerationMixin):
             output_router_logits=output_router_logits,
             **kwargs,
         )
-        logits = self.lm_head(slice_logits_to_keep(outputs.last_hidden_state, logits_to_keep))  # (B, T, V)
+        hidden_states = outputs.last_hidden_state
+        # Optional in the class of outputs, always there.
+        assert hidden_states is not None
+        logits = self.lm_head(slice_logits_to_keep(hidden_states, logits_to_keep))  # (B, T, V)
         loss = None
         if labels is not None:
             loss = self.loss_function(logits, labels, self.vocab_size, **kwargs)

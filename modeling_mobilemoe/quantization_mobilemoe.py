@@ -6,7 +6,7 @@
 """
 
 import re
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import nn
@@ -62,8 +62,9 @@ def _packed_twin(module: nn.Module, dtype: torch.dtype, int4_format: Int4Format)
         return Int4Linear(module.in_features, module.out_features)
     if isinstance(module, nn.Embedding):
         return Int4Embedding(module.num_embeddings, module.embedding_dim, dtype)
-    sizes = (module.num_experts, module.hidden_dim, module.intermediate_dim)
-    return Int4Experts(*sizes, module.act_fn, int4_format.expert_dim)
+    num_experts, hidden_dim, width = module.get_parameter("gate_up_proj").shape
+    act_fn = module.get_submodule("act_fn")
+    return Int4Experts(num_experts, hidden_dim, width // 2, act_fn, int4_format.expert_dim)
 
 
 def check_values(model: PreTrainedModel) -> None:
@@ -78,7 +79,7 @@ def check_values(model: PreTrainedModel) -> None:
 def _pack_head(model: PreTrainedModel) -> None:
     """Points the output head at the packed embedding. A base model has no head and stays as it is."""
     if model.get_output_embeddings() is not None:
-        model.set_output_embeddings(Int4Head(model.get_input_embeddings()))
+        model.set_output_embeddings(Int4Head(cast(Int4Embedding, model.get_input_embeddings())))
         # The packed head has no weight that transformers could tie.
         model._tied_weights_keys = {}
         model.all_tied_weights_keys = {}
@@ -110,6 +111,8 @@ def _unfuse(model: PreTrainedModel, plain_model: PreTrainedModel) -> None:
 class MobileMoEInt4Config(QuantizationConfigMixin):
     """The `quantization` block. There is only one grid: every key but the experts' axis has a single legal value."""
 
+    expert_group_axis: str
+
     def __init__(self, quant_method: str = "mobilemoe", **block: Any):
         unknown = sorted(set(block) - set(INT4_BLOCK))
         if unknown:
@@ -129,7 +132,8 @@ class MobileMoEInt4Config(QuantizationConfigMixin):
                     f"The quantization block of config.json has {key}={block[key]!r}, which this format does not "
                     f"implement. Only {' or '.join(f'{key}={value!r}' for value in dict.fromkeys(legal))} can be read."
                 )
-        self.quant_method = quant_method
+        # An enum of transformers' own methods.
+        self.quant_method = quant_method  # ty: ignore[invalid-assignment]
         for key, value in block.items():
             setattr(self, key, value)
 
@@ -144,6 +148,7 @@ class MobileMoEInt4Quantizer(HfQuantizer):
 
     # Full-precision checkpoints are quantised by `quantize`, not during loading.
     requires_calibration = True
+    quantization_config: MobileMoEInt4Config
 
     def _process_model_before_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> None:
         dtype = model.dtype
@@ -185,12 +190,13 @@ class MobileMoEInt4Quantizer(HfQuantizer):
 
 def quantization_table(model: PreTrainedModel) -> str:
     """A table of how each tensor of a packed model is stored, with one line for the same tensor of all layers."""
+    quantizer = cast(MobileMoEInt4Quantizer, model.hf_quantizer)
     rows: dict[tuple[str, str], list[int]] = {}
     for name, tensor in model.state_dict().items():
         if name.startswith("lm_head."):
             continue
         if name.endswith("qweight"):
-            axis = model.hf_quantizer.quantization_config.int4_format.expert_axis if "experts." in name else "input"
+            axis = quantizer.quantization_config.int4_format.expert_axis if "experts." in name else "input"
             stored, itemsize, parameters = f"INT4, groups of 32 along the {axis}", 1, 2 * tensor.numel()
         elif name.endswith("scale"):
             stored, itemsize, parameters = "float16, scales of the above", 2, 0
@@ -252,8 +258,9 @@ def quantize(model: PreTrainedModel, int4_format: Int4Format | None = None) -> P
             tensor.copy_(tensor.bfloat16())
     model.config.quantization = int4_format.block
     model.config.quantization_config = MobileMoEInt4Config(**int4_format.block)
-    model.hf_quantizer = MobileMoEInt4Quantizer(model.config.quantization_config)
-    model.is_quantized = True
+    # As `from_pretrained` sets them; torch annotates modules to hold modules and tensors only.
+    model.hf_quantizer = MobileMoEInt4Quantizer(model.config.quantization_config)  # ty: ignore[invalid-assignment]
+    model.is_quantized = True  # ty: ignore[invalid-assignment]
     logger.info(f"Quantised to INT4:\n{quantization_table(model)}")
     return model
 
@@ -269,7 +276,7 @@ def dequantize(model: PreTrainedModel) -> PreTrainedModel:
         raise ValueError("This model is not packed, there is nothing to dequantise. Use it as it is.")
     dtype = model.dtype
     model.config.quantization = None
-    model.hf_quantizer.remove_quantization_config(model)
+    cast(MobileMoEInt4Quantizer, model.hf_quantizer).remove_quantization_config(model)
     # A model on the meta device supplies the full-precision modules.
     with torch.device("meta"):
         skeleton = type(model)(model.config)
@@ -297,5 +304,6 @@ def dequantize(model: PreTrainedModel) -> PreTrainedModel:
 def register_int4_quantizer() -> None:
     """Makes the format known to `from_pretrained`."""
     # Assigned, because `register_quantizer` refuses a second registration: remote code may import this file again.
-    AUTO_QUANTIZATION_CONFIG_MAPPING["mobilemoe"] = MobileMoEInt4Config
-    AUTO_QUANTIZER_MAPPING["mobilemoe"] = MobileMoEInt4Quantizer
+    # The type checker infers dictionaries of transformers' own methods.
+    AUTO_QUANTIZATION_CONFIG_MAPPING["mobilemoe"] = MobileMoEInt4Config  # ty: ignore[invalid-assignment]
+    AUTO_QUANTIZER_MAPPING["mobilemoe"] = MobileMoEInt4Quantizer  # ty: ignore[invalid-assignment]

@@ -12,7 +12,7 @@ from pathlib import Path
 from transformers import AutoTokenizer
 from trl import SFTConfig
 
-from mobilemoe.train.qat import FakeQuantizationStart, convert, prepare
+from mobilemoe.train.qat import FakeQuantizationStart, convert, preparation_table, prepare
 from mobilemoe.train.recipe import RecipeArguments, load_model, make_trainer, parse_arguments, refuse_fsdp, train
 from modeling_mobilemoe.fused_mobilemoe import Int4Format
 from modeling_mobilemoe.quantization_mobilemoe import quantization_table
@@ -26,7 +26,7 @@ class QATArguments:
     quantize_activations: bool = field(
         default=True, metadata={"help": "Round inputs to INT8 per token, coarser than our kernels."}
     )
-    quantize_from_step: int = field(default=0, metadata={"help": "Optimizer steps in full precision before that."})
+    quantize_from_step: int = field(default=0, metadata={"help": "Optimizer steps in full precision before QAT."})
 
 
 def check_quantization(quantization: QATArguments, recipe: RecipeArguments, training_args: SFTConfig) -> None:
@@ -37,7 +37,7 @@ def check_quantization(quantization: QATArguments, recipe: RecipeArguments, trai
             "would see INT4 weights, and packing would only round them. Set a step below max_steps."
         )
     if recipe.expert_bias_update_rate is None:
-        # Biases are packed in BF16, whose spacing is wider than the usual step of 1e-3 from 0.25 on.
+        # Biases are packed in BF16, whose spacing exceeds the usual step of 1e-3 from 0.25 on.
         recipe.expert_bias_update_rate = 0.0
 
 
@@ -47,6 +47,8 @@ def main(recipe: RecipeArguments, quantization: QATArguments, training_args: SFT
     int4_format = Int4Format(quantization.expert_axis)
     model = load_model(recipe.model, recipe.attn_implementation)
     model = prepare(model, int4_format, quantization.quantize_activations)
+    if training_args.process_index == 0:
+        print(preparation_table(model))
     trainer = make_trainer(model, tokenizer, recipe, training_args)
     trainer.add_callback(FakeQuantizationStart(quantization.quantize_from_step))
     train(trainer)

@@ -13,7 +13,7 @@ from pathlib import Path
 from transformers import AutoTokenizer, set_seed
 from trl import SFTConfig
 
-from mobilemoe.train.lora import add_lora
+from mobilemoe.train.lora import add_lora, trainable_table
 from mobilemoe.train.recipe import (
     CHAT_TEMPLATE,
     RecipeArguments,
@@ -60,6 +60,8 @@ def main(recipe: RecipeArguments, lora: LoRAArguments, training_args: SFTConfig)
     model = load_model(recipe.model, recipe.attn_implementation)
     if lora.lora_scope is not None:
         model = add_lora(model, lora.lora_scope, lora.lora_rank, lora.lora_budget)
+        if training_args.process_index == 0:
+            print(trainable_table(model))
     trainer = make_trainer(model, tokenizer, recipe, training_args)
     train(trainer)
     trainer.save_state()

@@ -24,6 +24,7 @@ from toy_tokenizer import train_tokenizer
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from mobilemoe.cli import main
+from mobilemoe.export.random_program import random_packed_model
 from mobilemoe.train.qat import convert, prepare
 from mobilemoe.train.recipe import CHAT_TEMPLATE
 from modeling_mobilemoe import MobileMoEConfig, MobileMoEForCausalLM, dequantize, quantize
@@ -123,6 +124,13 @@ def int4_checkpoint(tiny_config: MobileMoEConfig, tmp_path_factory: pytest.TempP
 def tokenizer():
     """512 tokens of the released shape: BOS is 496, the ends are 497 and 504."""
     return train_tokenizer((inspect.getsource(module) for module in (argparse, inspect)), 512)
+
+
+@pytest.fixture(scope="session")
+def chat_tokenizer(tokenizer):
+    tokenizer = copy.deepcopy(tokenizer)
+    tokenizer.chat_template = CHAT_TEMPLATE
+    return tokenizer
 
 
 @pytest.fixture(scope="session")
@@ -260,3 +268,19 @@ def workspace(tokenizer, tmp_path_factory):
         (data / f"{name}.train.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
     (data / "chat.train.jsonl").write_text("".join(json.dumps(pair) + "\n" for pair in pairs))
     return root
+
+
+@pytest.fixture
+def wide_model():
+    """Makes random packed models in FP32 that are as wide as S, with fewer layers and tokens."""
+
+    def make(num_layers: int) -> torch.nn.Module:
+        model = random_packed_model(MobileMoEConfig(num_hidden_layers=num_layers, vocab_size=1024))
+        generator = torch.Generator().manual_seed(1)
+        for layer in model.model.layers:
+            # Not zero, or it could be missing unseen.
+            layer.feed_forward.expert_bias.uniform_(-0.3, 0.3, generator=generator)
+        # Packed models refuse `float`; what is packed keeps its type anyway.
+        return torch.nn.Module.float(model)
+
+    return make

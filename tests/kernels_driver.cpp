@@ -332,11 +332,12 @@ int run_operators(const mobilemoe_layer_args& args) {
     experts.x = normed.get();
     experts.out = routed.get();
     status += mobilemoe_moe_ffn(&experts, 2);
-    for (int64_t i = 0; i < t * d; ++i) hidden[i] = hidden[i] + routed[i];
   }
   const mobilemoe_mlp_args shared = {t, d, 0, normed.get(), args.gate, args.up, args.down, args.out};
   status += mobilemoe_mlp(&shared, 2);
-  for (int64_t i = 0; i < t * d; ++i) args.out[i] = hidden[i] + args.out[i];
+  for (int64_t i = 0; i < t * d; ++i) {
+    args.out[i] = hidden[i] + (args.experts.num_experts > 0 ? routed[i] + args.out[i] : args.out[i]);
+  }
   return status;
 }
 

@@ -310,6 +310,9 @@ def bench_result(**configs: object) -> dict:
         name: {
             "runtime": "pytorch",
             "file_bytes": 713_916_240,
+            "start_seconds": {"warm": {"load": 0.5, "first_token": 0.1}},
+            "weight_bytes_per_token": 156_413_952,
+            "kv_bits": 16,
             "config": config.to_dict(),
             "peak_memory_bytes": 10**9,
             "lengths": {
@@ -326,6 +329,7 @@ def bench_result(**configs: object) -> dict:
     machine = {"cpu": "Test CPU", "cores": 2, "threads": 1}
     versions = {"torch": "2.13.0", "transformers": "5.23.0"}
     return {
+        "command": "mobilemoe bench --model S --threads 1",
         "benchmark": "host", "prompt": "random tokens", "new_tokens": 48, "machine": machine, "versions": versions,
         "models": models,
     }  # fmt: skip

@@ -27,8 +27,8 @@ def int4(text_checkpoint) -> CheckpointModel:
 
 def test_a_model_agrees_with_itself(base):
     result = text_agreement(base, base, TEXT)
-    assert result["kl"] == 0 and result["top1"] == 1
-    assert result["bits_per_byte"] == result["reference_bits_per_byte"]
+    assert result.kl == 0 and result.top1 == 1
+    assert result.bits_per_byte == result.reference_bits_per_byte
 
 
 def test_agreement_is_the_formula(base, int4):
@@ -36,14 +36,14 @@ def test_agreement_is_the_formula(base, int4):
     result = text_agreement(int4, base, TEXT)
     ours, reference = (model.all_logits(tokens)[:-1] for model in (int4, base))
     nats = nn.functional.cross_entropy(ours, torch.tensor(tokens[1:]), reduction="sum").item()
-    assert result["bits_per_byte"] == pytest.approx(nats / math.log(2) / len(TEXT.encode()))
+    assert result.bits_per_byte == pytest.approx(nats / math.log(2) / len(TEXT.encode()))
     divergence = nn.functional.kl_div(
         ours.log_softmax(-1), reference.log_softmax(-1), reduction="batchmean", log_target=True
     )
-    assert result["kl"] == pytest.approx(divergence.item(), rel=1e-4)
-    assert result["kl"] > 1e-3
-    assert result["top1"] == pytest.approx((ours.argmax(-1) == reference.argmax(-1)).float().mean().item())
-    assert result["top1"] < 1
+    assert result.kl == pytest.approx(divergence.item(), rel=1e-4)
+    assert result.kl > 1e-3
+    assert result.top1 == pytest.approx((ours.argmax(-1) == reference.argmax(-1)).float().mean().item())
+    assert result.top1 < 1
 
 
 def test_a_long_text_is_read_in_windows_and_every_token_once(base):
@@ -53,14 +53,14 @@ def test_a_long_text_is_read_in_windows_and_every_token_once(base):
     tokens = base.encode(text)
     assert len(tokens) > 600
     result = text_agreement(base, None, text, max_tokens=600)
-    assert result["num_tokens"] == 600
+    assert result.num_tokens == 600
     nats = 0.0
     for start in (1, 256, 511):
         window = tokens[start : min(start + 255, 601)]
         logits = base.all_logits([tokens[0], *window])[:-1]
         nats += nn.functional.cross_entropy(logits, torch.tensor(window), reduction="sum").item()
     num_bytes = len(base.decode(tokens[1:601]).encode())
-    assert result["bits_per_byte"] == pytest.approx(nats / math.log(2) / num_bytes)
+    assert result.bits_per_byte == pytest.approx(nats / math.log(2) / num_bytes)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -93,10 +93,10 @@ def test_expert_utilisation_counts_what_the_routers_select(base):
         scores = router_logits.sigmoid() + feed_forward.expert_bias
         counts = scores.topk(4, dim=-1).indices.flatten().bincount(minlength=8)
         load = counts / counts.sum()
-        assert result["load"][layer] == pytest.approx(load.tolist())
-        assert result["used"][layer] == pytest.approx((counts > 0).float().mean().item())
+        assert result.load[layer] == pytest.approx(load.tolist())
+        assert result.used[layer] == pytest.approx((counts > 0).float().mean().item())
         used = load[load > 0]
-        assert result["effective"][layer] == pytest.approx((-(used * used.log()).sum()).exp().item() / 8, rel=1e-5)
+        assert result.effective[layer] == pytest.approx((-(used * used.log()).sum()).exp().item() / 8, rel=1e-5)
 
 
 def test_check_from_the_command_line(base_checkpoint, text_checkpoint, tmp_path, capsys):
@@ -104,6 +104,7 @@ def test_check_from_the_command_line(base_checkpoint, text_checkpoint, tmp_path,
     arguments = ["eval", "check", "--model", str(text_checkpoint), "--json", str(tmp_path / "check.json")]
     main([*arguments, "--reference", str(base_checkpoint), "--text", f"code={tmp_path / 'code.py'}"])
     result = json.loads((tmp_path / "check.json").read_text())
+    assert result["command"].startswith("mobilemoe eval check --model ") and "--reference" in result["command"]
     assert 0 <= result["domains"]["code"]["top1"] < 1 and result["domains"]["code"]["kl"] > 0
     assert len(result["domains"]["code"]["experts"]["load"]) == 2
     printed = capsys.readouterr().out

@@ -8,13 +8,17 @@ from pathlib import Path
 
 import pytest
 import torch
+from stand_ins import bench_result
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 from mobilemoe.bench import host as bench
 from mobilemoe.bench import worker as bench_worker
+from mobilemoe.bench.report import draw, tables
 from mobilemoe.cli import main
 from mobilemoe.costs import read_device
+from mobilemoe.display import show
 from mobilemoe.export import random_program as bench_programs
+from mobilemoe.results import Benchmark
 from modeling_mobilemoe import MobileMoEConfig
 from modeling_mobilemoe.fused_mobilemoe import Int4Module
 
@@ -127,7 +131,7 @@ def test_planner_reads_the_result(result):
     device = read_device(directory / "bench.json")
     assert device.name == f"{measured['machine']['cpu']}, 1 threads" and device.kv_bits == 16
     assert device.bandwidth > 0 and device.rate > 0
-    dense = {"config": {"model_type": "llama"}}
+    dense = packed | {"config": {"model_type": "llama"}}
     (directory / "dense.json").write_text(json.dumps(measured | {"models": {"dense": dense}}))
     with pytest.raises(ValueError, match="has no MobileMoE model with packed weights"):
         read_device(directory / "dense.json")
@@ -136,8 +140,31 @@ def test_planner_reads_the_result(result):
 @pytest.mark.slow
 def test_table_and_picture_show_the_models(result, int4_checkpoint: Path):
     stdout, directory = result
-    assert "prefill tok/s" in stdout and int4_checkpoint.name in stdout.replace("\n", "")
+    *tables, _ = stdout.splitlines()
+    assert max(map(len, tables)) <= 80 and "prefill tok/s" in stdout
+    # A long path takes several lines of its column.
+    assert int4_checkpoint.name in "".join(line[:14].split("  ")[0].strip() for line in tables)
     assert (directory / "bench.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_tables_fit_80_columns_and_say_all(capsys, tmp_path):
+    configs = {"S": MobileMoEConfig(), "out/a/checkpoint/of/a/long/name": MobileMoEConfig()}
+    result = bench_result(**configs)
+    for model in result["models"].values():
+        model["start_seconds"] = {"cold": {"load": 1.25}, "warm": {"load": 0.25}}
+        model["lengths"]["512"]["decode_of_memory_limit"] = 0.5
+    result["models"]["S"]["operator_ms"] = {"512": {"decode": {"mobilemoe::moe_ffn.out": 12.3456}}}
+    result = Benchmark.model_validate(result)
+    show(*tables(result, paper=True))
+    lines = capsys.readouterr().out.splitlines()
+    assert max(map(len, lines)) <= 80
+    printed = " ".join(" ".join(lines).split())
+    assert "S 128 100 (90-120) 1600 21.5 (20.2-22) 512 100 (90-120) 1600 21.5 (20.2-22) 50%" in printed
+    assert "S 1.25 0.25 1,000" in printed and "mobilemoe::moe_ffn.out 12.346" in printed
+    # What published.yaml has of the paper.
+    assert "S 256 138" in printed and "MobileLLM-Pro 8192 10.6" in printed
+    draw(result, tmp_path / "bench.png", paper=True)
+    assert (tmp_path / "bench.png").stat().st_size > 10_000
 
 
 def test_tokens_of_a_text_are_a_stretch_of_it(text_checkpoint: Path):

@@ -15,13 +15,14 @@ from pathlib import Path
 
 import pytest
 from device_daemon import Device
+from transformers import AutoConfig
 
 from mobilemoe.bench import phone as bench_phone
-from mobilemoe.bench.adb import parse_battery, parse_minibench, parse_observer
-from mobilemoe.card.results import published
+from mobilemoe.bench.adb import parse_battery
+from mobilemoe.bench.runners import PhoneOptions, parse_minibench, parse_observer
 from mobilemoe.cli import main
 from mobilemoe.costs import read_device
-from mobilemoe.shapes import published_speeds
+from mobilemoe.shapes import published, published_speeds
 from modeling_mobilemoe.kernels import build_runner
 
 
@@ -107,6 +108,7 @@ def left_behind(device: Device) -> list[str]:
 
 
 def check_result(result: dict, phone: Device, names: list[str], repeats: int) -> None:
+    assert result["command"].startswith("mobilemoe bench --device adb")
     assert result["benchmark"] == "adb" and result["machine"] == {
         "cpu": "Test Phone 1 (QTI SM8750)",
         "cores": 2,
@@ -163,8 +165,9 @@ def test_whole_command_with_arm_code(phone: Device, kernel_pte: Path, arm_runner
 
 
 def test_shapes_are_exported_first(phone: Device, kernel_pte: Path, tmp_path: Path, monkeypatch, capsys):
-    config = bench_phone.AutoConfig.from_pretrained(kernel_pte)
+    config = AutoConfig.from_pretrained(kernel_pte)
     monkeypatch.setattr(bench_phone, "shapes", lambda: {"tiny": config})
+    monkeypatch.setattr(bench_phone, "is_shape", lambda name: name == "tiny")
     monkeypatch.chdir(tmp_path)
     made = []
 
@@ -300,12 +303,12 @@ def test_minibench_that_crashes_or_is_missing(phone: Device, kernel_pte: Path, p
 def test_waiting_for_a_hot_phone_ends(phone: Device):
     phone.script("dumpsys", 'echo "  temperature: 450"; echo "Thermal Status: 2"')
     device = bench_phone.find_device()
-    options = bench_phone.PhoneOptions([8], runner_binary=__file__, cool_seconds=0.3)
+    options = PhoneOptions([8], runner_binary=__file__, cool_seconds=0.3)
     started = time.monotonic()
     bench_phone.cool_down(device, options)
     assert 0.3 <= time.monotonic() - started < 10
     phone.script("dumpsys", 'echo "  temperature: 300"; echo "Thermal Status: 0"')
-    bench_phone.cool_down(device, bench_phone.PhoneOptions([8], runner_binary=__file__))
+    bench_phone.cool_down(device, PhoneOptions([8], runner_binary=__file__))
 
 
 def test_no_device_unauthorised_and_several(adb_server, tmp_path: Path, monkeypatch):

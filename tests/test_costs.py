@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors import safe_open
+from stand_ins import bench_result
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import DynamicCache
 
@@ -161,7 +162,7 @@ IPHONE = {"s": {256: 204.6, 8192: 32.2}, "m": {256: 106.8, 8192: 17.2}, "l": {25
 
 
 def test_phones_measured_with_s_predict_m_and_l():
-    s25 = read_device(Path(__file__).parents[1] / "examples/galaxy_s25.json")
+    s25 = read_device("galaxy-s25")
     iphone = calibrate(SIZES["s"], list(IPHONE["s"].items()), kv_bits=8)
     # How good the description of a device by four rates is; docs/scaling.md says the same.
     for device, published, error in ((s25, S25, 0.16), (iphone, IPHONE, 0.10)):
@@ -194,6 +195,17 @@ def test_a_short_prefill_is_bound_by_reading_and_a_device_without_rate_predicts_
     assert Device(1e9).prefill_seconds(SIZES["s"], 512) is None
 
 
+def test_devices_by_name(tmp_path, monkeypatch):
+    assert read_device("galaxy-s25").name == "Galaxy S25, 4 threads"
+    with pytest.raises(ValueError, match="No such file or known device: pixel. .* or one of: galaxy-s25"):
+        read_device("pixel")
+    # A file of that name goes first.
+    monkeypatch.chdir(tmp_path)
+    content = {"device": "desk", "config": SIZES["s"].to_dict(), "decode": [{"context": 256, "tokens_per_second": 50}]}
+    Path("galaxy-s25").write_text(json.dumps(content))
+    assert read_device("galaxy-s25").name == "desk"
+
+
 def test_device_files(tmp_path):
     file = tmp_path / "bench.json"
     content = {"device": "desk", "config": SIZES["s"].to_dict(), "decode": [{"context": 256, "tokens_per_second": 50}]}
@@ -202,23 +214,22 @@ def test_device_files(tmp_path):
     assert device.name == "desk" and device.decode_tokens_per_second(SIZES["s"], 256) == pytest.approx(50)
     for broken in ("{", json.dumps({"config": {}}), json.dumps(content | {"decode": [{"context": 1}]})):
         file.write_text(broken)
-        with pytest.raises(ValueError, match="does not hold the measurements of a device .* give --bandwidth"):
+        with pytest.raises(ValueError, match="does not hold the measurements of a device: .* give --bandwidth"):
             read_device(file)
     # What `mobilemoe bench` wrote of a model in BF16, whose bytes are others.
-    rows = {"512": {"decode_tokens_per_s": {"median": 9.0}, "prefill_tokens_per_s": {"median": 90.0}}}
-    model = {"config": SIZES["s"].to_dict(), "kv_bits": 16, "lengths": rows}
-    machine = {"cpu": "c", "threads": 2}
-    bench = {"benchmark": "host", "new_tokens": 8, "machine": machine, "models": {"bf16": model}}
+    bench = bench_result(bf16=SIZES["s"])
     file.write_text(json.dumps(bench))
     with pytest.raises(ValueError, match="no MobileMoE model with packed weights"):
         read_device(file)
-    bench["models"]["int4"] = model | {"config": model["config"] | {"quantization": {"bits": 4}}}
+    model = bench["models"]["bf16"]
+    packed = model["config"] | {"quantization": {"bits": 4}}
+    bench["models"]["int4"] = model | {"config": packed, "lengths": {"512": model["lengths"]["512"]}}
     file.write_text(json.dumps(bench))
     device = read_device(file)
-    assert device.name == "c, 2 threads" and device.kv_bits == 16
+    assert device.name == "Test CPU, 1 threads" and device.kv_bits == 16
     # Half of the new tokens are in the cache on average.
-    assert device.decode_tokens_per_second(SIZES["s"], 516) == pytest.approx(9)
-    assert device.prefill_seconds(SIZES["s"], 512) == pytest.approx(512 / 90)
+    assert device.decode_tokens_per_second(SIZES["s"], 512 + 24) == pytest.approx(21.5)
+    assert device.prefill_seconds(SIZES["s"], 512) == pytest.approx(512 / 100)
     file.write_text(json.dumps(content | {"decode": []}))
     with pytest.raises(ValueError, match="at least one decode measurement"):
         read_device(file)

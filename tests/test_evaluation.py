@@ -10,6 +10,7 @@ import socket
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import datasets
 import lm_eval
@@ -38,6 +39,7 @@ from mobilemoe.eval.data import (
 from mobilemoe.eval.models import CheckpointLM, PteLM
 from mobilemoe.eval.report import mean_score
 from mobilemoe.eval.run import group_file
+from mobilemoe.results import Score
 from mobilemoe.runtime import CheckpointModel
 from modeling_mobilemoe import quantize
 
@@ -205,7 +207,8 @@ def test_the_whole_suite_runs_for_int4_and_for_both_kinds_of_pte(
 def test_the_report_holds_what_repeats_it(bf16_report, checkpoints):
     assert bf16_report["model"]["kind"] == "checkpoint"
     assert len(bf16_report["model"]["sha256"]) == 64
-    assert bf16_report["model"]["sha256"] != describe_model(checkpoints["fp32"])["sha256"]
+    assert bf16_report["command"].startswith(f"mobilemoe eval --model {checkpoints['bf16']} --output ")
+    assert bf16_report["model"]["sha256"] != describe_model(checkpoints["fp32"]).sha256
     assert bf16_report["settings"]["versions"]["lm_eval"] == suite_file()["lm_eval"]
     assert {"torch", "transformers", "datasets", "python"} <= set(bf16_report["settings"]["versions"])
     assert bf16_report["machine"]["cores"] == os.cpu_count()
@@ -219,9 +222,9 @@ def test_packed_int4_runs_and_is_compared(bf16_report, checkpoints, foundation_d
     assert report["model"]["kind"] == "int4"
     table = capsys.readouterr().out
     # PIQA of S-Base, Table 2 of the paper.
-    assert "paper, S-Base" in table and "75.4" in table
+    assert "paper: S-Base" in table and "75.4" in table and max(map(len, table.splitlines())) <= 80
     few = {name: bf16_report["tasks"][name] for name in bf16_report["tasks"] if name in FEW}
-    write_json(tmp_path / "bf16/report.json", bf16_report | {"tasks": few} | mean_score(list(few.values())))
+    write_json(tmp_path / "bf16/report.json", bf16_report | {"tasks": few})
     output = str(tmp_path / "both")
     results = [str(tmp_path / "bf16"), str(tmp_path / "int4")]
     main(["eval", "compare", "--results", *results, "--output", output, "--paper", "S-Base"])
@@ -384,8 +387,9 @@ def test_an_interrupted_run_goes_on_behind_its_last_task(checkpoints, foundation
     stop_at = None
     parts = run_eval(checkpoints["fp32"], tmp_path / "parts", foundation_data, *arguments)
     assert ran == ["piqa", "winogrande", "boolq", "nq_open"]
+    same = {"seconds": 0, "command": ""}
     for name in FEW:
-        assert parts["tasks"][name] | {"seconds": 0} == whole["tasks"][name] | {"seconds": 0}
+        assert parts["tasks"][name] | same == whole["tasks"][name] | same
 
     message = failure(
         "--model", checkpoints["bf16"], "--output", tmp_path / "parts", "--data-dir", foundation_data,
@@ -477,10 +481,10 @@ def test_prepare_downloads_once_and_what_it_wrote_runs(checkpoints, tmp_path, mo
         sha = hub.add("SaylorTwift/bbh", {name: path.read_bytes() for name, path in files.items()})
         first = prepare("bbh")
         assert first.returncode == 0, first.stderr
-        assert f"SaylorTwift/bbh at {sha}" in first.stdout
+        assert f"SaylorTwift/bbh at {sha}" in first.stderr
         # The test Hub lacks the second one.
         second = prepare("bbh", "gsm8k")
-        assert "SaylorTwift/bbh: complete" in second.stdout
+        assert "SaylorTwift/bbh: complete" in second.stderr
         assert second.returncode == 1 and "openai/gsm8k" in second.stderr and "Traceback" not in second.stderr
     assert {path.name for path in (tmp_path / "data/SaylorTwift/bbh").iterdir() if path.is_file()} == {
         "README.md", ".gitattributes"
@@ -511,18 +515,15 @@ def test_a_card_names_only_what_was_downloaded(checkpoints, tmp_path):
 def test_the_mean_of_the_advanced_suite_is_that_of_its_categories():
     tasks = select_tasks("advanced")
     results = [
-        {"category": task["category"], "score": number / 10, "stderr": 0.01 * number}
+        SimpleNamespace(category=task["category"], score=number / 10, stderr=0.01 * number)
         for number, task in enumerate(tasks.values())
     ]
     # MATH-500 | HumanEval, MBPP | IFEval | MMLU-Pro, GPQA.
-    assert mean_score(results) == {
-        "mean": pytest.approx((0.0 + (0.1 + 0.2) / 2 + 0.3 + (0.4 + 0.5) / 2) / 4),
-        "mean_stderr": pytest.approx((0.005**2 + 0.01**2 + 0.03**2 + 0.02**2 + 0.025**2) ** 0.5 / 4),
-    }
-    assert mean_score([{"category": name, "score": 1, "stderr": None} for name in "ab"]) == {
-        "mean": 1,
-        "mean_stderr": None,
-    }
+    mean = mean_score(results)
+    assert mean.score == pytest.approx((0.0 + (0.1 + 0.2) / 2 + 0.3 + (0.4 + 0.5) / 2) / 4)
+    assert mean.stderr == pytest.approx((0.005**2 + 0.01**2 + 0.03**2 + 0.02**2 + 0.025**2) ** 0.5 / 4)
+    unknown = [SimpleNamespace(category=name, score=1, stderr=None) for name in "ab"]
+    assert mean_score(unknown) == Score(score=1, stderr=None)
 
 
 def advanced(model, data, output, home, *arguments) -> dict:

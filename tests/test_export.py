@@ -121,7 +121,9 @@ def test_program_is_pytorch_with_the_same_roundings(fixture, sources, request):
     assert parity["pte_to_pytorch_with_the_same_roundings"]["cosine_mean"] >= at_least
     assert parity["prefill_to_token_by_token"]["cosine_mean"] >= 0.9999
     if fixture == "kernel_directory":
-        assert parity["prefill_to_token_by_token"]["kl_nats"] == 0
+        # No noise at all: our operators and their reference have the same bits, for any number of tokens.
+        assert parity["pte_to_pytorch_with_the_same_roundings"]["sqnr_db"] > 300
+        assert parity["prefill_to_token_by_token"]["sqnr_db"] > 300
     assert set(parity["sources"]) == sources
 
 
@@ -149,7 +151,7 @@ def test_kernel_program_holds_the_experts_of_the_checkpoint(kernel_directory, te
             assert tensor.view(torch.uint8).numpy().tobytes() in program, name
 
 
-def test_operator_follows_what_the_experts_need(qat_checkpoint, text_checkpoint, tmp_path, monkeypatch, capsys):
+def test_operator_follows_what_the_experts_need(qat_checkpoint, text_checkpoint, tmp_path, monkeypatch, caplog):
     assert export_module.default_moe_op("output", None) == export_module.default_moe_op(None, None) == "mobilemoe"
     assert export_module.default_moe_op("input", None) == export_module.default_moe_op("output", 8) == "llama"
     for checkpoint, options, message in (
@@ -164,7 +166,7 @@ def test_operator_follows_what_the_experts_need(qat_checkpoint, text_checkpoint,
 
     monkeypatch.setattr(export_module, "load_executorch", fail)
     assert export_module.default_moe_op("output", None) == "llama"
-    assert "the experts go to llama::quantized_moe_ffn: CMake is missing" in capsys.readouterr().err
+    assert "the experts go to llama::quantized_moe_ffn: CMake is missing" in caplog.text
     with pytest.raises(ValueError, match="not available: CMake is missing: pip install cmake. Or set moe_op='llama'"):
         export_checkpoint(text_checkpoint, tmp_path / "out", moe_op="mobilemoe")
 
@@ -493,10 +495,11 @@ def test_too_little_disk_or_memory_is_said_before_the_start(text_checkpoint, tmp
     assert not list(tmp_path.iterdir())
 
 
-def test_needs_are_stated_before_the_start(tmp_path, monkeypatch, capsys):
+def test_needs_are_stated_before_the_start(tmp_path, monkeypatch, caplog):
     """S: the program is what its formats add up to, and full precision is in memory whole before it is packed."""
     monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=10**10))
     monkeypatch.setattr(export_module, "available_memory", lambda: 10**10)
+    caplog.set_level("INFO", logger="mobilemoe")
     config = MobileMoEConfig()
     with torch.device("meta"):
         num_parameters = sum(parameter.numel() for parameter in MobileMoEForCausalLM(config).parameters())
@@ -505,7 +508,8 @@ def test_needs_are_stated_before_the_start(tmp_path, monkeypatch, capsys):
         export_module.check_resources(
             config, ProgramOptions(8192, expert_bits=4), tmp_path / "out", MOE_MODULES["llama"]
         )
-        said = re.search(r"(\d+) MB to write, about ([\d.]+) GB of memory", capsys.readouterr().err)
+        said = re.search(r"(\d+) MB to write, about ([\d.]+) GB of memory", caplog.text)
+        caplog.clear()
         stated[config.quantization is None] = float(said[2])
         # ExecuTorch's own arithmetic: 796 MB of experts, about 170 MB of everything else.
         assert 960 <= int(said[1]) <= 980
@@ -513,12 +517,13 @@ def test_needs_are_stated_before_the_start(tmp_path, monkeypatch, capsys):
     assert stated[True] > max(stated[False], 4e-9 * num_parameters)
 
 
-def test_long_stages_report_while_they_run(monkeypatch, capsys):
+def test_long_stages_report_while_they_run(monkeypatch, caplog):
+    caplog.set_level("INFO", logger="mobilemoe")
     monkeypatch.setattr(export_module.Stages, "report_every", 0.01)
     stages = export_module.Stages()
     with stages("lower"):
         time.sleep(0.2)
-    assert "lower: 0 s so far, peak memory" in capsys.readouterr().err
+    assert "lower: 0 s so far, peak memory" in caplog.text
     assert stages.seconds["lower"] >= 0.2
     num_threads = threading.active_count()
     with pytest.raises(ValueError), stages("trace"):
@@ -566,7 +571,7 @@ def test_a_program_that_computes_something_else_fails_the_export(text_checkpoint
 
     monkeypatch.setattr(export_module, "lower", lambda *_: FakeProgram())
     monkeypatch.setattr(export_module, "PteModel", Broken)
-    with pytest.raises(ValueError, match="does not compute this model: the median cosine of pte_to_pytorch"):
+    with pytest.raises(ValueError, match="does not compute this model: the signal to noise in dB of pte_to_pytorch"):
         export_checkpoint(text_checkpoint, tmp_path / "out")
     assert not list(tmp_path.iterdir())
 
@@ -633,25 +638,21 @@ def test_512_tokens_are_those_of_pytorch(kernel_pte: Path, text_checkpoint: Path
     model = AutoModelForCausalLM.from_pretrained(text_checkpoint, dtype=torch.float32).eval()
     tokens = program.encode(inspect.getsource(argparse))
 
-    def agreement(roundings: set[str], tie: float) -> tuple[float, float]:
-        """Share of positions whose top token is PyTorch's, or ties with it; mean cosine of the logits."""
-        gaps, cosines = [], []
+    def logits(roundings: set[str]) -> tuple[torch.Tensor, torch.Tensor]:
+        """PyTorch's and the program's."""
+        expected, actual = [], []
         with rounded_as(model, roundings, 4, on_kernels=True), torch.inference_mode():
             for window in range(16):
                 path = tokens[1000 + 64 * window :][:32]
                 path = model.generate(torch.tensor([path]), max_new_tokens=32, min_new_tokens=32, do_sample=False)[0]
-                expected = model(path[None, :-1]).logits[0, 31:]
-                actual = program.last_logits(path[:-1].tolist(), 0, 32)
-                chosen = expected.gather(-1, actual.argmax(-1, keepdim=True))[:, 0]
-                gaps.append(expected.max(-1).values - chosen)
-                cosines.append(torch.cosine_similarity(actual, expected, dim=-1))
-        gaps = torch.cat(gaps)
-        assert len(gaps) == 512
-        return (gaps <= tie).float().mean().item(), torch.cat(cosines).mean().item()
+                expected.append(model(path[None, :-1]).logits[0, 31:])
+                actual.append(program.last_logits(path[:-1].tolist(), 0, 32))
+        return torch.cat(expected), torch.cat(actual)
 
-    # Logits of this small model, unsure of most tokens, have a standard deviation of 2.3. With the same roundings of
-    # activations to INT8 the two differ in the order of sums only, which moves some inputs across a rounding.
-    greedy, cosine = agreement({"INT8 activations", "INT8 expert activations"}, tie=0.01)
-    assert greedy >= 0.99 and cosine >= 0.9999
-    greedy, cosine = agreement(set(), tie=0.1)
-    assert greedy >= 0.98 and cosine >= 0.9998
+    expected, actual = logits({"INT8 activations", "INT8 expert activations"})
+    assert len(expected) == 512 and torch.equal(actual, expected)
+    expected, actual = logits(set())
+    # Logits of this small model, unsure of most tokens, have a standard deviation of 2.3.
+    gaps = expected.amax(-1) - expected.gather(-1, actual.argmax(-1, keepdim=True))[:, 0]
+    assert (gaps <= 0.1).float().mean() >= 0.98
+    assert torch.cosine_similarity(actual, expected, dim=-1).mean() >= 0.9998

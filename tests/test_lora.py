@@ -1,4 +1,4 @@
-"""LoRA: the scope alone trains, counts are PEFT's, adapters merge, save and load, and the road goes on to INT4."""
+"""LoRA: the scope alone trains, counts are PEFT's, adapters merge, save and load, and merged models pack to INT4."""
 
 import copy
 
@@ -106,8 +106,9 @@ def test_counts_and_ranks_are_those_of_peft(tiny_model, scope, rank, capsys):
     for name, layer in adapters(model).items():
         assert layer.r["default"] == (expert_rank if "experts." in name else rank), name
         assert layer.scaling["default"] == pytest.approx(3), name
-    table = capsys.readouterr().out
-    assert table == trainable_table(model) + "\n"
+    # The recipe prints the table, not the library.
+    assert capsys.readouterr().out == ""
+    table = trainable_table(model)
     assert f"trainable: {expected:,} parameters, {expected / 206160:.2%} of the model's 206,160" in table
     lines = table.splitlines()
     assert {line.split()[0].removeprefix("model.layers.*.") for line in lines[1:-1]} == WEIGHTS[scope]

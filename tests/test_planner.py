@@ -12,10 +12,12 @@ import torch
 
 from mobilemoe import cli
 from mobilemoe.costs import Device, inference_flops, int4_bytes, memory_bytes, training_flops
+from mobilemoe.display import show
 from mobilemoe.plan import planner
 from mobilemoe.plan.fit import fit_law
 from mobilemoe.plan.law import PAPER_LAW
-from mobilemoe.plan.planner import Request, plan, plot_plan, print_plan, shape_config
+from mobilemoe.plan.planner import Request, plan, shape_config
+from mobilemoe.plan.report import plan_report, plot_plan
 from mobilemoe.train.recipe import load_model
 from modeling_mobilemoe import MobileMoEConfig, quantize
 
@@ -187,19 +189,31 @@ def test_command_line_prints_tables_or_json(capsys, tmp_path):
     limits = ["--memory-gb", 5, "--tokens", 5e11, "--inference-gflops", 0.545, "--kv-bits", 8]
     run_cli("plan", *limits, "--bandwidth", 25, "--rate", 270, "--plot", tmp_path / "plan.png")
     printed = capsys.readouterr().out
+    assert max(map(len, printed.splitlines())) <= 80
     for text in (
-        "width 768, 20 layers, E = 8",
-        "0.716",
-        "tokens/s decode",
-        "the paper's choice",
-        "within the law's error",
+        # One sentence of why, one table, what its columns are.
+        "Width 768, 20 layers, E = 8, 272M of 1,263M parameters active: lowest predicted loss among the 202 of 1188",
+        "2.3533 nats per token, 95 % interval 2.3384 to 2.3682.",
+        "4 768 20 28 x 384 272M 697M 0.486 2.3536",
+        "tied 8 768 20 60 x 384 272M 1,263M 0.806 2.3533",
+        "chosen 16 ",
+        "tok/s: decoding at that context on device. First token of a 512-token prompt after",
+        "Tied: within the law's error (0.0076).",
     ):
         assert text in " ".join(printed.split())
+    assert "extrapolates" not in printed
     assert (tmp_path / "plan.png").stat().st_size > 20_000
     run_cli("plan", *limits, "--json", "--output", tmp_path / "s")
     printed = json.loads(capsys.readouterr().out)
     assert printed == json.loads((tmp_path / "s/plan.json").read_text())
-    assert printed["best"]["total_parameters"] == SIZES["s"].num_total_parameters
+    best = printed["best"]
+    assert best["total_parameters"] == SIZES["s"].num_total_parameters
+    # What the table leaves out.
+    assert best["bytes"]["experts"] == pytest.approx(0.597e9, rel=1e-3)
+    assert sum(best["bytes"].values()) == best["memory_bytes"]
+    assert best["training_flops"] == pytest.approx(8.17e20, rel=1e-3) and best["loss_interval"][0] < best["loss"]
+    assert [row["finding"] for row in printed["granularities"]][1] == "the paper's choice"
+    assert len(printed["runners_up"]) == 5 and all(row["verdict"] for row in printed["candidates"])
     config = MobileMoEConfig.from_pretrained(tmp_path / "s")
     assert [getattr(config, name) for name in ARCHITECTURE] == [getattr(SIZES["s"], name) for name in ARCHITECTURE]
 
@@ -227,7 +241,8 @@ def test_command_line_reads_a_device_and_a_table(monkeypatch, capsys, tmp_path):
     assert low < result["law"]["beta"] < high
     run_cli(*arguments[:-1])
     printed = capsys.readouterr().out
-    assert "fitted to 90 runs" in printed and f"| beta | {result['law']['beta']:.4g} |" in printed
+    printed = " ".join(printed.split())
+    assert "fitted to 90 runs" in printed and f"beta {result['law']['beta']:.4g} {low:.4g} to {high:.4g}" in printed
 
 
 @pytest.mark.parametrize(
@@ -237,6 +252,7 @@ def test_command_line_reads_a_device_and_a_table(monkeypatch, capsys, tmp_path):
         (["--memory-gb", 1, "--tokens", 1e9, "--rate", 3], "--rate alone says nothing about decoding"),
         (["--memory-gb", 1, "--tokens", 1e9, "--device", "x", "--bandwidth", 3], "Give one of them"),
         (["--memory-gb", 1, "--tokens", 1e9, "--device", "/nowhere.json"], "No such file"),
+        (["--memory-gb", 1, "--tokens", 1e9, "--device", "galaxy"], "or one of: galaxy-s25."),
     ],
 )
 def test_command_line_errors_are_one_line(arguments, message):
@@ -247,18 +263,16 @@ def test_command_line_errors_are_one_line(arguments, message):
 
 def test_document_shows_what_the_command_prints(monkeypatch, capsys):
     monkeypatch.chdir(RECIPES.parent)
-    blocks = [
-        block.split("```")[0] for block in Path("docs/scaling.md").read_text().split("```\n$ mobilemoe plan ")[1:]
-    ]
-    assert len(blocks) == 2
-    for block in blocks:
-        command, _, shown = block.partition("\n")
-        try:
-            run_cli("plan", *command.split())
-            printed = capsys.readouterr().out
-        except SystemExit as error:
-            printed = str(error)
-        assert printed.split() == shown.split()
+    document = Path("docs/scaling.md").read_text()
+    _, block = document.split("```\n$ mobilemoe plan ")
+    command, _, shown = block.split("```")[0].partition("\n")
+    run_cli("plan", *command.split())
+    assert capsys.readouterr().out.split() == shown.split()
+    _, error = document.split("```\nmobilemoe plan: ")
+    impossible = "--memory-gb 1 --tokens 500e9 --tokens-per-second 5000 --device galaxy-s25"
+    with pytest.raises(SystemExit) as raised:
+        run_cli("plan", *impossible.split())
+    assert str(raised.value).split() == ["mobilemoe", "plan:", *error.split("```")[0].split()]
 
 
 @pytest.fixture(scope="module")
@@ -316,9 +330,13 @@ def test_a_planned_configuration_goes_through_a_recipe_and_exports_to_its_bytes(
 
 
 def test_printed_plan_names_a_device_without_a_prefill_rate(capsys):
-    print_plan(plan(Request(5e9, 4096, tokens=300e9, device=Device(25e9, name="bus"))))
+    show(*plan_report(plan(Request(5e9, 4096, tokens=300e9, device=Device(25e9, name="bus")))))
     printed = " ".join(capsys.readouterr().out.split())
-    assert "bus" in printed and "first token" not in printed
+    assert "on bus." in printed and "First token" not in printed
+    show(*plan_report(plan(Request(5e9, 4096, tokens=6e12))))
+    printed = " ".join(capsys.readouterr().out.split())
+    assert "The law extrapolates: " in printed and "tokens 6e+12 is outside the fitted 1e+11 to 5e+11" in printed
+    assert "tok/s" not in printed
 
 
 def test_plot_of_a_plan(tmp_path):

@@ -7,10 +7,12 @@ import pytest
 import yaml
 from conftest import ROOT
 
+import mobilemoe
+
 
 WORKFLOWS = sorted((ROOT / ".github" / "workflows").glob("*.yml"))
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
-VERSION = PROJECT["project"]["version"]
+VERSION = mobilemoe.__version__
 
 
 @pytest.mark.parametrize("workflow", WORKFLOWS, ids=lambda path: path.stem)

@@ -162,7 +162,7 @@ def test_broken_file_stops_a_run_that_goes_on_once_it_is_repaired(workspace, uni
     assert process.returncode == 1
     errors = Path(f"{output_dir}.stderr").read_text()
     assert re.search(r"ValueError: Data source json \S+code-\*\.jsonl cannot be read: ArrowInvalid", errors)
-    assert "training goes on from the last checkpoint with --resume_from_checkpoint true" in errors
+    assert "training resumes from the last checkpoint with --resume_from_checkpoint true" in errors
     # All that the whole files gave has been trained on, and the last checkpoint is there.
     assert complete(output_dir) == list(range(2, 17, 2))
     finish(start(workspace, output_dir, "--resume_from_checkpoint", "true"), output_dir)

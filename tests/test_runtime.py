@@ -69,6 +69,13 @@ def test_run_command_streams_text(pte_directory, text_checkpoint, capsys):
         assert "tokens/s]" in captured.err
 
 
+def test_a_character_of_several_tokens_is_yielded_whole(checkpoint):
+    text = "caf\u00e9 \U0001f600."
+    pieces = list(checkpoint.stream(checkpoint.encode(text)))
+    assert "".join(pieces) == text and "" in pieces
+    assert not any("\ufffd" in piece for piece in pieces)
+
+
 def test_missing_extra_is_named(monkeypatch, pte_directory):
     monkeypatch.setitem(sys.modules, "executorch.runtime", None)
     with pytest.raises(SystemExit, match=r"executorch\.runtime is not installed\. pip install 'mobilemoe\[export\]'"):

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from mobilemoe.plan.fit import describe_fit, fit_law, heldout_error, plot_fit, read_table
+from mobilemoe.plan.fit import fit_law, heldout_error, read_table
 from mobilemoe.plan.law import (
     COEFFICIENTS,
     COLUMNS,
@@ -16,6 +16,7 @@ from mobilemoe.plan.law import (
     ScalingLaw,
     effective_experts,
 )
+from mobilemoe.plan.report import describe_fit, plot_fit
 
 
 EXPANSIONS = np.array(PAPER_GRID["expansion"])

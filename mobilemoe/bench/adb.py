@@ -4,7 +4,6 @@ An Android device through the `adb` client: find it, run on it, copy what change
 Commands are lists of words. The device's shell gets them quoted, this machine's shell never sees them.
 """
 
-import json
 import re
 import shlex
 import shutil
@@ -17,6 +16,7 @@ from pathlib import Path
 from tqdm import tqdm
 
 from ..artifacts import file_sha256
+from ..results import PhoneCondition, PhoneFingerprint
 
 
 class DeviceLost(OSError):
@@ -178,7 +178,7 @@ class Device:
 
         Raises:
             ValueError: when the device has too little room, before anything is copied.
-            DeviceLost, DeviceError: when the copy fails; whole files stay, and the next call goes on behind them.
+            DeviceLost, DeviceError: when the copy fails; whole files stay, and the next call resumes after them.
         """
         self.shell("mkdir", "-p", *sorted({str(Path(directory, name).parent) for name in files}))
         present = self.checksums(directory)
@@ -203,33 +203,33 @@ class Device:
     def properties(self) -> dict[str, str]:
         return dict(re.findall(r"^\[(.+?)\]: \[(.*)\]", self.shell("getprop"), re.MULTILINE))
 
-    def fingerprint(self) -> dict:
-        """What the device is: model, SoC, cores with their clocks in MHz, memory in bytes, system, battery, heat."""
+    def fingerprint(self) -> PhoneFingerprint:
+        """What the device is: model, SoC, clocks of its cores, memory, system, battery, heat."""
         properties = self.properties()
         clocks = self.shell("sh", "-c", "cat /sys/devices/system/cpu/cpu*/cpufreq/cpuinfo_max_freq", check=False)
         memory = re.search(r"MemTotal:\s+(\d+)", self.shell("cat", "/proc/meminfo"))
         soc = " ".join(properties.get(f"ro.soc.{name}", "") for name in ("manufacturer", "model")).strip()
-        return {
-            "model": " ".join(properties.get(f"ro.product.{name}", "") for name in ("manufacturer", "model")).strip(),
-            "soc": soc or properties.get("ro.board.platform", "unknown"),
-            "abi": properties.get("ro.product.cpu.abi"),
-            "max_mhz": [int(clock) // 1000 for clock in clocks.split() if clock.isdigit()],
-            "memory_bytes": 1024 * int(memory[1]) if memory else None,
-            "android": properties.get("ro.build.version.release"),
-            "build": properties.get("ro.build.fingerprint"),
-            **self.condition(),
-        }
+        return PhoneFingerprint(
+            model=" ".join(properties.get(f"ro.product.{name}", "") for name in ("manufacturer", "model")).strip(),
+            soc=soc or properties.get("ro.board.platform", "unknown"),
+            abi=properties.get("ro.product.cpu.abi"),
+            max_mhz=[int(clock) // 1000 for clock in clocks.split() if clock.isdigit()],
+            memory_bytes=1024 * int(memory[1]) if memory else None,
+            android=properties.get("ro.build.version.release"),
+            build=properties.get("ro.build.fingerprint"),
+            **self.condition().model_dump(),
+        )
 
-    def condition(self) -> dict:
-        """Battery level in percent and temperature in degrees Celsius, thermal status 0 (none) to 6, clocks in MHz."""
+    def condition(self) -> PhoneCondition:
+        """Battery, heat and clocks now."""
         battery = parse_battery(self.shell("dumpsys", "battery", check=False))
         thermal = re.search(r"Thermal Status: (\d+)", self.shell("dumpsys", "thermalservice", check=False))
         clocks = self.shell("sh", "-c", "cat /sys/devices/system/cpu/cpu*/cpufreq/scaling_cur_freq", check=False)
-        return {
+        return PhoneCondition(
             **battery,
-            "thermal_status": int(thermal[1]) if thermal else None,
-            "mhz": [int(clock) // 1000 for clock in clocks.split() if clock.isdigit()],
-        }
+            thermal_status=int(thermal[1]) if thermal else None,
+            mhz=[int(clock) // 1000 for clock in clocks.split() if clock.isdigit()],
+        )
 
 
 def parse_battery(text: str) -> dict:
@@ -240,53 +240,3 @@ def parse_battery(text: str) -> dict:
         "battery_percent": int(level[1]) if level else None,
         "battery_celsius": int(temperature[1]) / 10 if temperature else None,
     }
-
-
-def parse_observer(text: str) -> dict:
-    """
-    The measurements in the output of ExecuTorch's `llama_main` (extension/llm/runner/stats.h), times in seconds.
-
-    Raises:
-        ValueError: when the line that starts with `PyTorchObserver` is missing, cut off, or without tokens.
-    """
-    line = next((line for line in text.splitlines() if line.startswith("PyTorchObserver ")), None)
-    if line is None:
-        raise ValueError(f"llama_main printed no PyTorchObserver line; it ended with:\n{text[-1000:]}")
-    try:
-        stats = json.loads(line.removeprefix("PyTorchObserver "))
-        second = stats["SCALING_FACTOR_UNITS_PER_SECOND"]
-        first, prefill_end, end = (
-            stats[name] for name in ("first_token_ms", "prompt_eval_end_ms", "inference_end_ms")
-        )
-        measured = {
-            "prompt_tokens": stats["prompt_tokens"],
-            "new_tokens": stats["generated_tokens"],
-            "load": (stats["model_load_end_ms"] - stats["model_load_start_ms"]) / second,
-            "first_token": (first - stats["inference_start_ms"]) / second,
-            "prefill": (prefill_end - stats["inference_start_ms"]) / second,
-            "decode": (end - prefill_end) / second,
-        }
-    except (json.JSONDecodeError, KeyError, TypeError, ZeroDivisionError) as error:
-        raise ValueError(f"The PyTorchObserver line of llama_main is damaged ({error!r}): {line[:300]}") from error
-    if min(measured["prompt_tokens"], measured["new_tokens"]) < 1 or min(measured["prefill"], measured["decode"]) <= 0:
-        raise ValueError(f"llama_main measured nothing: {line[:300]} Give a longer prompt or more new tokens.")
-    return measured
-
-
-def parse_minibench(text: str) -> dict:
-    """
-    The metrics in `benchmark_results.json` of ExecuTorch's benchmark app, by their names.
-
-    Raises:
-        ValueError: for a file that is cut off or no list of metrics.
-    """
-    try:
-        rows = json.loads(text)
-        metrics = {row["metric"]: float(row["actualValue"]) for row in rows}
-    except (json.JSONDecodeError, KeyError, TypeError, ValueError) as error:
-        raise ValueError(f"benchmark_results.json is damaged ({error!r}): {text[:300]}") from error
-    if not metrics.get("token_per_sec"):
-        raise ValueError(
-            f"benchmark_results.json has no token_per_sec, so the app generated nothing: {sorted(metrics)}"
-        )
-    return metrics

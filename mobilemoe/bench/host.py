@@ -1,9 +1,8 @@
 """
-Speed and memory of models on this machine, measured in turns: `mobilemoe bench --device host`.
+Speed and memory of models on this machine, interleaved: `mobilemoe bench --device host`.
 
-Every model runs in a process of its own (bench_worker.py). A round takes every model through one prompt length, and
-the next round starts over, so that a machine that slows down slows all of them. What is read from memory at best is
-measured in the same rounds.
+Every model runs in a process of its own (worker.py). A round takes every model through every prompt length, so that a
+machine that slows down slows all of them. Peak read bandwidth of the memory is measured in the same rounds.
 """
 
 import json
@@ -13,19 +12,22 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Sequence
+from dataclasses import dataclass, field
 from importlib.metadata import version
 from pathlib import Path
 
 import torch
 from tqdm import tqdm
 
+from ..artifacts import is_shape
 from ..machine import cpu_name, memory_read_rate, spread
+from ..results import Benchmark, BenchmarkedModel, BenchmarkMachine, LengthResult, Spread, StartSeconds
 from ..shapes import shapes
 
 
 class Worker:
     """
-    A model's process, see bench_worker.py.
+    A model's process, see worker.py.
 
     Args:
         command (`list[str]`): that starts it.
@@ -91,6 +93,112 @@ def evict(files: list[Path]) -> bool:
     return bool(files)
 
 
+@dataclass
+class Times:
+    """Of one model and prompt length, a value per round: seconds to the first token, and decoded tokens per second."""
+
+    first_token: list[float] = field(default_factory=list)
+    decode: list[float] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class Rounds:
+    """
+    What every model is asked for.
+
+    Args:
+        prompt_lengths (`Sequence[int]`): in tokens; the lengths of the contexts that are decoded after, too.
+        new_tokens (`int`): to decode after each prompt, 1 or more.
+        repeats (`int`): rounds, after one that warms up.
+        num_threads (`int`): of each model.
+        text (`str`, *optional*): to take tokens from; random tokens when absent.
+    """
+
+    prompt_lengths: Sequence[int]
+    new_tokens: int
+    repeats: int
+    num_threads: int
+    text: str | None = None
+
+    def __post_init__(self) -> None:
+        numbers = {"new_tokens": self.new_tokens, "repeats": self.repeats, "threads": self.num_threads}
+        for name, value in numbers.items():
+            if value < 1:
+                raise ValueError(f"{name}={value} leaves nothing to measure. Set 1 or more.")
+        if not self.prompt_lengths or min(self.prompt_lengths) < 1:
+            raise ValueError(f"prompt_lengths={list(self.prompt_lengths)} must name lengths of 1 or more tokens.")
+
+    @property
+    def context(self) -> int:
+        return max(self.prompt_lengths) + self.new_tokens
+
+
+def start_model(
+    name: str, command: list[str], files: list[Path], rounds: Rounds
+) -> tuple[Worker, dict[str, StartSeconds]]:
+    """
+    A running process of a model, and how long it took to start: "cold", where its files can be dropped from memory,
+    and "warm".
+
+    Raises:
+        ValueError: for a model that cannot be loaded or lacks the context.
+    """
+    starts = {}
+    for state in ("cold", "warm"):
+        if state == "cold" and not evict(files):
+            continue
+        worker = Worker(command, rounds.num_threads)
+        try:
+            if rounds.context > worker.loaded["context"]:
+                raise ValueError(
+                    f"{name} has a context of {worker.loaded['context']} tokens and {rounds.context} are needed. "
+                    "Give shorter prompt lengths."
+                )
+            first = worker.measure(min(rounds.prompt_lengths), 1, 0, rounds.text)
+        except BaseException:
+            worker.close()
+            raise
+        starts[state] = StartSeconds(load=round(worker.loaded["load"], 4), first_token=round(first["first_token"], 4))
+        if state == "cold":
+            worker.close()
+    return worker, starts
+
+
+def run_rounds(
+    workers: dict[str, Worker], models: dict[str, BenchmarkedModel], rounds: Rounds
+) -> tuple[dict[tuple[str, int], Times], list[float]]:
+    """Times by model and prompt length, and the bytes per second that memory delivered in every round."""
+    # Larger than any cache; as FP64, few and wide additions for every byte.
+    memory = torch.zeros(2**25, dtype=torch.float64)
+    times = {(name, length): Times() for name in workers for length in rounds.prompt_lengths}
+    rates = []
+    # The first round warms up.
+    for repeat in tqdm(range(rounds.repeats + 1), desc="rounds", leave=False):
+        rate = memory_read_rate(memory)
+        for length in rounds.prompt_lengths:
+            for name, worker in workers.items():
+                answer = worker.measure(length, rounds.new_tokens, repeat, rounds.text)
+                models[name].peak_memory_bytes = answer["peak_memory_bytes"]
+                if repeat > 0:
+                    times[name, length].first_token.append(answer["first_token"])
+                    times[name, length].decode.append(rounds.new_tokens / sum(answer["decode"]))
+        if repeat > 0:
+            rates.append(rate)
+    return times, rates
+
+
+def length_result(length: int, times: Times, rates: list[float], weight_bytes: int | None) -> LengthResult:
+    result = LengthResult(
+        prefill_tokens_per_s=Spread(**spread([length / seconds for seconds in times.first_token])),
+        first_token_ms=Spread(**spread([1e3 * seconds for seconds in times.first_token])),
+        decode_tokens_per_s=Spread(**spread(times.decode)),
+    )
+    if weight_bytes:
+        limit = statistics.median(rates) / weight_bytes
+        result.decode_of_memory_limit = round(statistics.median(times.decode) / limit, 3)
+    return result
+
+
 def run_benchmark(
     commands: dict[str, list[str]],
     files: dict[str, list[Path]],
@@ -100,110 +208,60 @@ def run_benchmark(
     num_threads: int,
     prompt_file: str | Path | None = None,
     profile: bool = False,
-) -> dict:
+    command: str | None = None,
+) -> Benchmark:
     """
-    Measures models in turns.
+    Measures models, interleaved.
 
     Args:
         commands (`dict[str, list[str]]`): the command of each model's process by the model's name.
         files (`dict[str, list[Path]]`): the weights of each; a model without files has no cold start.
-        prompt_lengths (`Sequence[int]`): in tokens; the lengths of the contexts that are decoded after, too.
-        new_tokens (`int`): to decode after each prompt, 1 or more.
-        repeats (`int`): rounds, after one that warms up.
-        num_threads (`int`): of each model.
+        prompt_lengths, new_tokens, repeats, num_threads: as in [`Rounds`].
         prompt_file (`str` or `Path`, *optional*): text to take tokens from; random tokens when absent.
         profile (`bool`, defaults to `False`): afterwards, time programs by operator.
-
-    Returns:
-        `dict`: rates in tokens per second, times in seconds unless named otherwise, memory in bytes.
+        command (`str`, *optional*): the command line that asked for this.
 
     Raises:
         ValueError: for numbers that cannot be measured, or a model that cannot be loaded or lacks the context.
         OSError: for a file that cannot be read, or a process that ends.
     """
-    for name, value in (("new_tokens", new_tokens), ("repeats", repeats), ("threads", num_threads)):
-        if value < 1:
-            raise ValueError(f"{name}={value} leaves nothing to measure. Set 1 or more.")
-    if not prompt_lengths or min(prompt_lengths) < 1:
-        raise ValueError(f"prompt_lengths={list(prompt_lengths)} must name lengths of 1 or more tokens.")
     text = None if prompt_file is None else Path(prompt_file).read_text()
+    rounds = Rounds(prompt_lengths, new_tokens, repeats, num_threads, text)
     torch.set_num_threads(num_threads)
-    # Larger than any cache; as FP64, few and wide additions for every byte.
-    memory = torch.zeros(2**25, dtype=torch.float64)
-    first_length = min(prompt_lengths)
-    models: dict[str, dict] = {}
     workers: dict[str, Worker] = {}
-    raw: dict[tuple[str, int], dict[str, list[float]]] = {}
-    rates: list[float] = []
+    models: dict[str, BenchmarkedModel] = {}
     try:
-        for name, command in commands.items():
-            starts = {}
-            for state in ("cold", "warm"):
-                if state == "cold" and not evict(files[name]):
-                    continue
-                workers[name] = worker = Worker(command, num_threads)
-                needed = max(prompt_lengths) + new_tokens
-                if needed > worker.loaded["context"]:
-                    raise ValueError(
-                        f"{name} has a context of {worker.loaded['context']} tokens and {needed} are needed. "
-                        "Give shorter prompt lengths."
-                    )
-                first = worker.measure(first_length, 1, 0, text)
-                times = {"load": worker.loaded["load"], "first_token": first["first_token"]}
-                starts[state] = {key: round(value, 4) for key, value in times.items()}
-                if state == "cold":
-                    worker.close()
-            models[name] = {
-                "runtime": worker.loaded["runtime"],
-                "file_bytes": sum(path.stat().st_size for path in files[name]) or None,
-                "start_seconds": starts,
-                **{name: worker.loaded[name] for name in ("weight_bytes_per_token", "kv_bits", "config")},
-            }
-        # The first round warms up.
-        for repeat in tqdm(range(repeats + 1), desc="rounds", leave=False):
-            rate = memory_read_rate(memory)
-            for length in prompt_lengths:
-                for name, worker in workers.items():
-                    answer = worker.measure(length, new_tokens, repeat, text)
-                    models[name]["peak_memory_bytes"] = answer["peak_memory_bytes"]
-                    if repeat > 0:
-                        row = raw.setdefault((name, length), {"first_token": [], "decode": []})
-                        row["first_token"].append(answer["first_token"])
-                        row["decode"].append(new_tokens / sum(answer["decode"]))
-            if repeat > 0:
-                rates.append(rate)
-        if profile:
-            for name, worker in workers.items():
-                if worker.loaded["runtime"] == "executorch":
-                    models[name]["operator_ms"] = {
-                        str(length): worker.measure(length, new_tokens, 0, text, profile=True)
-                        for length in prompt_lengths
-                    }
+        for name, worker_words in commands.items():
+            workers[name], starts = start_model(name, worker_words, files[name], rounds)
+            models[name] = BenchmarkedModel(
+                runtime=workers[name].loaded["runtime"],
+                file_bytes=sum(path.stat().st_size for path in files[name]) or None,
+                start_seconds=starts,
+                **{key: workers[name].loaded[key] for key in ("weight_bytes_per_token", "kv_bits", "config")},
+                lengths={},
+            )
+        times, rates = run_rounds(workers, models, rounds)
+        for name, worker in workers.items() if profile else ():
+            if models[name].runtime == "executorch":
+                models[name].operator_ms = {
+                    str(length): worker.measure(length, new_tokens, 0, text, profile=True) for length in prompt_lengths
+                }
     finally:
         for worker in workers.values():
             worker.close()
-    for name, model in models.items():
-        model["lengths"] = {}
-        for length in prompt_lengths:
-            row = raw[name, length]
-            model["lengths"][str(length)] = {
-                "prefill_tokens_per_s": spread([length / seconds for seconds in row["first_token"]]),
-                "first_token_ms": spread([1e3 * seconds for seconds in row["first_token"]]),
-                "decode_tokens_per_s": spread(row["decode"]),
-            }
-            if model["weight_bytes_per_token"]:
-                limit = statistics.median(rates) / model["weight_bytes_per_token"]
-                share = statistics.median(row["decode"]) / limit
-                model["lengths"][str(length)]["decode_of_memory_limit"] = round(share, 3)
-    return {
-        "benchmark": "host",
-        "prompt": "random tokens" if prompt_file is None else str(prompt_file),
-        "new_tokens": new_tokens,
-        "machine": {"cpu": cpu_name(), "cores": os.cpu_count(), "threads": num_threads},
-        "versions": {name: version(name) for name in ("torch", "transformers")},
-        "read_gb_per_s": spread([rate / 1e9 for rate in rates]),
-        "models": models,
-    }
+    for (name, length), measured in times.items():
+        weight_bytes = models[name].weight_bytes_per_token
+        models[name].lengths[str(length)] = length_result(length, measured, rates, weight_bytes)
+    return Benchmark(
+        command=command,
+        benchmark="host",
+        prompt="random tokens" if prompt_file is None else str(prompt_file),
+        new_tokens=new_tokens,
+        machine=BenchmarkMachine(cpu=cpu_name(), cores=os.cpu_count(), threads=num_threads),
+        versions={name: version(name) for name in ("torch", "transformers")},
+        read_gb_per_s=Spread(**spread([rate / 1e9 for rate in rates])),
+        models=models,
+    )
 
 
 def bench(
@@ -215,7 +273,8 @@ def bench(
     prompt_file: str | Path | None = None,
     runtime: str = "pte",
     profile: bool = False,
-) -> dict:
+    command: str | None = None,
+) -> Benchmark:
     """
     As [`run_benchmark`], of checkpoints, directories with `model.pte`, and the shapes S, M, L and MobileLLM-Pro, which
     are exported first, or packed models in PyTorch with `runtime="pytorch"`.
@@ -224,22 +283,23 @@ def bench(
 
     if len(set(models)) < len(models):
         raise ValueError(f"models={list(models)} names one twice. Raise the repeats instead.")
-    if prompt_file is not None and any(name in shapes() for name in models):
+    if prompt_file is not None and any(map(is_shape, models)):
         raise ValueError(
             "A built-in shape has random weights and no tokenizer, so it reads no prompt file. Leave the file out for "
             "random tokens, or name a checkpoint."
         )
-    context = max(prompt_lengths, default=0) + new_tokens
+    # Before an export, which takes minutes.
+    context = Rounds(prompt_lengths, new_tokens, repeats, num_threads).context
     with tempfile.TemporaryDirectory() as directory:
         paths = {}
         for name in models:
             paths[name] = name
-            config = shapes().get(name)
-            if config is None:
+            if not is_shape(name):
                 continue
+            config = shapes()[name]
             path = os.path.join(directory, name)
             if runtime == "pte":
-                if not 1 <= context <= config.max_position_embeddings:
+                if context > config.max_position_embeddings:
                     raise ValueError(
                         f"{name} has a context of {config.max_position_embeddings} tokens and {context} are needed. "
                         "Give shorter prompt lengths."
@@ -259,4 +319,5 @@ def bench(
             num_threads,
             prompt_file,
             profile,
+            command,
         )

@@ -1,172 +1,40 @@
 """
 Speed and memory of programs on an Android phone: `mobilemoe bench --device adb`.
 
-Three programs can run them: our runner (kernels/README.md), which says most, ExecuTorch's `llama_main`, and its
-benchmark app. The result has the form of the host's (bench.py), so that tables, pictures, cards and the planner read
-it; `phone` says which device it was and in what condition, before, while and after it ran.
+The result has the form of the host's (host.py), so that tables, pictures, cards and the planner read it; `phone` says
+which device it was and in what condition, before, while and after it ran. What runs there is in runners.py.
 """
 
-import json
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Generator, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, field
 from importlib.metadata import version
 from pathlib import Path
 
 from tqdm import tqdm
-from transformers import AutoConfig, AutoTokenizer
 
+from ..artifacts import is_shape
 from ..export.random_program import write_random_program
-from ..machine import spread
+from ..results import Benchmark, BenchmarkMachine, Phone, PhoneFingerprint, PhoneSample
 from ..shapes import shapes
-from .adb import Device, find_device, parse_minibench, parse_observer
-from .worker import cache_bits, program_bytes_per_token, random_tokens
+from .adb import Device, find_device
+from .runners import APP, DIRECTORY, PhoneOptions, Program, read_inputs, run_llama_main, run_minibench, run_own
 
 
-DIRECTORY = "/data/local/tmp/mobilemoe"
-APP = "org.pytorch.minibench"
-MOE_OPERATORS = ("mobilemoe::decoder_layer", "llama::quantized_moe_ffn")
-
-
-@dataclass
-class PhoneOptions:
+def bench_phone(models: Sequence[str], options: PhoneOptions, command: str | None = None) -> Benchmark:
     """
-    Args:
-        prompt_lengths (`Sequence[int]`): in tokens.
-        new_tokens (`int`): to decode after each prompt.
-        repeats (`int`): rounds, in which every model takes its turn.
-        num_threads (`int`): on the device; 4 as in the paper's measurements.
-        runner (`str`): "own", "llama_main" or "minibench".
-        runner_binary (`str` or `Path`, *optional*): the runner for the device; not of the app, which is installed.
-        serial (`str`, *optional*): of one of several devices.
-        max_celsius (`float`): cool down to this battery temperature before every round.
-        cool_seconds (`float`): at most.
-        sustained_seconds (`int`): then decode for so long, to see the speed of a hot phone.
-        prompt_file (`str` or `Path`, *optional*): text to take tokens from; random tokens when absent.
-        keep (`bool`): leave models on the device, so that the next run need not copy them.
-    """
-
-    prompt_lengths: Sequence[int]
-    new_tokens: int = 48
-    repeats: int = 5
-    num_threads: int = 4
-    runner: str = "own"
-    runner_binary: str | Path | None = None
-    serial: str | None = None
-    max_celsius: float = 35.0
-    cool_seconds: float = 600.0
-    sustained_seconds: int = 0
-    prompt_file: str | Path | None = None
-    keep: bool = False
-
-    def __post_init__(self) -> None:
-        for name in ("new_tokens", "repeats", "num_threads"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name}={getattr(self, name)} leaves nothing to measure. Set 1 or more.")
-        if not self.prompt_lengths or min(self.prompt_lengths) < 1:
-            raise ValueError(f"prompt_lengths={list(self.prompt_lengths)} must name lengths of 1 or more tokens.")
-        if self.runner not in ("own", "llama_main", "minibench"):
-            raise ValueError(f"runner={self.runner!r} is not known. Set own, llama_main or minibench.")
-        if self.runner == "minibench":
-            if self.runner_binary is not None or self.sustained_seconds:
-                raise ValueError(
-                    "The benchmark app is installed on the phone and runs a fixed number of tokens: it takes neither "
-                    "runner_binary nor sustained_seconds. Leave them out, or set runner='own'."
-                )
-        elif self.runner_binary is None or not Path(self.runner_binary).is_file():
-            raise ValueError(
-                f"runner_binary={self.runner_binary} is no file, and runner={self.runner!r} needs one that was built "
-                "for the phone. docs/phone.md says how to build it."
-            )
-        if self.sustained_seconds and self.runner != "own":
-            raise ValueError("sustained_seconds is something only our runner does. Set runner='own'.")
-
-
-@dataclass
-class Program:
-    """A `.pte` directory, and what a benchmark has to know of it."""
-
-    name: str
-    path: Path
-    report: dict = field(init=False)
-    starts: dict = field(default_factory=dict)
-    rows: dict[int, dict[str, list[float]]] = field(default_factory=dict)
-    operators: dict[str, int] | None = None
-    isa: str | None = None
-    peak_memory_bytes: int | None = None
-    pss_bytes: int | None = None
-    sustained: list[dict] = field(default_factory=list)
-
-    def __post_init__(self) -> None:
-        if not (self.path / "model.pte").is_file() or not (self.path / "export.json").is_file():
-            raise ValueError(
-                f"{self.path} holds no program: a phone runs a .pte. Make one: mobilemoe export --model CHECKPOINT "
-                "--output DIR"
-            )
-        self.report = json.loads((self.path / "export.json").read_text())
-
-    @property
-    def directory(self) -> str:
-        return f"{DIRECTORY}/{self.name}"
-
-    @property
-    def files(self) -> dict[str, Path]:
-        names = [path.name for path in sorted(self.path.iterdir()) if path.suffix in (".pte", ".ptd")]
-        names += [name for name in ("tokenizer.json",) if (self.path / name).is_file()]
-        return {f"{self.name}/{name}": self.path / name for name in names}
-
-    @property
-    def experts_file(self) -> str | None:
-        # A program that the benchmark made itself says less.
-        return self.report.get("experts_file")
-
-    def add(self, length: int, **measured: float) -> None:
-        for name, value in measured.items():
-            self.rows.setdefault(length, {}).setdefault(name, []).append(value)
-
-    def moe_operator(self) -> dict:
-        """Which operator computed the experts, and whether that was seen or only follows from the export."""
-        if self.operators is None:
-            return {"moe_operator": self.report["moe_op"], "proven": False}
-        ran = [name for name in self.operators if name.rsplit(".", 1)[0] in MOE_OPERATORS]
-        return {"moe_operator": ran[0].rsplit(".", 1)[0] if ran else None, "proven": True}
-
-    def result(self, kv_bits: int) -> dict:
-        config = AutoConfig.from_pretrained(self.path)
-        return {
-            "runtime": "executorch",
-            "file_bytes": sum(path.stat().st_size for name, path in self.files.items() if not name.endswith(".json")),
-            "start_seconds": self.starts,
-            "weight_bytes_per_token": program_bytes_per_token(str(self.path), config),
-            "kv_bits": kv_bits,
-            "config": json.loads(config.to_json_string()),
-            "peak_memory_bytes": self.peak_memory_bytes,
-            "pss_bytes": self.pss_bytes,
-            "instruction_set": self.isa,
-            "operator_calls": self.operators,
-            **self.moe_operator(),
-            **({"sustained": self.sustained} if self.sustained else {}),
-            "lengths": {
-                str(length): {name: spread(values) for name, values in row.items()}
-                for length, row in self.rows.items()
-            },
-        }
-
-
-def bench_phone(models: Sequence[str], options: PhoneOptions) -> dict:
-    """
-    Measures `.pte` directories in turns on the connected device.
+    Measures `.pte` directories, interleaved, on the connected device.
 
     Args:
         models (`Sequence[str]`): directories that `mobilemoe export` wrote, or S, M, L, MobileLLM-Pro: those shapes
             with random weights, which are exported first.
         options (`PhoneOptions`): what to run.
+        command (`str`, *optional*): the command line that asked for this.
 
     Returns:
-        `dict`: as [`~bench.run_benchmark`] gives, with `phone`.
+        `Benchmark`: as [`~bench.host.run_benchmark`] gives, with `phone`.
 
     Raises:
         ValueError: for requests that cannot be met, before anything is copied.
@@ -176,216 +44,91 @@ def bench_phone(models: Sequence[str], options: PhoneOptions) -> dict:
     names = [Path(model).resolve().name for model in models]
     if len(set(names)) < len(names):
         raise ValueError(f"models={list(models)}: two have the same name. Rename a directory.")
-    needed = max(options.prompt_lengths) + options.new_tokens
     # Found first: to export a shape takes minutes.
     device = find_device(options.serial)
     with tempfile.TemporaryDirectory() as scratch:
         programs = []
         for name, model in zip(names, models, strict=True):
             path = Path(model)
-            if model in shapes() and not path.exists():
+            if is_shape(model):
                 path = Path(scratch, model)
-                write_random_program(shapes()[model], path, needed)
+                write_random_program(shapes()[model], path, options.context)
             programs.append(Program(name, path))
-        return run_programs(device, programs, options, needed)
+        return run_programs(device, programs, options, command)
 
 
-def run_programs(device: Device, programs: list[Program], options: PhoneOptions, needed: int) -> dict:
-    """What is left of [`bench_phone`] once there are programs; `needed` is the context in tokens."""
+def run_programs(device: Device, programs: list[Program], options: PhoneOptions, command: str | None) -> Benchmark:
+    """What is left of [`bench_phone`] once there are programs."""
     for program in programs:
-        context = AutoConfig.from_pretrained(program.path).max_position_embeddings
-        context = program.report.get("max_seq_len", context)
-        if needed > context:
+        if options.context > program.report.max_seq_len:
             raise ValueError(
-                f"{program.name} has a context of {context} tokens and {needed} are needed. Give shorter prompt "
-                "lengths."
+                f"{program.name} has a context of {program.report.max_seq_len} tokens and {options.context} are "
+                "needed. Give shorter prompt lengths."
             )
-    run = {"own": run_own, "llama_main": run_llama_main, "minibench": run_minibench}[options.runner]
     fingerprint = device.fingerprint()
     if options.runner == "minibench" and f"package:{APP}" not in device.shell("pm", "list", "packages", APP):
         raise ValueError(f"The benchmark app {APP} is not on the device. docs/phone.md says how to build it.")
     inputs = {program.name: read_inputs(program, options) for program in programs}
-    files = {name: path for program in programs for name, path in program.files.items()}
-    files |= {"runner": Path(options.runner_binary)} if options.runner_binary is not None else {}
     finished = False
     try:
-        with tempfile.TemporaryDirectory() as scratch:
-            for name, tokens in inputs.items() if options.runner == "own" else ():
-                path = files[f"{name}/tokens.txt"] = Path(scratch, name)
-                path.write_text(" ".join(map(str, tokens)))
-            copied = device.push(files, DIRECTORY)
-        if options.runner_binary is not None:
-            device.shell("chmod", "755", f"{DIRECTORY}/runner")
-        with sampling(device) as samples:
-            # Round -1 is the cold start, and says nothing of speed.
-            for repeat in tqdm(range(-1, options.repeats), desc="rounds", leave=False):
-                for program in programs[:: -1 if repeat % 2 else 1]:
-                    cool_down(device, options)
-                    run(device, program, options, inputs[program.name], repeat)
+        copied = copy_files(device, programs, options, inputs)
+        samples = run_rounds(device, programs, options, inputs)
         finished = True
     finally:
         with suppress(OSError):
             clean_up(device, programs, options, finished)
-    first = programs[0]
-    return {
-        "benchmark": "adb",
-        "prompt": "random tokens" if options.prompt_file is None else str(options.prompt_file),
-        "new_tokens": options.new_tokens,
-        "machine": {
-            "cpu": f"{fingerprint['model']} ({fingerprint['soc']})",
-            "cores": len(fingerprint["max_mhz"]) or None,
-            "threads": options.num_threads,
-        },
-        "versions": {"executorch": first.report.get("versions", {}).get("executorch", version("executorch"))},
-        "phone": {
-            **fingerprint,
-            "serial": device.serial,
-            "runner": options.runner,
-            "copied": copied,
-            "after": device.condition(),
-            "samples": samples,
-        },
-        "models": {program.name: program.result(cache_bits(str(program.path))) for program in programs},
-    }
-
-
-def read_inputs(program: Program, options: PhoneOptions) -> list[int] | str:
-    """Token ids for our runner, text for the others."""
-    count = max(options.prompt_lengths) + options.new_tokens
-    # As many again, so that rounds begin at different places.
-    wanted = 2 * count
-    if options.runner == "own" and options.prompt_file is None:
-        return random_tokens(AutoConfig.from_pretrained(program.path).vocab_size, wanted, 0)
-    if not (program.path / "tokenizer.json").is_file():
-        raise ValueError(f"{program.path} holds no tokenizer.json, so it reads no text. Leave the prompt file out.")
-    tokenizer = AutoTokenizer.from_pretrained(program.path)
-    if options.prompt_file is None:
-        raise ValueError(f"runner={options.runner!r} takes text. Give a prompt file.")
-    tokens = tokenizer(Path(options.prompt_file).read_text()).input_ids
-    if len(tokens) < count:
-        raise ValueError(
-            f"The prompt file has {len(tokens)} tokens and {count} are needed. Give a longer text, or shorter lengths."
-        )
-    if options.runner == "own":
-        return tokens[:wanted]
-    return tokenizer.decode(tokens[: max(options.prompt_lengths)], skip_special_tokens=True)
-
-
-def run_own(device: Device, program: Program, options: PhoneOptions, tokens: list[int], repeat: int) -> None:
-    """One process of our runner on `tokens.txt`, whose lines are read as they come."""
-    lengths = options.prompt_lengths if repeat >= 0 else options.prompt_lengths[:1]
-    command = ["../runner", "--model", "model.pte", "--tokens", "tokens.txt", "--new-tokens", str(options.new_tokens)]
-    command += ["--prompt-lengths", ",".join(map(str, lengths)), "--threads", str(options.num_threads)]
-    command += ["--repeats", "1", "--first-repeat", str(max(repeat, 0))]
-    command += ["--data", program.experts_file] if program.experts_file else []
-    command += ["--cold"] if repeat < 0 else []
-    if repeat == options.repeats - 1 and options.sustained_seconds:
-        command += ["--sustained", str(options.sustained_seconds)]
-    state = "cold" if repeat < 0 else "warm"
-    done = False
-    for line in device.lines(*command, directory=program.directory):
-        if not line.startswith("{"):
-            continue
-        try:
-            event = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise OSError(f"The runner's output was cut off or garbled: {line[:300]}") from error
-        if event["event"] == "error":
-            raise OSError(f"The runner says of {program.name}: {event['message']}")
-        if event["event"] == "loaded":
-            program.isa = event["isa"]
-            program.starts.setdefault(state, {"load": event["load_s"]})
-        elif event["event"] == "measure" and event["repeat"] < 0:
-            program.starts[state].setdefault("first_token", event["first_token_s"])
-        elif event["event"] == "measure" and repeat >= 0:
-            length, seconds = event["prompt_length"], event["first_token_s"]
-            program.add(
-                length,
-                prefill_tokens_per_s=length / seconds,
-                first_token_ms=1e3 * seconds,
-                decode_tokens_per_s=len(event["decode_s"]) / sum(event["decode_s"]),
-            )
-        elif event["event"] == "sustained":
-            program.sustained.append({name: value for name, value in event.items() if name != "event"})
-        elif event["event"] == "done":
-            done = True
-            program.operators = event["operators"]
-            program.peak_memory_bytes = max(program.peak_memory_bytes or 0, event["peak_rss_bytes"])
-            program.pss_bytes = max(program.pss_bytes or 0, event["pss_bytes"])
-    if not done:
-        raise OSError(f"The runner stopped before the end of {program.name}. Run it by hand in {program.directory}.")
-
-
-def run_llama_main(device: Device, program: Program, options: PhoneOptions, text: str, repeat: int) -> None:
-    """One process of ExecuTorch's `llama_main`; a shorter prompt is a part of the text."""
-    state = "cold" if repeat < 0 else "warm"
-    for length in options.prompt_lengths[: 1 if repeat < 0 else None]:
-        # By characters: the runner counts the tokens, and its count is what is recorded.
-        prompt = text[: max(1, len(text) * length // max(options.prompt_lengths))]
-        command = ["../runner", "--model_path", "model.pte", "--tokenizer_path", "tokenizer.json", "--prompt", prompt]
-        command += ["--temperature", "0", "--ignore_eos", "--cpu_threads", str(options.num_threads)]
-        command += ["--max_new_tokens", str(options.new_tokens)]
-        command += ["--data_paths", program.experts_file] if program.experts_file else []
-        output = "\n".join(device.lines(*command, directory=program.directory))
-        try:
-            measured = parse_observer(output)
-        except ValueError as error:
-            raise OSError(f"{program.name}: {error}") from error
-        program.starts.setdefault(state, {name: measured[name] for name in ("load", "first_token")})
-        if repeat >= 0:
-            program.add(
-                measured["prompt_tokens"],
-                prefill_tokens_per_s=measured["prompt_tokens"] / measured["prefill"],
-                first_token_ms=1e3 * measured["first_token"],
-                decode_tokens_per_s=measured["new_tokens"] / measured["decode"],
-            )
-
-
-def run_minibench(device: Device, program: Program, options: PhoneOptions, text: str, repeat: int) -> None:
-    """
-    One start of ExecuTorch's benchmark app, which measures decoding and loading alone.
-
-    It takes the first `.pte` of the directory, first runs it on inputs of its own, which is kept short here, and
-    crashes without a word below two of these.
-    """
-    if repeat < 0:
-        return
-    device.shell("chmod", "-R", "a+rX", program.directory)
-    device.shell("run-as", APP, "rm", "-f", "files/benchmark_results.json", check=False)
-    start = ["am", "start", "-W", "-S", "-n", f"{APP}/.BenchmarkActivity", "--es", "model_dir", program.directory]
-    start += ["--es", "tokenizer_path", f"{program.directory}/tokenizer.json", "--es", "prompt", text]
-    start += ["--ei", "num_iter", "2", "--ei", "num_warm_up_iter", "0", "--ef", "temperature", "0"]
-    said = device.shell(*start)
-    if "Error" in said:
-        raise OSError(f"The benchmark app did not start: {said.strip()[-300:]}")
-    output = wait_for(
-        lambda: device.shell("run-as", APP, "cat", "files/benchmark_results.json", check=False),
-        lambda: not device.shell("pidof", APP, check=False).strip(),
-        f"the benchmark app on {program.name}",
+    return Benchmark(
+        command=command,
+        benchmark="adb",
+        prompt="random tokens" if options.prompt_file is None else str(options.prompt_file),
+        new_tokens=options.new_tokens,
+        machine=phone_machine(fingerprint, options.num_threads),
+        versions={"executorch": programs[0].report.versions.get("executorch", version("executorch"))},
+        phone=Phone(
+            **fingerprint.model_dump(),
+            serial=device.serial,
+            runner=options.runner,
+            copied=copied,
+            after=device.condition(),
+            samples=samples,
+        ),
+        models={program.name: program.result() for program in programs},
     )
-    try:
-        metrics = parse_minibench(output)
-    except ValueError as error:
-        raise OSError(f"{program.name}: {error}") from error
-    if "llm_model_load_time(ms)" in metrics:
-        program.starts.setdefault("warm", {"load": metrics["llm_model_load_time(ms)"] / 1e3})
-    if "ram_pss_usage(mb)" in metrics:
-        program.pss_bytes = int(1e6 * metrics["ram_pss_usage(mb)"])
-    program.add(max(options.prompt_lengths), decode_tokens_per_s=metrics["token_per_sec"])
 
 
-def wait_for(read: Callable[[], str], ended: Callable[[], bool], what: str, seconds: float = 600.0) -> str:
-    """What `read` gives once it is a whole JSON list; fails when the process has ended without it."""
-    deadline = time.monotonic() + seconds
-    while time.monotonic() < deadline:
-        gone = ended()
-        output = read().strip()
-        if output.startswith("[") and output.endswith("]"):
-            return output
-        if gone:
-            raise OSError(f"It crashed: {what} left no result. `adb logcat -d` has its last words.")
-        time.sleep(0.5)
-    raise OSError(f"{what} was not done after {seconds:.0f} s.")
+def phone_machine(fingerprint: PhoneFingerprint, num_threads: int) -> BenchmarkMachine:
+    cores = len(fingerprint.max_mhz) or None
+    return BenchmarkMachine(cpu=f"{fingerprint.model} ({fingerprint.soc})", cores=cores, threads=num_threads)
+
+
+def copy_files(
+    device: Device, programs: list[Program], options: PhoneOptions, inputs: dict[str, list[int] | str]
+) -> list[str]:
+    """Puts the programs, our runner's inputs and the runner on the device; what it did not have yet."""
+    files = {name: path for program in programs for name, path in program.files.items()}
+    files |= {"runner": Path(options.runner_binary)} if options.runner_binary is not None else {}
+    with tempfile.TemporaryDirectory() as scratch:
+        for name, tokens in inputs.items() if options.runner == "own" else ():
+            path = files[f"{name}/tokens.txt"] = Path(scratch, name)
+            path.write_text(" ".join(map(str, tokens)))
+        copied = device.push(files, DIRECTORY)
+    if options.runner_binary is not None:
+        device.shell("chmod", "755", f"{DIRECTORY}/runner")
+    return copied
+
+
+def run_rounds(
+    device: Device, programs: list[Program], options: PhoneOptions, inputs: dict[str, list[int] | str]
+) -> list[PhoneSample]:
+    """Every program once per round; the condition of the device while they ran."""
+    run = {"own": run_own, "llama_main": run_llama_main, "minibench": run_minibench}[options.runner]
+    with sampling(device) as samples:
+        # Round -1 is the cold start, and says nothing of speed.
+        for repeat in tqdm(range(-1, options.repeats), desc="rounds", leave=False):
+            for program in programs[:: -1 if repeat % 2 else 1]:
+                cool_down(device, options)
+                run(device, program, options, inputs[program.name], repeat)
+    return samples
 
 
 def cool_down(device: Device, options: PhoneOptions) -> None:
@@ -394,7 +137,7 @@ def cool_down(device: Device, options: PhoneOptions) -> None:
     with tqdm(desc="cooling down", unit=" checks", leave=False, delay=2) as bar:
         while time.monotonic() < deadline:
             condition = device.condition()
-            celsius, status = condition["battery_celsius"], condition["thermal_status"]
+            celsius, status = condition.battery_celsius, condition.thermal_status
             if (celsius is None or celsius <= options.max_celsius) and not status:
                 return
             bar.set_postfix_str(f"battery {celsius} C, thermal status {status}")
@@ -403,16 +146,17 @@ def cool_down(device: Device, options: PhoneOptions) -> None:
 
 
 @contextmanager
-def sampling(device: Device, every_seconds: float = 5.0) -> Iterator[list[dict]]:
+def sampling(device: Device, every_seconds: float = 5.0) -> Generator[list[PhoneSample]]:
     """Temperatures and clocks over time, read beside what runs."""
-    samples: list[dict] = []
+    samples: list[PhoneSample] = []
     stop = threading.Event()
     started = time.monotonic()
 
     def sample() -> None:
         with suppress(OSError):
             while True:
-                samples.append({"seconds": round(time.monotonic() - started, 1), **device.condition()})
+                seconds = round(time.monotonic() - started, 1)
+                samples.append(PhoneSample(seconds=seconds, **device.condition().model_dump()))
                 if stop.wait(every_seconds):
                     return
 
@@ -426,7 +170,7 @@ def sampling(device: Device, every_seconds: float = 5.0) -> Iterator[list[dict]]
 
 
 def clean_up(device: Device, programs: list[Program], options: PhoneOptions, finished: bool) -> None:
-    """Removes what was copied; after a failure whole files stay, so that the next run goes on behind them."""
+    """Removes what was copied; after a failure whole files stay, so that the next run resumes after them."""
     if options.runner == "minibench":
         device.shell("am", "force-stop", APP, check=False)
     if finished and not options.keep:

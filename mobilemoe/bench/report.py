@@ -1,95 +1,112 @@
 """Tables and pictures of what `mobilemoe bench` measured."""
 
 from pathlib import Path
+from typing import TYPE_CHECKING
 
+from ..display import number, picture, table, with_spread
+from ..results import Benchmark, Spread
 from ..shapes import published_speeds
 
 
-MEASURES = ("prefill_tokens_per_s", "first_token_ms", "decode_tokens_per_s")
+if TYPE_CHECKING:
+    from rich.console import Group
+
+MEASURES = {
+    "prefill_tokens_per_s": "prefill tok/s",
+    "first_token_ms": "first token ms",
+    "decode_tokens_per_s": "decode tok/s",
+}
 
 
-def print_table(result: dict, paper: bool = False) -> None:
-    """Prints the medians with their spread; with `paper`, the paper's phones below."""
-    from rich.console import Console
-    from rich.table import Table
-
-    def with_spread(row: dict | None) -> str:
-        if row is None:
-            return ""
-        return f"{row['median']:.4g} ({row['p10']:.4g}-{row['p90']:.4g})"
-
-    machine = result["machine"]
-    table = Table(
-        title=f"{machine['cpu']}, {machine['threads']} threads, {result['prompt']}: median (10-90 %)",
-        caption=f"Memory read rate {with_spread(result['read_gb_per_s'])} GB/s" if "read_gb_per_s" in result else None,
-    )
-    for column in ("model", "prompt", "prefill tok/s", "first token ms", "decode tok/s", "of limit", "load s", "MB"):
-        table.add_column(column, justify="left" if column == "model" else "right", overflow="fold")
-    for name, model in result["models"].items():
-        load = " ".join(f"{state} {start['load']:.2f}" for state, start in model["start_seconds"].items())
-        for length, row in model["lengths"].items():
-            share = row.get("decode_of_memory_limit")
-            table.add_row(
-                name,
-                length,
-                *map(with_spread, map(row.get, ("prefill_tokens_per_s", "first_token_ms", "decode_tokens_per_s"))),
-                "" if share is None else f"{share:.0%}",
-                load,
-                "" if model["peak_memory_bytes"] is None else f"{model['peak_memory_bytes'] / 1e6:,.0f}",
-            )
-            # Once per model.
-            name, load = "", ""
-    # Wide enough for every number, also when the output is a file.
-    console = Console()
-    console.width = max(console.width, 140)
-    console.print(table)
-    for name, model in result["models"].items():
-        for length, times in model.get("operator_ms", {}).items():
+def tables(result: Benchmark, paper: bool = False) -> "list[Group]":
+    """Speeds with their spread; load times and memory; operators, where profiled; with `paper`, its phones."""
+    made = [speed_table(result), load_table(result)]
+    for name, model in result.models.items():
+        for length, times in (model.operator_ms or {}).items():
             for phase, operators in times.items():
-                table = Table("operator", "ms", title=f"{name}, {phase}, {length} tokens")
-                for operator, milliseconds in operators.items():
-                    table.add_row(operator, f"{milliseconds:.3f}")
-                console.print(table)
+                rows = [(operator, f"{milliseconds:.3f}") for operator, milliseconds in operators.items()]
+                made.append(table(("operator", "ms"), rows, f"{name}, {phase}, {length} tokens"))
     if paper:
-        table = Table("the paper's", "model", "context", "prefill tok/s", "first token ms", "decode tok/s")
-        measured = {"S", "MobileLLM-Pro", *result["models"]}
-        for device, name, length, row in (row for row in published_speeds() if row[1] in measured):
-            cells = (f"{row[key]:.4g}" if key in row else "" for key in MEASURES)
-            table.add_row(device, name, str(length), *cells)
-        console.print(table)
+        made.append(paper_table({"S", "MobileLLM-Pro", *result.models}))
+    return made
 
 
-def draw(result: dict, path: str | Path, paper: bool = False) -> None:
+def paper_table(models: set[str]) -> "Group":
+    rows, above = [], None
+    for device, name, length, row in published_speeds():
+        if name in models:
+            speeds = (number(row[key]) if key in row else "" for key in MEASURES)
+            # A phone once.
+            rows.append(("" if device == above else device, name, length, *speeds))
+            above = device
+    return table(("phone", "model", "context", *MEASURES.values()), rows, "Published by the paper")
+
+
+def cell(row: Spread | None) -> str:
+    return "" if row is None else with_spread(row.median, row.p10, row.p90)
+
+
+def speed_table(result: Benchmark) -> "Group":
+    rows = []
+    for name, model in result.models.items():
+        for index, (length, row) in enumerate(model.lengths.items()):
+            share = row.decode_of_memory_limit
+            rows.append(
+                (
+                    # Once per model.
+                    "" if index else name,
+                    length,
+                    cell(row.prefill_tokens_per_s),
+                    # Its spread is that of the prefill.
+                    "" if row.first_token_ms is None else number(row.first_token_ms.median),
+                    cell(row.decode_tokens_per_s),
+                    "" if share is None else f"{share:.0%}",
+                )
+            )
+    machine = result.machine
+    title = f"{machine.cpu}, {machine.threads} threads, {result.prompt}: median (10-90 %)"
+    caption = "of limit: of the decode speed at which the weights are read as fast as the memory allows"
+    if result.read_gb_per_s is not None:
+        caption += f", {cell(result.read_gb_per_s)} GB/s"
+    return table(("model", "prompt", *MEASURES.values(), "of limit"), rows, title, f"{caption}.")
+
+
+def load_table(result: Benchmark) -> "Group":
+    rows = []
+    for name, model in result.models.items():
+        starts, peak = model.start_seconds, model.peak_memory_bytes
+        loads = [number(starts[state].load) if state in starts else "" for state in ("cold", "warm")]
+        rows.append((name, *loads, "" if peak is None else f"{peak / 1e6:,.0f}"))
+    return table(("model", "cold load s", "warm load s", "peak MB"), rows, "Load times and memory")
+
+
+def draw(result: Benchmark, path: str | Path, paper: bool = False) -> None:
     """
     Writes prefill and decode rates by length, with their spread, as a picture; its suffix names the format. With
     `paper`, those of the paper's phones for the same shapes are dashed lines.
     """
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    figure, axes = plt.subplots(1, 2, figsize=(9, 3.6), layout="constrained")
-    panels = (("prefill_tokens_per_s", "prompt, tokens"), ("decode_tokens_per_s", "context, tokens"))
-    for axis, (key, label) in zip(axes, panels, strict=True):
-        for name, model in result["models"].items():
-            measured = {int(length): row[key] for length, row in model["lengths"].items() if key in row}
-            lengths, rows = list(measured), list(measured.values())
-            medians = [row["median"] for row in rows]
-            errors = [[row["median"] - row["p10"] for row in rows], [row["p90"] - row["median"] for row in rows]]
-            axis.errorbar(lengths, medians, yerr=errors, marker="o", capsize=3, label=name)
-        published: dict[str, list[tuple[int, float]]] = {}
-        for device, name, length, row in published_speeds() if paper else ():
-            if key in row and name in ("S", "MobileLLM-Pro"):
-                published.setdefault(f"{name}, {device.split(' (')[0]}, paper", []).append((length, row[key]))
-        for name, points in published.items():
-            axis.plot(*zip(*points, strict=True), linestyle="--", marker=".", linewidth=1, label=name)
-        axis.set_xscale("log", base=2)
-        axis.set_ylim(bottom=0)
-        axis.set_xlabel(label)
-        axis.set_title(f"{key.split('_')[0]}, tokens/s")
-    # Decoding has all lines; of prefill some sources say nothing.
-    axes[1].legend(fontsize=7)
-    figure.suptitle(f"{result['machine']['cpu']}, {result['machine']['threads']} threads", fontsize=9)
-    figure.savefig(path, dpi=150)
-    plt.close(figure)
+    panels = (
+        ("prefill_tokens_per_s", "prompt, tokens", lambda row: row.prefill_tokens_per_s),
+        ("decode_tokens_per_s", "context, tokens", lambda row: row.decode_tokens_per_s),
+    )
+    with picture(path, (10, 3.6), 1, 2) as axes:
+        for axis, (key, label, rate) in zip(axes, panels, strict=True):
+            for name, model in result.models.items():
+                measured = {int(length): rate(row) for length, row in model.lengths.items() if rate(row)}
+                lengths, rows = list(measured), list(measured.values())
+                medians = [row.median for row in rows]
+                errors = [[row.median - row.p10 for row in rows], [row.p90 - row.median for row in rows]]
+                axis.errorbar(lengths, medians, yerr=errors, marker="o", capsize=3, label=name)
+            published: dict[str, list[tuple[int, float]]] = {}
+            for device, name, length, row in published_speeds() if paper else ():
+                if key in row and name in ("S", "MobileLLM-Pro"):
+                    published.setdefault(f"{name}, {device.split(' (')[0]}, paper", []).append((length, row[key]))
+            for name, points in published.items():
+                axis.plot(*zip(*points, strict=True), linestyle="--", marker=".", linewidth=1, label=name)
+            axis.set_xscale("log", base=2)
+            axis.xaxis.set_major_formatter("{x:.0f}")
+            axis.set_ylim(bottom=0)
+            axis.set(xlabel=label, title=f"{key.split('_')[0]}, tokens/s")
+        # Decoding has all lines; of prefill some sources say nothing.
+        axes[1].legend(loc="upper left", bbox_to_anchor=(1, 1))
+        axes[0].figure.suptitle(f"{result.machine.cpu}, {result.machine.threads} threads")

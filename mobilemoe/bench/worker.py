@@ -25,6 +25,7 @@ from modeling_mobilemoe.fused_mobilemoe import Int4Experts
 from modeling_mobilemoe.kernels.modules import CACHE_BITS
 from modeling_mobilemoe.modeling_mobilemoe import MobileMoEExperts
 
+from ..artifacts import PROGRAM_FILE, is_pte, is_shape, read_export
 from ..costs import weight_bytes_read
 from ..export.random_program import random_packed_model
 from ..machine import peak_memory
@@ -44,10 +45,10 @@ class ModelWithoutText(CheckpointModel):
 
 def load(name: str) -> tuple[LanguageModel, PretrainedConfig]:
     """A built-in shape in PyTorch, a directory with `model.pte`, or a checkpoint, in BF16."""
-    if name in shapes():
+    if is_shape(name):
         config = shapes()[name]
         return ModelWithoutText(random_packed_model(config)), config
-    if (Path(name) / "model.pte").is_file():
+    if is_pte(name):
         return PteModel(name), AutoConfig.from_pretrained(name)
     if (Path(name) / "tokenizer.json").is_file() or not Path(name).is_dir():
         model = CheckpointModel(name, dtype=torch.bfloat16)
@@ -74,14 +75,13 @@ def weight_bytes_per_token(model: nn.Module) -> int:
 
 def program_bytes_per_token(directory: str, config: MobileMoEConfig) -> int:
     """As [`weight_bytes_per_token`], of a program with packed weights."""
-    report = json.loads(Path(directory, "export.json").read_text())
-    return int(weight_bytes_read(config, expert_bits=report["expert_bits"], moe_op=report["moe_op"]))
+    report = read_export(directory)
+    return int(weight_bytes_read(config, expert_bits=report.expert_bits, moe_op=report.moe_op))
 
 
 def cache_bits(directory: str) -> int:
     """Bits of a key or value in the cache of a program."""
-    report = json.loads(Path(directory, "export.json").read_text())
-    return CACHE_BITS[report["kv_cache"]]
+    return CACHE_BITS[read_export(directory).kv_cache]
 
 
 def random_tokens(vocab_size: int, count: int, seed: int) -> list[int]:
@@ -130,7 +130,7 @@ def profile(directory: str, tokens: list[int], prompt_length: int) -> dict[str, 
     times = {}
     rest = [([token], prompt_length + i) for i, token in enumerate(tokens[prompt_length:])]
     for name, calls in (("prefill", [(tokens[:prompt_length], 0)] * 3), ("decode", rest)):
-        program = Runtime.get().load_program(Path(directory, "model.pte"), enable_etdump=True)
+        program = Runtime.get().load_program(Path(directory, PROGRAM_FILE), enable_etdump=True)
         method = program.load_method("forward")
         for ids, start in calls:
             method.execute((torch.tensor([ids]), torch.tensor([start])))
@@ -148,9 +148,9 @@ def profile(directory: str, tokens: list[int], prompt_length: int) -> dict[str, 
     return times
 
 
-def set_threads(num_threads: int, is_pte: bool) -> None:
+def set_threads(num_threads: int, executorch: bool) -> None:
     torch.set_num_threads(num_threads)
-    if is_pte:
+    if executorch:
         from executorch.extension.pybindings.portable_lib import _unsafe_reset_threadpool
 
         _unsafe_reset_threadpool(num_threads)
@@ -165,11 +165,11 @@ def main() -> None:
     answers = os.fdopen(os.dup(1), "w", buffering=1)
     os.dup2(2, 1)
     try:
-        is_pte = (Path(arguments.model) / "model.pte").is_file()
-        set_threads(arguments.threads, is_pte)
+        executorch = is_pte(arguments.model)
+        set_threads(arguments.threads, executorch)
         # Compiles them where that was not done yet, which is no part of loading. A program that needs them and cannot
         # have them says so itself.
-        if is_pte:
+        if executorch:
             with suppress(kernels.BuildError):
                 kernels.load_executorch()
         else:

@@ -2,6 +2,7 @@
 
 import json
 import math
+import statistics
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -10,9 +11,10 @@ from tqdm import tqdm
 
 from modeling_mobilemoe.modeling_mobilemoe import MobileMoERouter
 
-from ..artifacts import describe_model, is_pte, write_json
+from ..artifacts import describe_model
 from ..machine import machine
-from ..runtime import CheckpointModel, LanguageModel, PteModel
+from ..results import Check, ExpertUse, Machine, TextAgreement
+from ..runtime import CheckpointModel, LanguageModel, load_language_model
 
 
 # Tokens that a model sees at once, one BOS included; less where the context is shorter.
@@ -29,7 +31,7 @@ def text_windows(model: LanguageModel, text: str, max_tokens: int, window: int) 
 
 def text_agreement(
     model: LanguageModel, reference: LanguageModel | None, text: str, max_tokens: int = 4096
-) -> dict[str, float]:
+) -> TextAgreement:
     """
     Held-out loss of a model on a text, and how far it is from a reference.
 
@@ -40,9 +42,9 @@ def text_agreement(
         max_tokens (`int`, defaults to 4096): where to stop.
 
     Returns:
-        `bits_per_byte` of the model; with a reference also its `reference_bits_per_byte`, `kl`, the mean over
-        positions of the divergence KL(reference || model) in nats, and `top1`, the share of positions where both find
-        the same token most probable.
+        `TextAgreement`: `bits_per_byte` of the model; with a reference also its `reference_bits_per_byte`, `kl`, the
+        mean over positions of the divergence KL(reference || model) in nats, and `top1`, the share of positions where
+        both find the same token most probable.
 
     Raises:
         ValueError: for an empty text or another vocabulary.
@@ -65,11 +67,11 @@ def text_agreement(
             reference_loss -= expected.gather(1, targets[:, None]).sum().item()
             divergence += (expected.exp() * (expected - log_probs)).sum().item()
             agreeing += (expected.argmax(dim=-1) == log_probs.argmax(dim=-1)).sum().item()
-    result = {"bits_per_byte": loss / math.log(2) / num_bytes, "num_tokens": num_tokens}
+    result = TextAgreement(bits_per_byte=loss / math.log(2) / num_bytes, num_tokens=num_tokens)
     if reference is not None:
-        result["reference_bits_per_byte"] = reference_loss / math.log(2) / num_bytes
-        result["kl"] = divergence / num_tokens
-        result["top1"] = agreeing / num_tokens
+        result.reference_bits_per_byte = reference_loss / math.log(2) / num_bytes
+        result.kl = divergence / num_tokens
+        result.top1 = agreeing / num_tokens
     return result
 
 
@@ -101,14 +103,14 @@ def token_routes(model: CheckpointModel, tokens: list[int]) -> tuple[torch.Tenso
     return torch.stack(experts).cpu(), torch.stack(weights).cpu()
 
 
-def expert_utilisation(model: CheckpointModel, text: str, max_tokens: int = 4096) -> dict:
+def expert_utilisation(model: CheckpointModel, text: str, max_tokens: int = 4096) -> ExpertUse:
     """
     Which experts a text uses.
 
     Returns:
-        `load`, per layer the share of assignments of every expert, `(layers, E)`; and per layer `used`, the share of
-        experts with any token, and `effective`, the exponential of the load's entropy over E: 1 when all experts are
-        used evenly, 1/E when only one is.
+        `ExpertUse`: `load`, per layer the share of assignments of every expert, `(layers, E)`; and per layer `used`,
+        the share of experts with any token, and `effective`, the exponential of the load's entropy over E: 1 when all
+        experts are used evenly, 1/E when only one is.
     """
     config = model.model.config
     num_experts = config.num_local_experts
@@ -118,22 +120,22 @@ def expert_utilisation(model: CheckpointModel, text: str, max_tokens: int = 4096
         counts.scatter_add_(1, experts, torch.ones_like(experts))
     load = counts / counts.sum(dim=1, keepdim=True)
     entropy = -torch.special.xlogy(load, load).sum(dim=1)
-    return {
-        "load": load.tolist(),
-        "used": (counts > 0).float().mean(dim=1).tolist(),
-        "effective": (entropy.exp() / num_experts).tolist(),
-    }
-
-
-def load_language_model(path: str | Path) -> LanguageModel:
-    return PteModel(path) if is_pte(path) else CheckpointModel(path)
+    return ExpertUse(
+        load=load.tolist(),
+        used=(counts > 0).float().mean(dim=1).tolist(),
+        effective=(entropy.exp() / num_experts).tolist(),
+    )
 
 
 def check_models(
-    model_path: str, reference_path: str | None, texts: list[str], max_tokens: int, json_path: str | None
-) -> dict:
+    model_path: str,
+    reference_path: str | None,
+    texts: list[str],
+    max_tokens: int = 4096,
+    command: str | None = None,
+) -> Check:
     """
-    Prints and returns the checks for texts given as `DOMAIN=FILE`; expert utilisation for checkpoints only.
+    The checks for texts given as `DOMAIN=FILE`; expert utilisation for checkpoints only.
 
     Raises:
         ValueError: for a text in another form, or models that cannot be compared.
@@ -148,24 +150,27 @@ def check_models(
     model = load_language_model(model_path)
     reference = load_language_model(reference_path) if reference_path is not None else None
     paths = {"model": model_path, "reference": reference_path}
-    result = {
-        **paths,
-        "texts": texts,
-        "max_tokens": max_tokens,
-        "descriptions": {name: describe_model(path) for name, path in paths.items() if path is not None},
-        "machine": machine(),
-        "domains": {},
-    }
+    domains = {}
     for domain, text in files.items():
-        row = text_agreement(model, reference, text, max_tokens)
+        domains[domain] = text_agreement(model, reference, text, max_tokens)
         if isinstance(model, CheckpointModel):
-            row["experts"] = expert_utilisation(model, text, max_tokens)
-        result["domains"][domain] = row
-    if json_path is not None:
-        write_json(Path(json_path), result)
-    for domain, row in result["domains"].items():
-        experts = row.pop("experts", None)
-        if experts:
-            row |= {key: sum(experts[key]) / len(experts[key]) for key in ("used", "effective")}
-        print(domain, json.dumps({key: round(value, 5) for key, value in row.items()}))
-    return result
+            domains[domain].experts = expert_utilisation(model, text, max_tokens)
+    return Check(
+        command=command,
+        **paths,
+        texts=texts,
+        max_tokens=max_tokens,
+        descriptions={name: describe_model(path) for name, path in paths.items() if path is not None},
+        machine=Machine(**machine()),
+        domains=domains,
+    )
+
+
+def check_lines(check: Check) -> Iterator[str]:
+    """A line per domain, with expert utilisation as the mean over layers."""
+    for domain, row in check.domains.items():
+        numbers = row.model_dump(exclude_unset=True, exclude={"experts"})
+        if row.experts is not None:
+            numbers["used"] = statistics.mean(row.experts.used)
+            numbers["effective"] = statistics.mean(row.experts.effective)
+        yield f"{domain} {json.dumps({key: round(value, 5) for key, value in numbers.items()})}"

@@ -3,6 +3,7 @@
 import contextlib
 import importlib.util
 import json
+import logging
 import shutil
 import subprocess
 import sys
@@ -12,6 +13,8 @@ from pathlib import Path
 from ..artifacts import write_json
 from .suites import select_tasks, suite_file
 
+
+logger = logging.getLogger(__name__)
 
 PUNKT = "tokenizers/punkt_tab"
 # The script behind the harness's two code tasks, a Space on the Hub; it is run, not only read.
@@ -64,7 +67,7 @@ def prepare_data(suite: str, data_dir: str | Path, names: list[str] | None = Non
     for repo in {task["dataset"]: None for task in tasks.values()}:
         pin = suite_file()["datasets"][repo]
         if data_problem(data_dir, repo, pin["revision"]) is None:
-            print(f"{repo}: complete")
+            logger.info("%s: complete", repo)
         else:
             download(data_dir, repo, "dataset", pin)
     if any(task.get("runs_code") for task in tasks.values()) and data_problem(data_dir, CODE_EVAL, None):
@@ -77,13 +80,13 @@ def prepare_data(suite: str, data_dir: str | Path, names: list[str] | None = Non
             raise OSError(
                 "The sentence splitter punkt_tab could not be downloaded. Check the network, then run again."
             )
-        print("nltk punkt_tab")
+        logger.info("nltk punkt_tab")
     for requirement in requirements - {None}:
         for package in missing_packages(suite_file()["requirements"][requirement], data_dir):
             options = ["install", "--quiet", "--no-deps", "--target", str(data_dir / SITE), package]
             if subprocess.run([sys.executable, "-m", "pip", *options]).returncode:
                 raise OSError(f"{package} could not be installed beside the data. Run: pip {' '.join(options)}")
-            print(package)
+            logger.info(package)
 
 
 def download(data_dir: Path, repo: str, kind: str, pin: dict) -> None:
@@ -93,9 +96,9 @@ def download(data_dir: Path, repo: str, kind: str, pin: dict) -> None:
     api = HfApi()
     info = api.dataset_info if kind == "dataset" else api.space_info
     revision = info(repo, revision=pin["revision"] or "main").sha
-    print(f"{repo} at {revision}", flush=True)
+    logger.info("%s at %s", repo, revision)
     final, partial = data_dir / repo, data_dir / f"{repo}.partial"
-    # An interrupted download goes on where it stopped.
+    # An interrupted download resumes where it stopped.
     snapshot_download(
         repo,
         repo_type=kind,

@@ -4,7 +4,7 @@
     mobilemoe eval --model DIR --suite foundation --data-dir DATA --output OUT
     mobilemoe eval compare --results OUT-BF16 OUT-INT4 OUT-PTE --output OUT
 
-What a suite runs stands in `suites.yaml`. Tasks, prompts, answers and metrics are the harness's own.
+`suites.yaml` defines what a suite runs. Tasks, prompts, answers and metrics are the harness's own.
 """
 
 import contextlib
@@ -22,13 +22,16 @@ from pathlib import Path
 import torch
 import yaml
 
-from ..artifacts import describe_model, is_pte, write_json
+from ..artifacts import describe_model, is_pte
 from ..machine import machine, package_versions
+from ..results import EVALUATION_FILE, Evaluation, EvaluationSettings, Machine, TaskResult
 from ..runtime import CheckpointModel, PteModel
 from .data import CODE_EVAL, SITE, check_data, check_requirements
 from .report import format_score, mean_score, plot_reports
 from .suites import select_tasks, suite_file
 
+
+logger = logging.getLogger(__name__)
 
 DTYPES = {"auto": "auto", "float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -43,111 +46,146 @@ def evaluate(
     dtype: str = "auto",
     tokens_per_batch: int | None = None,
     run_unsafe_code: bool = False,
-) -> dict:
+    command: str | None = None,
+) -> Evaluation:
     """
     Runs a suite and writes `report.json` and `report.png`.
 
     Tasks run one after the other, each with the seeds set anew. A finished one is kept in `output_dir/tasks`, and a
-    second call with the same settings goes on behind it.
+    second call with the same settings resumes after it.
 
     Args:
         model (`str` or `Path`): checkpoint directory, Hub id, or directory with `model.pte`.
         suite (`str`): of `suites.yaml`.
         output_dir (`str` or `Path`): for reports and finished tasks.
-        data_dir (`str` or `Path`, *optional*): made by `prepare_data`; nothing is downloaded then. When absent, the
-            harness downloads the pinned revisions into the Hub's cache.
+        data_dir (`str` or `Path`, *optional*): made by `prepare_data`; without it the harness downloads the data.
         tasks (`list[str]`, *optional*): only these of the suite.
         limit (`int`, *optional*): only the first documents of each task, for a try.
         dtype (`str`, defaults to `"auto"`): of a checkpoint's weights that are not packed.
         tokens_per_batch (`int`, *optional*): see `CheckpointLM`; chosen by itself when absent.
         run_unsafe_code (`bool`, defaults to `False`): run the tasks that execute what the model wrote.
+        command (`str`, *optional*): the command line that asked for this, for the JSON files.
 
     Raises:
         ValueError: for an unknown suite or task, a missing requirement, data that does not fit the suite, a model
             that cannot run it, or an `output_dir` that holds results with other settings.
     """
-    selected = select_tasks(suite, tasks)
+    check_numbers(limit, tokens_per_batch, dtype)
+    selected, skipped = runnable_tasks(suite, tasks, run_unsafe_code)
+    data_dir = None if data_dir is None else Path(data_dir).resolve()
+    revisions = data_revisions(suite, selected, data_dir)
+    description = describe_model(model)
+    settings = suite_settings(suite, limit, dtype)
+    identity = {"model": description.sha256} | settings.model_dump()
+    fingerprints = {
+        name: fingerprint({"task": task, "data": revisions[task["dataset"]]} | identity)
+        for name, task in selected.items()
+    }
+    results = kept_results(output_dir, fingerprints)
+    todo = {name: task for name, task in selected.items() if name not in results}
+    if todo:
+        lm = load_model(model, dtype, tokens_per_batch, settings.apply_chat_template)
+        for name, task in todo.items():
+            logger.info("%s (%d of %d)", name, len(results) + 1, len(selected))
+            origin = {"fingerprint": fingerprints[name], "data_revision": revisions[task["dataset"]]}
+            results[name] = run_task(lm, task, settings, data_dir, {"command": command} | origin)
+            results[name].save(task_file(output_dir, name))
+            logger.info("%s: %s", name, format_score(results[name]))
+    mean = mean_score(results[name] for name in selected)
+    report = Evaluation(
+        command=command,
+        created=datetime.now(UTC).isoformat(timespec="seconds"),
+        model=description,
+        settings=settings,
+        machine=Machine(**machine()),
+        tasks={name: results[name] for name in selected},
+        left_out=skipped,
+        mean=mean and mean.score,
+        mean_stderr=mean and mean.stderr,
+    )
+    report.save(Path(output_dir, EVALUATION_FILE))
+    plot_reports({description.name: report}, Path(output_dir, "report.png"))
+    return report
+
+
+def check_numbers(limit: int | None, tokens_per_batch: int | None, dtype: str) -> None:
     for name, value in {"limit": limit, "tokens_per_batch": tokens_per_batch}.items():
         if value is not None and value < 1:
             raise ValueError(f"{name}={value} leaves nothing to run. Set at least 1, or leave it out.")
     if dtype not in DTYPES:
         raise ValueError(f"There is no dtype {dtype!r} here. Choose one of: {', '.join(DTYPES)}.")
+
+
+def runnable_tasks(suite: str, names: list[str] | None, run_unsafe_code: bool) -> tuple[dict[str, dict], list[str]]:
+    """
+    Settings by task, and the names of those that are left out because they execute code.
+
+    Raises:
+        ValueError: for an unknown suite or task, or one that executes code and was asked for by name.
+    """
+    selected = select_tasks(suite, names)
     skipped = [name for name, task in selected.items() if task.get("runs_code") and not run_unsafe_code]
-    if skipped and tasks:
+    if skipped and names:
         raise ValueError(
             f"{', '.join(skipped)} executes code that the model wrote. Pass --confirm-run-unsafe-code inside a "
             "sandbox, or leave it out of --tasks."
         )
-    selected = {name: task for name, task in selected.items() if name not in skipped}
     for name in skipped:
-        log(f"{name} is left out: it executes code that the model wrote. --confirm-run-unsafe-code runs it.")
-    output_dir = Path(output_dir)
-    data_dir = None if data_dir is None else Path(data_dir).resolve()
-    check_requirements(selected, data_dir)
-    if data_dir is not None:
-        revisions = check_data(suite, selected, data_dir)
-    else:
-        revisions = {
-            task["dataset"]: suite_file()["datasets"][task["dataset"]]["revision"] for task in selected.values()
-        }
+        logger.warning(
+            "%s is left out: it executes code that the model wrote. --confirm-run-unsafe-code runs it.", name
+        )
+    return {name: task for name, task in selected.items() if name not in skipped}, skipped
 
-    chat = suite_file()["suites"][suite]["apply_chat_template"][0]
-    description = describe_model(model)
+
+def data_revisions(suite: str, tasks: dict[str, dict], data_dir: Path | None) -> dict[str, str | None]:
+    """The commit of every data set: of those in the data directory, or that the harness will download."""
+    check_requirements(tasks, data_dir)
+    if data_dir is not None:
+        return check_data(suite, tasks, data_dir)
+    return {task["dataset"]: suite_file()["datasets"][task["dataset"]]["revision"] for task in tasks.values()}
+
+
+def suite_settings(suite: str, limit: int | None, dtype: str) -> EvaluationSettings:
     versions = package_versions()
     if versions["lm_eval"] != suite_file()["lm_eval"]:
-        log(
-            f"The suites are frozen at lm-eval {suite_file()['lm_eval']} and this is {versions['lm_eval']}: "
-            "its prompts or metrics may be others."
+        logger.warning(
+            "The suites are frozen at lm-eval %s and this is %s: its prompts or metrics may differ.",
+            suite_file()["lm_eval"],
+            versions["lm_eval"],
         )
-    settings = {
-        "suite": suite,
-        "limit": limit,
-        "dtype": dtype,
-        "apply_chat_template": chat,
-        "seeds": suite_file()["seeds"],
-        "versions": versions,
-    }
-    fingerprints = {
-        name: fingerprint(
-            {"model": description["sha256"], "task": task, "data": revisions[task["dataset"]]} | settings
-        )
-        for name, task in selected.items()
-    }
+    return EvaluationSettings(
+        suite=suite,
+        limit=limit,
+        dtype=dtype,
+        apply_chat_template=suite_file()["suites"][suite]["apply_chat_template"][0],
+        seeds=suite_file()["seeds"],
+        versions=versions,
+    )
+
+
+def task_file(output_dir: str | Path, name: str) -> Path:
+    return Path(output_dir, "tasks", f"{name}.json")
+
+
+def kept_results(output_dir: str | Path, fingerprints: dict[str, str]) -> dict[str, TaskResult]:
+    """
+    Finished tasks of an earlier run.
+
+    Raises:
+        ValueError: for a result of another model, other settings or other versions.
+    """
     results = {}
-    for name in selected:
-        path = output_dir / "tasks" / f"{name}.json"
+    for name, expected in fingerprints.items():
+        path = task_file(output_dir, name)
         if path.is_file():
-            results[name] = json.loads(path.read_text())
-            if results[name]["fingerprint"] != fingerprints[name]:
+            results[name] = TaskResult.load(path)
+            if results[name].fingerprint != expected:
                 raise ValueError(
                     f"{path} is the result of another model, other settings or other versions. "
                     "Choose another --output, or delete it."
                 )
-            log(f"{name}: kept from before")
-
-    todo = {name: task for name, task in selected.items() if name not in results}
-    if todo:
-        lm = load_model(model, dtype, tokens_per_batch, chat)
-        for name, task in todo.items():
-            log(f"{name} ({len(results) + 1} of {len(selected)})")
-            results[name] = run_task(lm, task, settings, data_dir) | {
-                "fingerprint": fingerprints[name],
-                "data_revision": revisions[task["dataset"]],
-            }
-            write_json(output_dir / "tasks" / f"{name}.json", results[name])
-            log(f"{name}: {format_score(results[name])}")
-    report = {
-        "created": datetime.now(UTC).isoformat(timespec="seconds"),
-        "model": description,
-        "settings": settings,
-        "machine": machine(),
-        "tasks": {name: results[name] for name in selected},
-        "left_out": skipped,
-        **mean_score([results[name] for name in selected]),
-    }
-    write_json(output_dir / "report.json", report)
-    plot_reports({description["name"]: report}, output_dir / "report.png")
-    return report
+            logger.info("%s: kept from before", name)
+    return results
 
 
 def load_model(model: str | Path, dtype: str, tokens_per_batch: int | None, chat: bool):
@@ -188,15 +226,17 @@ def group_file(name: str, task: dict, data_dir: Path | None) -> dict:
     return group
 
 
-def run_task(lm, task: dict, settings: dict, data_dir: Path | None) -> dict:
-    """Runs one task or group of the harness."""
+def run_task(
+    lm, task: dict, settings: EvaluationSettings, data_dir: Path | None, origin: dict[str, str | None]
+) -> TaskResult:
+    """Runs one task or group of the harness; `origin` has the command, the fingerprint and the data's revision."""
     import datasets
     import lm_eval
     from lm_eval.tasks import TaskManager
 
     datasets.disable_progress_bars()
     folder = Path(lm_eval.__file__).parent / "tasks" / task["folder"]
-    seeds = settings["seeds"]
+    seeds = settings.seeds
     lm.num_truncated = 0
     started = time.perf_counter()
     with tempfile.TemporaryDirectory() as temporary, task_environment(task, data_dir):
@@ -208,8 +248,8 @@ def run_task(lm, task: dict, settings: dict, data_dir: Path | None) -> dict:
             lm,
             tasks=[group["group"]],
             task_manager=manager,
-            limit=settings["limit"],
-            apply_chat_template=settings["apply_chat_template"],
+            limit=settings.limit,
+            apply_chat_template=settings.apply_chat_template,
             # Of a chat template only: examples are turns of their own. The harness's default, written out.
             fewshot_as_multiturn=True,
             log_samples=False,
@@ -221,32 +261,33 @@ def run_task(lm, task: dict, settings: dict, data_dir: Path | None) -> dict:
             torch_random_seed=seeds["torch"],
             fewshot_random_seed=seeds["fewshot"],
         )
-    metric, _, chosen = task["metric"][0].partition(",")
-    chosen = chosen or "none"
-    scores = results["results"][task["task"]]
-    stderr = scores.get(f"{metric}_stderr,{chosen}")
     # Members of a group, and groups of them.
     subtasks = set(results["results"]) - {task["task"], group["group"]}
-    return {
-        "title": task["title"],
-        "task": task["task"],
-        "category": task.get("category", task["title"]),
-        "task_versions": {name: value for name, value in results["versions"].items() if value is not None},
-        "num_fewshot": task["num_fewshot"][0],
-        "metric": task["metric"][0],
-        "score": scores[f"{metric},{chosen}"],
-        "stderr": stderr if isinstance(stderr, float) else None,
-        "num_documents": sum(count["effective"] for count in results["n-samples"].values()),
-        "num_truncated": lm.num_truncated,
-        "tokens_per_batch": lm.tokens_per_batch,
-        "seconds": round(time.perf_counter() - started, 2),
-        "all_metrics": {key: value for key, value in scores.items() if isinstance(value, int | float)},
-        "subtasks": {
-            name: {key: value for key, value in results["results"][name].items() if isinstance(value, int | float)}
-            for name in sorted(subtasks)
-        },
-        "sources": {key: task[key][1] for key in ("num_fewshot", "metric", "generation_kwargs") if key in task},
-    }
+    scores = results["results"][task["task"]]
+    metric, _, chosen = task["metric"][0].partition(",")
+    stderr = scores.get(f"{metric}_stderr,{chosen or 'none'}")
+    return TaskResult(
+        title=task["title"],
+        task=task["task"],
+        category=task.get("category", task["title"]),
+        task_versions={name: value for name, value in results["versions"].items() if value is not None},
+        num_fewshot=task["num_fewshot"][0],
+        metric=task["metric"][0],
+        score=scores[f"{metric},{chosen or 'none'}"],
+        stderr=stderr if isinstance(stderr, float) else None,
+        num_documents=sum(count["effective"] for count in results["n-samples"].values()),
+        num_truncated=lm.num_truncated,
+        tokens_per_batch=lm.tokens_per_batch,
+        seconds=round(time.perf_counter() - started, 2),
+        all_metrics=numbers(scores),
+        subtasks={name: numbers(results["results"][name]) for name in sorted(subtasks)},
+        sources={key: task[key][1] for key in ("num_fewshot", "metric", "generation_kwargs") if key in task},
+        **origin,
+    )
+
+
+def numbers(metrics: dict) -> dict[str, int | float]:
+    return {key: value for key, value in metrics.items() if isinstance(value, int | float)}
 
 
 @contextlib.contextmanager
@@ -280,7 +321,3 @@ def restore_environment(name: str, value: str | None) -> None:
 
 def fingerprint(settings: dict) -> str:
     return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()
-
-
-def log(message: str) -> None:
-    print(f"[eval] {message}", file=sys.stderr, flush=True)

@@ -1,1 +1,1 @@
-"""Export of checkpoints to ExecuTorch programs."""
+"""Export of checkpoints to ExecuTorch programs, and to other runtimes."""

@@ -1,19 +1,17 @@
-"""Checkpoint -> directory with `model.pte`, tokenizer, `config.json` and `export.json`: the one room behind two doors.
+"""Checkpoint -> directory with `model.pte`, tokenizer, `config.json` and `export.json`.
 
-The doors are `mobilemoe export` and `optimum-cli export executorch`. The program follows the contract of ExecuTorch's
+Shared by `mobilemoe export` and `optimum-cli export executorch`. The program follows the contract of ExecuTorch's
 LLM runners: `forward(tokens, pos)` with tokens int64 `[1, S]` and the start position int64 `[1]`, FP32 logits of the
 last token `[1, vocab]` out, and the constant methods that they read.
 """
 
 import glob
 import json
+import logging
 import os
 import shutil
 import signal
-import sys
 import threading
-import time
-import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
@@ -29,17 +27,15 @@ from modeling_mobilemoe.kernels import BuildError, load_executorch
 from modeling_mobilemoe.kernels.modules import CACHE_BITS, DEFAULT_CACHE, MoEFFN
 from modeling_mobilemoe.quantization_mobilemoe import MobileMoEInt4Config, dequantize, quantize
 
-from ..artifacts import local_checkpoint, weights_sha256
+from ..artifacts import EXPORT_FILE, PROGRAM_FILE, Export, local_checkpoint, weights_sha256
 from ..costs import kv_cache_bytes, parameter_counts, program_bytes
 from ..machine import available_memory, package_versions, peak_memory
 from ..runtime import PteModel, end_of_sequence_ids
+from .lowering import EXPERTS_FILE, TRACED_TOKENS, VERSIONS, Stages, lower, metadata, program_operators
 from .program import MOE_MODULES, DenseMoE, ExportModel, ProgramOptions, QuantizedMoEFFN
 
 
-EXPERTS_FILE = "experts"
-# Length of the example that a program is traced with, and the shortest context. `torch.export` takes a length for 2 or
-# more: in a context of 2 it would conclude that every call starts at position 0.
-TRACED_TOKENS = 8
+logger = logging.getLogger(__name__)
 
 
 def export_checkpoint(
@@ -53,6 +49,7 @@ def export_checkpoint(
     all_logits: bool = False,
     experts_file: bool = False,
     moe_op: str | None = None,
+    command: str | None = None,
 ) -> Path:
     """
     Exports a checkpoint to `output_dir/model.pte`, compares it with PyTorch, and describes it in `export.json`.
@@ -65,8 +62,7 @@ def export_checkpoint(
         expert_bits (`int`, *optional*): width of the experts. `llama::quantized_moe_ffn` groups along the input axis
             and the released grid along the output axis: 8 keeps those weights, 4 rounds them a second time. Experts
             along the input keep integers and scales in both. 4 when that loses nothing, else 8, when absent.
-        weights (`str`, defaults to `"int4"`): `"fp32"` and `"bf16"` quantise nothing. For evaluation of small models
-            only: every token passes through every expert.
+        weights (`str`, defaults to `"int4"`): `"fp32"` and `"bf16"` quantise nothing and compute every expert: slow.
         embedding_bits (`int`, defaults to 4): 8 stores the same integers wider.
         kv_cache (`str`, *optional*): `"fp32"`, `"bf16"` or `"int8"`. With `moe_op="mobilemoe"` `"int8"` is the
             default, which loses less than 0.0001 bits per byte of code on the demo's model; with `"llama"` `"fp32"`
@@ -77,14 +73,57 @@ def export_checkpoint(
             (kernels/README.md), fast and on the released grid; a runtime needs it compiled in. `"llama"` is
             `llama::quantized_moe_ffn`, in every ExecuTorch runtime since 1.5. The first one where it compiles and
             neither experts along the input nor `expert_bits` ask for the other, when absent.
+        command (`str`, *optional*): the command line that asked for this, for `export.json`.
 
     Raises:
         ValueError: for a request that cannot be met, memory or disk that will not do, or a program that does not
             compute the model. Nothing is written then.
     """
     output_dir = Path(output_dir)
-    if output_dir.exists():
-        raise ValueError(f"The output {output_dir} exists and would be overwritten. Remove it or name another one.")
+    check_options(output_dir, expert_bits, weights, embedding_bits, kv_cache, experts_file, moe_op)
+    checkpoint = local_checkpoint(model)
+    config = check_config(checkpoint, max_seq_len)
+    moe_module, crosses = choose_operator(config, weights, expert_bits, moe_op)
+    kv_cache = choose_cache(kv_cache, moe_module)
+    context = max_seq_len or config.max_position_embeddings
+    width = expert_bits or (8 if crosses else 4)
+    options = ProgramOptions(
+        context, weights, width, embedding_bits=embedding_bits, kv_cache=kv_cache, all_logits=all_logits
+    )
+    remove_remnants(output_dir)
+    check_resources(config, options, output_dir, moe_module)
+
+    stages = Stages()
+    module, reference, tokenizer, config, ends = load(checkpoint, config, options, moe_module, crosses, stages)
+    described = describe_program(module, moe_module, crosses, ends, experts_file)
+    program = lower(module, metadata(config, options, ends), experts_file, stages)
+    del module
+    described["operators"] = program_operators(program)
+
+    with stop_signal_as_exit(), replace_when_complete(output_dir) as partial:
+        with stages("write"):
+            write_files(partial, program, tokenizer, config)
+            del program
+            report = write_report(partial, checkpoint, command=command, model=str(model), **described)
+        with stages("compare"):
+            report.parity = reference.report(PteModel(partial))
+        report.seconds = stages.seconds | {"total": round(sum(stages.seconds.values()), 1)}
+        report.peak_memory_bytes = peak_memory()
+        report.save(partial / EXPORT_FILE)
+    return output_dir
+
+
+def check_options(
+    output_dir: Path,
+    expert_bits: int | None,
+    weights: str,
+    embedding_bits: int,
+    kv_cache: str | None,
+    experts_file: bool,
+    moe_op: str | None,
+) -> None:
+    """What can be known without the checkpoint."""
+    check_absent(output_dir)
     for name, value, legal in (
         ("expert_bits", expert_bits, (None, 4, 8)),
         ("embedding_bits", embedding_bits, (4, 8)),
@@ -101,102 +140,109 @@ def export_checkpoint(
             f"weights={weights!r} is for evaluation and has no packed experts or embedding, so neither their widths, "
             "operator nor file. Leave those options out, or set weights='int4'."
         )
-    checkpoint = local_checkpoint(model)
-    config = check_config(checkpoint, max_seq_len)
+
+
+def choose_operator(
+    config: MobileMoEConfig, weights: str, expert_bits: int | None, moe_op: str | None
+) -> tuple[type[torch.nn.Module], bool]:
+    """The module of the experts, and whether they cross to groups along the other axis, which rounds them again."""
+    if weights != "int4":
+        return DenseMoE, False
     packed = config.quantization is not None
     stored_axis = MobileMoEInt4Config(**config.quantization).int4_format.expert_axis if packed else None
-    moe_module = DenseMoE
-    if weights == "int4":
-        moe_module = MOE_MODULES[moe_op or default_moe_op(stored_axis, expert_bits)]
-        if moe_module is MoEFFN:
-            check_kernels(stored_axis, expert_bits)
-    on_kernels = moe_module is MoEFFN
-    if kv_cache == "bf16" and not on_kernels:
+    moe_module = MOE_MODULES[moe_op or default_moe_op(stored_axis, expert_bits)]
+    if moe_module is MoEFFN:
+        check_kernels(stored_axis, expert_bits)
+    return moe_module, packed and stored_axis != moe_module.expert_axis
+
+
+def choose_cache(kv_cache: str | None, moe_module: type[torch.nn.Module]) -> str:
+    if kv_cache == "bf16" and moe_module is not MoEFFN:
         raise ValueError(
             "kv_cache='bf16' needs the operators of this package, and this program has ExecuTorch's. "
             "Set kv_cache='int8' or 'fp32', or moe_op='mobilemoe'."
         )
-    crosses = weights == "int4" and packed and stored_axis != moe_module.expert_axis
-    options = ProgramOptions(
-        max_seq_len=max_seq_len or config.max_position_embeddings,
-        weights=weights,
-        expert_bits=expert_bits or (8 if crosses else 4),
-        embedding_bits=embedding_bits,
-        kv_cache=kv_cache or (DEFAULT_CACHE if on_kernels else "fp32"),
-        all_logits=all_logits,
-    )
-    remove_remnants(output_dir)
-    check_resources(config, options, output_dir, moe_module)
+    return kv_cache or (DEFAULT_CACHE if moe_module is MoEFFN else "fp32")
 
-    stages = Stages()
+
+def load(
+    checkpoint: Path,
+    config: MobileMoEConfig,
+    options: ProgramOptions,
+    moe_module: type[torch.nn.Module],
+    crosses: bool,
+    stages: "Stages",
+) -> tuple:
+    """The model to export, what it is compared with, the tokenizer, the config of the program, the ends of a text."""
     with stages("import"):
         # First, so that a missing extra is known before minutes are spent.
         import executorch.exir  # noqa: F401
         import torchao.quantization  # noqa: F401
 
-        from .parity import Reference, encode_prompts, parity_table
+        from .parity import Reference, encode_prompts
+    packed = config.quantization is not None
     with stages("load"):
         tokenizer = AutoTokenizer.from_pretrained(checkpoint)
         prompts = encode_prompts(tokenizer, config.vocab_size, options.max_seq_len)
         source = AutoModelForCausalLM.from_pretrained(checkpoint, dtype=torch.float32).eval()
         eos_ids = end_of_sequence_ids(source, tokenizer)
-        if packed and weights != "int4":
+        if packed and options.weights != "int4":
             dequantize(source)
     with stages("reference"):
         reference = Reference(source, prompts, eos_ids, options.max_seq_len)
-        if weights == "int4":
+        if options.weights == "int4":
             if not packed:
                 quantize(source, Int4Format(moe_module.expert_axis))
                 reference.add_int4_rounding(source)
-            reference.add_sources(source, options, crosses, on_kernels=on_kernels)
+            reference.add_sources(source, options, crosses, on_kernels=moe_module is MoEFFN)
     with stages("pack"):
         exportable = ExportModel(source, options, moe_module)
-        config = source.config
-        if config.bos_token_id is None:
+        reference.check_layers(exportable)
+        if source.config.bos_token_id is None:
             # Every runner asks the program for it.
-            config.bos_token_id = tokenizer.bos_token_id
-        del source
-    report = {
-        "model": str(model),
-        "weights_sha256": weights_sha256(checkpoint),
-        "versions": package_versions(("torch", "transformers", "torchao", "executorch")),
+            source.config.bos_token_id = tokenizer.bos_token_id
+    return exportable, reference, tokenizer, source.config, eos_ids
+
+
+def describe_program(
+    exportable: ExportModel,
+    moe_module: type[torch.nn.Module],
+    crosses: bool,
+    eos_ids: list[int],
+    experts_file: bool,
+) -> dict:
+    """What `export.json` holds of the program before it is lowered."""
+    options = exportable.options
+    return {
+        "versions": package_versions(VERSIONS),
         "moe_op": moe_module.operator,
         "expert_axis": moe_module.expert_axis,
         "experts_rounded_twice": crosses,
         "expert_rounding_sqnr_db": expert_rounding_sqnr(exportable) if crosses else None,
         **asdict(options),
-        **({"expert_bits": None, "embedding_bits": None} if weights != "int4" else {}),
+        **({"expert_bits": None, "embedding_bits": None} if options.weights != "int4" else {}),
         "eos_ids": eos_ids,
         "experts_file": f"{EXPERTS_FILE}.ptd" if experts_file else None,
     }
-    program = lower(exportable, metadata(config, options, eos_ids), experts_file, stages)
-    del exportable
-    report["operators"] = program_operators(program)
 
-    with stop_signal_as_exit(), replace_when_complete(output_dir) as partial:
-        with stages("write"):
-            with open(partial / "model.pte", "wb") as file:
-                program.write_to_file(file)
-            program.write_tensor_data_to_file(partial)
-            del program
-            tokenizer.save_pretrained(partial)
-            config.save_pretrained(partial)
-            report["pte_bytes"] = (partial / "model.pte").stat().st_size
-            if experts_file:
-                report["ptd_bytes"] = (partial / report["experts_file"]).stat().st_size
-            write_report(partial, report)
-        with stages("compare"):
-            report["parity"] = reference.report(PteModel(partial))
-        report["seconds"] = stages.seconds | {"total": round(sum(stages.seconds.values()), 1)}
-        report["peak_memory_bytes"] = peak_memory()
-        write_report(partial, report)
-    print(parity_table(report["parity"]))
-    if crosses:
-        print(
-            f"Experts: from groups along the output to INT{options.expert_bits} along the input, "
-            f"{report['expert_rounding_sqnr_db']} dB of signal to rounding noise in the weights"
-        )
-    return output_dir
+
+def write_files(directory: Path, program, tokenizer, config: MobileMoEConfig) -> None:
+    """All but `export.json`."""
+    with open(directory / PROGRAM_FILE, "wb") as file:
+        program.write_to_file(file)
+    program.write_tensor_data_to_file(directory)
+    tokenizer.save_pretrained(directory)
+    config.save_pretrained(directory)
+
+
+def write_report(directory: Path, checkpoint: Path, **described) -> Export:
+    """`export.json`: needed to load the program, and written again once it has run."""
+    size = (directory / PROGRAM_FILE).stat().st_size
+    report = Export(**described, weights_sha256=weights_sha256(checkpoint), pte_bytes=size)
+    if report.experts_file is not None:
+        report.ptd_bytes = (directory / report.experts_file).stat().st_size
+    report.save(directory / EXPORT_FILE)
+    return report
 
 
 def check_config(checkpoint: Path, max_seq_len: int | None) -> MobileMoEConfig:
@@ -233,7 +279,7 @@ def default_moe_op(stored_axis: str | None, expert_bits: int | None) -> str:
     try:
         load_executorch()
     except BuildError as error:
-        log(f"{MoEFFN.operator} is not available, the experts go to {QuantizedMoEFFN.operator}: {error}")
+        logger.warning(f"{MoEFFN.operator} is not available, the experts go to {QuantizedMoEFFN.operator}: {error}")
         return "llama"
     return "mobilemoe"
 
@@ -280,22 +326,40 @@ def check_resources(
     # Fitted to S and M (README, Export): imports, weights in several copies, and what the program plans to work in,
     # which grows with the context as its cache does.
     memory = int(0.7e9 + max(2.8 * size, 1.1 * loaded) + 4 * cache + 2 * logits)
+    logger.info(f"{size / 1e6:,.0f} MB to write, about {memory / 1e9:.1f} GB of memory needed")
+    check_place(output_dir, size)
+    free_memory = available_memory()
+    if free_memory is not None and free_memory < memory:
+        raise ValueError(
+            f"The export takes about {memory / 1e9:.1f} GB of memory and {free_memory / 1e9:.1f} GB are available. "
+            "Use a larger machine, fewer expert_bits, or a smaller max_seq_len."
+        )
+
+
+def check_absent(output_dir: Path) -> None:
+    """
+    Raises:
+        ValueError: when there is something in the place of the output.
+    """
+    if output_dir.exists():
+        raise ValueError(f"The output {output_dir} exists and would be overwritten. Remove it or name another one.")
+
+
+def check_place(output_dir: Path, size: int) -> None:
+    """
+    Raises:
+        ValueError: when the output cannot be made there, or the disk is too small for so many bytes.
+    """
     parent = output_dir.absolute()
     while not parent.exists():
         parent = parent.parent
     if not parent.is_dir() or not os.access(parent, os.W_OK):
         raise ValueError(f"{output_dir} cannot be made: {parent} is no directory one can write to. Name another one.")
-    free_disk, free_memory = shutil.disk_usage(parent).free, available_memory()
-    log(f"{size / 1e6:,.0f} MB to write, about {memory / 1e9:.1f} GB of memory needed")
-    if free_disk < 1.02 * size:
+    free = shutil.disk_usage(parent).free
+    if free < 1.02 * size:
         raise ValueError(
-            f"The program takes {size / 1e9:.2f} GB and {parent} has {free_disk / 1e9:.2f} GB free. "
+            f"The output takes {size / 1e9:.2f} GB and {parent} has {free / 1e9:.2f} GB free. "
             "Free space, or name an output on another disk."
-        )
-    if free_memory is not None and free_memory < memory:
-        raise ValueError(
-            f"The export takes about {memory / 1e9:.1f} GB of memory and {free_memory / 1e9:.1f} GB are available. "
-            "Use a larger machine, fewer expert_bits, or a smaller max_seq_len."
         )
 
 
@@ -319,110 +383,6 @@ def expert_rounding_sqnr(model: ExportModel) -> float:
     return round(10 * torch.tensor(signal_power / noise_power).log10().item(), 1)
 
 
-def metadata(config: MobileMoEConfig, options: ProgramOptions, eos_ids: list[int]) -> dict:
-    """Constant methods: ExecuTorch's runners read the first six, optimum-executorch the others."""
-    return {
-        "get_max_seq_len": options.max_seq_len,
-        "get_max_context_len": options.max_seq_len,
-        "get_eos_ids": eos_ids,
-        "use_kv_cache": True,
-        "use_sdpa_with_kv_cache": True,
-        "enable_dynamic_shape": True,
-        "get_vocab_size": config.vocab_size,
-        "get_bos_id": config.bos_token_id,
-        "get_max_batch_size": 1,
-    }
-
-
-def lower(model: ExportModel, constant_methods: dict, experts_file: bool, stages: "Stages"):
-    """Traces and lowers the program: linears and elementwise work to XNNPACK, the rest to CPU operators."""
-    import executorch.extension.llm.custom_ops.custom_ops  # noqa: F401  registers llama::*
-    import executorch.kernels.quantized  # noqa: F401  registers quantized_decomposed::embedding_4bit
-    from executorch.backends.xnnpack.partition.xnnpack_partitioner import XnnpackPartitioner
-    from executorch.exir import EdgeCompileConfig, ExecutorchBackendConfig, to_edge_transform_and_lower
-    from executorch.exir.passes import MemoryPlanningPass
-    from executorch.exir.passes.sym_shape_eval_pass import ConstraintBasedSymShapeEvalPass
-    from torchao.utils import unwrap_tensor_subclass
-
-    unwrap_tensor_subclass(model)
-    max_seq_len = model.options.max_seq_len
-    dynamic_shapes = ({1: torch.export.Dim("length", min=1, max=max_seq_len)}, {})
-    # XNNPACK has BF16 kernels for few CPUs; ExecuTorch's own linear runs on all and reads the table as its head.
-    bf16 = model.options.weights == "bf16"
-    # Our operators leave nothing to a delegate.
-    partitioner = [] if bf16 or model.on_kernels else [XnnpackPartitioner()]
-    preserved = [torch.ops.aten.linear.default] if bf16 else []
-    example = (torch.zeros((1, TRACED_TOKENS), dtype=torch.int64), torch.zeros(1, dtype=torch.int64))
-    with torch.no_grad(), warnings.catch_warnings():
-        # ExecuTorch's own operators still use a check that torch calls deprecated, once per layer and pass.
-        warnings.simplefilter("ignore", FutureWarning)
-        with stages("trace"):
-            exported = torch.export.export(model, example, dynamic_shapes=dynamic_shapes, strict=False)
-        with stages("lower", f"{len(model.layers)} layers, up to 15 s each"):
-            # One partitioner for linears and elementwise work together: with two, as in ExecuTorch's llama example,
-            # every linear is a delegate of its own, which takes longer both here and when it runs.
-            edge = to_edge_transform_and_lower(
-                exported,
-                partitioner=partitioner,
-                compile_config=EdgeCompileConfig(
-                    _check_ir_validity=False, _skip_dim_order=True, preserve_ops=preserved
-                ),
-                constant_methods=constant_methods,
-            )
-            del exported
-        with stages("plan"):
-            return edge.to_executorch(
-                ExecutorchBackendConfig(
-                    extract_delegate_segments=True,
-                    do_quant_fusion_and_const_prop=True,
-                    memory_planning_pass=MemoryPlanningPass(alloc_graph_input=False),
-                    sym_shape_eval_pass=ConstraintBasedSymShapeEvalPass(),
-                    external_constants=external_constant if experts_file else False,
-                )
-            )
-
-
-def external_constant(node: torch.fx.Node) -> str | None:
-    return EXPERTS_FILE if "packed_" in node.name else None
-
-
-def program_operators(program) -> list[str]:
-    """Names of the operators that a runtime must have, delegated ones not among them."""
-    plan = program.executorch_program.execution_plan[0]
-    return sorted(f"{operator.name}.{operator.overload}".rstrip(".") for operator in plan.operators)
-
-
-class Stages:
-    """Says on stderr what is going on, and keeps the seconds of each stage."""
-
-    report_every = 30.0
-
-    def __init__(self) -> None:
-        self.seconds: dict[str, float] = {}
-
-    @contextmanager
-    def __call__(self, name: str, note: str = "") -> Iterator[None]:
-        log(f"{name} ...{f' ({note})' if note else ''}")
-        started, finished = time.perf_counter(), threading.Event()
-
-        def report() -> None:
-            # torch.export and ExecuTorch take minutes and report nothing.
-            while not finished.wait(self.report_every):
-                log(f"{name}: {time.perf_counter() - started:.0f} s so far, peak memory {peak_memory() / 1e9:.2f} GB")
-
-        threading.Thread(target=report, daemon=True).start()
-        try:
-            yield
-        finally:
-            finished.set()
-        self.seconds[name] = round(time.perf_counter() - started, 1)
-        log(f"{name}: {self.seconds[name]} s, peak memory {peak_memory() / 1e9:.2f} GB")
-
-
-def log(message: str) -> None:
-    print(f"[export] {message}", file=sys.stderr, flush=True)
-
-
 @contextmanager
 def stop_signal_as_exit() -> Iterator[None]:
     """SIGTERM ends a process without running `finally`; within this block it runs them, as Ctrl-C does."""
@@ -438,7 +398,3 @@ def stop_signal_as_exit() -> Iterator[None]:
         yield
     finally:
         signal.signal(signal.SIGTERM, previous)
-
-
-def write_report(directory: Path, report: dict) -> None:
-    (directory / "export.json").write_text(json.dumps(report, indent=2) + "\n")

@@ -2,23 +2,25 @@
 
 Our operators round inputs of linears to INT8 in groups; XNNPACK rounds them per token, and group scales to BF16.
 Experts may cross to another grid. Each is put into the PyTorch model alone, then all together: what then still differs
-is the program itself.
+is the program itself. On our operators nothing differs: `kernels/reference.py` has their bits.
 """
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from typing import NamedTuple
 
 import torch
 from torch import nn
-from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import Cache, DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
 
 from modeling_mobilemoe.fused_mobilemoe import Int4Embedding, Int4Experts, Int4Head, Int4Linear
-from modeling_mobilemoe.kernels import available
-from modeling_mobilemoe.kernels.reference import round_to_int8
+from modeling_mobilemoe.kernels import reference
+from modeling_mobilemoe.modeling_mobilemoe import MobileMoEAttention, MobileMoEMLP, MobileMoERMSNorm, MobileMoERouter
 
+from ..artifacts import LogitAgreement, Parity
 from ..runtime import PteModel
 from .packing import expand_rows, operator_rows
-from .program import ProgramOptions, int8_values
+from .program import ExportModel, ProgramOptions, bf16_scale, int8_values
 
 
 PROMPTS = (
@@ -28,9 +30,23 @@ PROMPTS = (
     "Dear team,\n\nthank you for the report you sent on Monday. I have three questions:",
 )
 PROMPT_TOKENS, NEW_TOKENS = 24, 16
-# Between the program and PyTorch with the same roundings, median over positions. Noise leaves 0.9999 and more, also
-# where a near-tie between two experts moves single positions; wrong weights or routing, in one layer, leave less.
+# Signal to noise that a correct program reaches, in dB. Only our operators have a limit on logits that holds for any
+# weights: they have the bits of the reference. It leaves room for the last bit on another host.
+EXACT_DB = 100.0
+# XNNPACK and `llama::quantized_moe_ffn` state no order of their sums, and a deep model amplifies a last bit: an input
+# moves by an INT8 step, a token to another expert. So every layer is compared alone, with the reference's input: the
+# median token, and the best token of every expert that at least two tokens choose.
+LAYER_DB, EXPERT_TOKENS = 60.0, 2
+# The attention of `llama` over an INT8 cache also rounds queries and probabilities, and the reference does not.
+INT8_CACHE_LAYER_DB = 30.0
+# Their logits may be as far from the checkpoint's as the roundings alone put them, and this much.
+MARGIN_DB = 3.0
+# In full precision, the cosine of the median position.
 MIN_COSINE = 0.999
+REPORT_THIS = (
+    "Nothing was written. Compare torch, torchao and executorch with the `export` extra, and report this with "
+    "`pip freeze`."
+)
 SOURCES = (
     "expert grid",
     "BF16 scales",
@@ -48,59 +64,84 @@ class OperatorExperts(Int4Experts):
         return expand_rows(*operator_rows(qweight[expert], scale[expert], self.group_dim, self.operator_bits)).T
 
 
-class KernelExperts(Int4Experts):
-    """Experts as `mobilemoe::moe_ffn` multiplies them."""
+# The model's modules as our operators compute them. Norms, attention, router and SwiGLU round nothing, but their sums
+# have the operators' order. In PyTorch's order, S with random weights ended 17 dB from its program: the last bits of a
+# sum move inputs to another INT8 step, and these move tokens to other experts.
 
+
+class ReferenceLinear(Int4Linear):
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        return reference.int4_linear(hidden_states, self.qweight, self.weight_scale)
+
+
+class ReferenceHead(Int4Head):
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        (embedding,) = self._embedding
+        return reference.int4_linear(hidden_states, embedding.qweight, embedding.weight_scale)
+
+
+class ReferenceExperts(Int4Experts):
     def forward(
         self, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
     ) -> torch.Tensor:
         packed = (self.gate_up_qweight, self.gate_up_scale, self.down_qweight, self.down_scale)
-        return torch.ops.mobilemoe.moe_experts(hidden_states, top_k_index.contiguous(), top_k_weights, *packed)
+        return reference.moe_experts(hidden_states, top_k_index, top_k_weights, *packed)
 
 
-class KernelLinear(Int4Linear):
-    """A linear as `mobilemoe::int4_linear` multiplies it."""
+class ReferenceRouter(MobileMoERouter):
+    def forward(
+        self, hidden_states: torch.Tensor, expert_bias: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        return reference.route(hidden_states, self.weight, expert_bias, self.top_k, self.routed_scaling_factor)
 
+
+class ReferenceMLP(MobileMoEMLP):
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        return torch.ops.mobilemoe.int4_linear(hidden_states.contiguous(), self.qweight, self.weight_scale)
+        gated = reference.silu_multiply(self.gate_proj(hidden_states), self.up_proj(hidden_states))
+        return self.down_proj(gated)
 
 
-class KernelHead(Int4Head):
-    """The head as `mobilemoe::int4_linear` multiplies it."""
-
+class ReferenceNorm(MobileMoERMSNorm):
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        (embedding,) = self._embedding
-        return torch.ops.mobilemoe.int4_linear(hidden_states.contiguous(), embedding.qweight, embedding.weight_scale)
+        return reference.rms_norm(hidden_states, self.weight, self.variance_epsilon)
 
 
-KERNEL_CLASSES = {Int4Experts: KernelExperts, Int4Linear: KernelLinear, Int4Head: KernelHead}
+class ReferenceAttention(MobileMoEAttention):
+    """Causal: batches may be padded at the right only. Keys and values are rounded to what `kv_cache` holds."""
+
+    kv_cache = "fp32"
+
+    def forward(
+        self,
+        hidden_states: torch.Tensor,
+        position_embeddings: tuple[torch.Tensor, torch.Tensor],
+        attention_mask: torch.Tensor | None,
+        cache: Cache | None = None,
+        **kwargs: object,
+    ) -> tuple[torch.Tensor, None]:
+        heads, eps = (*hidden_states.shape[:2], -1, self.head_dim), self.config.rms_norm_eps
+        query, key = (
+            reference.rotate_and_normalize(linear(hidden_states).view(heads), *position_embeddings, eps)
+            for linear in (self.q_proj, self.k_proj)
+        )
+        value = self.v_proj(hidden_states).view(heads)
+        if cache is not None:
+            states = cache.update(key.transpose(1, 2), value.transpose(1, 2), self.layer_idx)
+            key, value = (cached.transpose(1, 2) for cached in states)
+        attended = reference.attention(query, key, value, key.shape[1] - query.shape[1], self.kv_cache)
+        return self.o_proj(attended.flatten(2)), None
+
+
+ACTIVATIONS = {"INT8 activations": (ReferenceLinear, ReferenceHead), "INT8 expert activations": (ReferenceExperts,)}
+CACHES = {"BF16 KV cache": "bf16", "INT8 KV cache": "int8"}
+SAME_SUMS = (ReferenceRouter, ReferenceMLP, ReferenceNorm, ReferenceAttention)
 
 
 class Int8Cache(DynamicCache):
-    """Keys and values as an INT8 cache returns them."""
+    """Keys and values as the INT8 cache of ExecuTorch's operators returns them."""
 
     def update(self, key_states: torch.Tensor, value_states: torch.Tensor, *args, **kwargs):
         return super().update(int8_values(key_states), int8_values(value_states), *args, **kwargs)
-
-
-class KernelInt8Cache(DynamicCache):
-    """Keys and values as `mobilemoe::attention` reads them from an INT8 cache."""
-
-    def update(self, key_states: torch.Tensor, value_states: torch.Tensor, *args, **kwargs):
-        key_states, value_states = (
-            (integers * step[..., None]).to(states.dtype)
-            for states in (key_states, value_states)
-            for integers, step in [round_to_int8(states.float())]
-        )
-        return super().update(key_states, value_states, *args, **kwargs)
-
-
-class BFloat16Cache(DynamicCache):
-    """Keys and values as `mobilemoe::attention` reads them from a BF16 cache."""
-
-    def update(self, key_states: torch.Tensor, value_states: torch.Tensor, *args, **kwargs):
-        key_states, value_states = (states.bfloat16().to(states.dtype) for states in (key_states, value_states))
-        return super().update(key_states, value_states, *args, **kwargs)
 
 
 def encode_prompts(tokenizer: PreTrainedTokenizerBase, vocab_size: int, max_seq_len: int) -> list[list[int]]:
@@ -124,52 +165,92 @@ def encode_prompts(tokenizer: PreTrainedTokenizerBase, vocab_size: int, max_seq_
 def rounded_as(
     model: PreTrainedModel, sources: set[str], expert_bits: int, on_kernels: bool = False
 ) -> Iterator[PreTrainedModel]:
-    """A packed model with these of the `SOURCES` in place, INT8 activations as our operators or XNNPACK have them."""
-    undo: list[Callable[[], object]] = []
+    """
+    A packed model with these of the `SOURCES` in place.
 
-    def run_on_kernels(*kinds: type[nn.Module]) -> None:
-        for module in model.modules():
-            if isinstance(module, kinds):
-                kind = type(module)
-                undo.append(lambda module=module, kind=kind: setattr(module, "__class__", kind))
-                module.__class__ = KERNEL_CLASSES[kind]
-
-    linears = [module for module in model.modules() if isinstance(module, Int4Linear | Int4Head)]
-    if "INT8 activations" in sources and on_kernels:
-        run_on_kernels(Int4Linear, Int4Head)
-    elif "INT8 activations" in sources:
-        for linear in linears:
-            hook = linear.register_forward_pre_hook(lambda _, inputs: (int8_values(inputs[0]),))
-            undo.append(hook.remove)
-    if "BF16 scales" in sources:
-        for linear in linears:
-            if isinstance(linear, Int4Linear):
-                undo.append(lambda linear=linear, scale=linear.weight_scale: setattr(linear, "weight_scale", scale))
-                linear.weight_scale = bf16_scale(linear.weight_scale)
-        embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
-        # The table keeps its scales, only the head's are rounded.
-        table = Int4Embedding(0, 0, torch.float32)
-        table.num_embeddings, table.qweight = embedding.num_embeddings, embedding.qweight
-        table.weight_scale = bf16_scale(embedding.weight_scale)
-        undo.append(lambda original=head._embedding: setattr(head, "_embedding", original))
-        head._embedding = (table,)
-    if "INT8 expert activations" in sources:
-        run_on_kernels(Int4Experts)
-    if "expert grid" in sources:
-        for module in model.modules():
-            if isinstance(module, Int4Experts):
-                module.__class__, module.operator_bits = OperatorExperts, expert_bits
-                undo.append(lambda module=module: setattr(module, "__class__", Int4Experts))
-    try:
+    `on_kernels` has the activations of our operators, and all sums in their order; else they are XNNPACK's.
+    """
+    with ExitStack() as undo:
+        if on_kernels:
+            for module in put_in_place(model, SAME_SUMS, undo):
+                if isinstance(module, ReferenceAttention):
+                    module.kv_cache = next((kind for source, kind in CACHES.items() if source in sources), "fp32")
+            for source in sources & ACTIVATIONS.keys():
+                put_in_place(model, ACTIVATIONS[source], undo)
+        elif "INT8 activations" in sources:
+            for module in model.modules():
+                if isinstance(module, Int4Linear | Int4Head):
+                    hook = module.register_forward_pre_hook(lambda _, inputs: (int8_values(inputs[0]),))
+                    undo.callback(hook.remove)
+        if "BF16 scales" in sources:
+            round_scales(model, undo)
+        if "expert grid" in sources:
+            for experts in put_in_place(model, (OperatorExperts,), undo):
+                experts.operator_bits = expert_bits
         yield model
-    finally:
-        for step in undo:
-            step()
 
 
-def bf16_scale(scale: torch.Tensor) -> torch.Tensor:
-    # FP16 holds every FP16 number that was rounded to BF16's eight bits.
-    return scale.bfloat16().half()
+def put_in_place(model: PreTrainedModel, references: tuple[type[nn.Module], ...], undo: ExitStack) -> list[nn.Module]:
+    """Puts a module of one of these classes in place of every module of their base class; both share all tensors."""
+    by_class = {kind.__base__: kind for kind in references}
+    placed = []
+    for name, module in list(model.named_modules()):
+        if type(module) in by_class:
+            kind = by_class[type(module)]
+            # As `copy.copy`, but of another class.
+            reference_module = kind.__new__(kind)
+            reference_module.__setstate__(module.__getstate__())
+            model.set_submodule(name, reference_module)
+            undo.callback(model.set_submodule, name, module)
+            placed.append(reference_module)
+    return placed
+
+
+def round_scales(model: PreTrainedModel, undo: ExitStack) -> None:
+    """Group scales of linears and of the head to BF16."""
+    for module in model.modules():
+        if isinstance(module, Int4Linear):
+            undo.callback(setattr, module, "weight_scale", module.weight_scale)
+            module.weight_scale = bf16_scale(module.weight_scale)
+    embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
+    # The table keeps its scales, only the head's are rounded.
+    table = Int4Embedding(0, 0, torch.float32)
+    table.num_embeddings, table.qweight = embedding.num_embeddings, embedding.qweight
+    table.weight_scale = bf16_scale(embedding.weight_scale)
+    undo.callback(setattr, head, "_embedding", head._embedding)
+    head._embedding = (table,)
+
+
+class LayerRecord(NamedTuple):
+    """What a layer of the reference did with the prompts."""
+
+    # By prompt, `(2, tokens, hidden)`: input and output.
+    states: list[torch.Tensor]
+    # `(tokens of all prompts, top_k)`
+    experts: torch.Tensor
+
+
+@contextmanager
+def layers_recorded(model: PreTrainedModel, prompts: list[list[int]]) -> Iterator[list[LayerRecord]]:
+    """Records every layer, in their order, while the block runs the prompts as one batch."""
+    layers: list[LayerRecord] = []
+    chosen: list[torch.Tensor] = []
+
+    def router_hook(_, inputs: tuple[torch.Tensor, ...], outputs: tuple[torch.Tensor, ...]) -> None:
+        chosen.append(outputs[2].view(len(prompts), -1, outputs[2].shape[-1]))
+
+    def layer_hook(_, inputs: tuple[torch.Tensor, ...], output: torch.Tensor) -> None:
+        lengths = [len(prompt) for prompt in prompts]
+        pairs = zip(inputs[0], output, lengths, strict=True)
+        states = [torch.stack((before, after))[:, :length] for before, after, length in pairs]
+        experts = torch.cat([rows[:length] for rows, length in zip(chosen[-1], lengths, strict=True)])
+        layers.append(LayerRecord(states, experts))
+
+    with ExitStack() as undo:
+        for layer in model.model.layers:
+            undo.callback(layer.feed_forward.router.register_forward_hook(router_hook).remove)
+            undo.callback(layer.register_forward_hook(layer_hook).remove)
+        yield layers
 
 
 @torch.no_grad()
@@ -197,10 +278,7 @@ def greedy_tokens(model: PreTrainedModel, prompt: list[int], num_tokens: int, eo
     return produced
 
 
-def compare(expected: list[torch.Tensor], actual: list[torch.Tensor]) -> dict[str, float]:
-    """
-    Cosine over positions, signal to noise in dB, mean KL divergence in nats, share of equal top tokens.
-    """
+def compare(expected: list[torch.Tensor], actual: list[torch.Tensor]) -> LogitAgreement:
     cosine, equal, signal, noise, kl = [], [], 0.0, 0.0, 0.0
     # One prompt at a time: in FP64 all of them would take as much memory as the program.
     for rows, others in zip(expected, actual, strict=True):
@@ -212,19 +290,19 @@ def compare(expected: list[torch.Tensor], actual: list[torch.Tensor]) -> dict[st
         noise += (rows - others).square().sum()
         kl += nn.functional.kl_div(others.log_softmax(-1), rows.log_softmax(-1), reduction="sum", log_target=True)
     cosine = torch.cat(cosine)
-    return {
-        "cosine_median": round(cosine.median().item(), 7),
-        "cosine_mean": round(cosine.mean().item(), 7),
-        "cosine_min": round(cosine.min().item(), 7),
-        "sqnr_db": round((10 * torch.log10(signal / noise.clamp(min=1e-30))).item(), 2),
-        "kl_nats": round((kl / len(cosine)).item(), 7),
-        "top1_agreement": round(torch.cat(equal).float().mean().item(), 4),
-    }
+    return LogitAgreement(
+        cosine_median=round(cosine.median().item(), 7),
+        cosine_mean=round(cosine.mean().item(), 7),
+        cosine_min=round(cosine.min().item(), 7),
+        sqnr_db=round((10 * torch.log10(signal / noise.clamp(min=1e-30))).item(), 2),
+        kl_nats=round((kl / len(cosine)).item(), 7),
+        top1_agreement=round(torch.cat(equal).float().mean().item(), 4),
+    )
 
 
 class Reference:
     """
-    What PyTorch says about the prompts, computed before the export takes the model's weights over.
+    What PyTorch computes for the prompts, before the export takes the model's weights over.
 
     Raises:
         ValueError: when that is not a number.
@@ -239,10 +317,13 @@ class Reference:
                 "Fetch it again, or take an earlier one."
             )
         self.same_rounding = self.checkpoint
+        # Whether the program is to have the bits of `same_rounding`.
+        self.exact = False
+        self.layers: list[LayerRecord] = []
         self.greedy = [
             greedy_tokens(model, prompt, min(NEW_TOKENS, max_seq_len - len(prompt)), eos_ids) for prompt in prompts
         ]
-        self.sources: dict[str, dict[str, float]] = {}
+        self.sources: dict[str, LogitAgreement] = {}
 
     def add_int4_rounding(self, model: PreTrainedModel) -> None:
         """For a full-precision checkpoint, after `quantize`: from here on the packed model is the measure."""
@@ -255,26 +336,61 @@ class Reference:
         packed = self.checkpoint
         if self.sources:
             packed = reference_logits(model, self.prompts)
-        imitates = on_kernels and available()
         absent = {
             "expert grid": not crosses,
             "BF16 scales": on_kernels,
-            "INT8 activations": on_kernels and not imitates,
-            "INT8 expert activations": not imitates,
+            "INT8 expert activations": not on_kernels,
             "BF16 KV cache": options.kv_cache != "bf16",
             "INT8 KV cache": options.kv_cache != "int8",
         }
-        caches = {"BF16 KV cache": BFloat16Cache, "INT8 KV cache": KernelInt8Cache if on_kernels else Int8Cache}
         present = [source for source in SOURCES if not absent.get(source)]
         for sources in [{source} for source in present] + [set(present)]:
-            cache = next((kind for source, kind in caches.items() if source in sources), None)
+            cache = Int8Cache if "INT8 KV cache" in sources and not on_kernels else None
             with rounded_as(model, sources, options.expert_bits, on_kernels):
-                logits = reference_logits(model, self.prompts, cache)
+                with layers_recorded(model, self.prompts) as layers:
+                    logits = reference_logits(model, self.prompts, cache)
             if len(sources) == 1:
                 self.sources[next(iter(sources))] = compare(packed, logits)
-        self.same_rounding = logits
+        self.same_rounding, self.layers = logits, layers
+        self.exact = on_kernels
 
-    def report(self, program: PteModel) -> dict:
+    @torch.no_grad()
+    def check_layers(self, program: ExportModel) -> None:
+        """
+        Compares every layer of a program that is not exact, before it is lowered, with the reference's.
+
+        Raises:
+            ValueError: naming the first layer that does not compute what the model's does.
+        """
+        if self.exact:
+            return
+        limit = INT8_CACHE_LAYER_DB if program.options.kv_cache == "int8" else LAYER_DB
+        for index, (layer, record) in enumerate(zip(program.layers, self.layers, strict=bool(self.layers))):
+            ratios = []
+            for before, after in record.states:
+                length = len(before)
+                cos, sin = program.cos[None, :length], program.sin[None, :length]
+                # Without the residual, beside which an error would look small.
+                expected, actual = after - before, layer(before[None], cos, sin, 0)[0] - before
+                noise = (actual - expected).square().sum(dim=-1).clamp(min=1e-30)
+                ratios.append(10 * torch.log10(expected.square().sum(dim=-1) / noise))
+            for name, buffer in layer.attention.named_buffers(recurse=False):
+                # The cache is lowered as it is, and a program begins with an empty one.
+                buffer.fill_(1 if name.endswith("_scale") else 0)
+            ratios = torch.cat(ratios)
+            found = {"the median token": ratios.median()}
+            for expert in record.experts.unique().tolist():
+                of_expert = ratios[(record.experts == expert).any(dim=-1)]
+                if len(of_expert) >= EXPERT_TOKENS:
+                    found[f"the best token of expert {expert}"] = of_expert.max()
+            for name, ratio in found.items():
+                if not ratio >= limit:
+                    raise ValueError(
+                        f"The exported program does not compute this model: {name} in layer {index} has a signal to "
+                        f"noise of {ratio:.1f} dB, less than {limit:.0f}. {REPORT_THIS}"
+                    )
+
+    def report(self, program: PteModel) -> Parity:
         """
         Raises:
             ValueError: when the program does not compute the model.
@@ -288,15 +404,6 @@ class Reference:
             program.all_logits(prompt) if program.has_all_logits else program.forward(prompt, 0)[None]
             for prompt in self.prompts
         ]
-        report = {
-            "positions": sum(len(prompt) for prompt in self.prompts),
-            "pte_to_checkpoint": compare(self.checkpoint, logits),
-            "pte_to_pytorch_with_the_same_roundings": compare(self.same_rounding, logits),
-            "prefill_to_token_by_token": compare(
-                [stepped[-len(rows) :] for stepped, rows in zip(logits, whole, strict=True)], whole
-            ),
-            "sources": self.sources,
-        }
         agreed = total = 0
         for prompt, expected in zip(self.prompts, self.greedy, strict=True):
             produced = list(program.generate(prompt, len(expected)))
@@ -305,34 +412,37 @@ class Reference:
                 if ours != theirs:
                     break
                 agreed += 1
-        report["greedy_tokens_equal"], report["greedy_tokens"] = agreed, total
-        for name in ("pte_to_pytorch_with_the_same_roundings", "prefill_to_token_by_token"):
-            cosine = report[name]["cosine_median"]
-            if not cosine >= MIN_COSINE:
-                raise ValueError(
-                    f"The exported program does not compute this model: the median cosine of {name} is {cosine}, "
-                    f"less than {MIN_COSINE}. Nothing was written. Compare torch, torchao and executorch with the "
-                    "`export` extra, and report this with `pip freeze`."
-                )
+        report = Parity(
+            positions=sum(len(prompt) for prompt in self.prompts),
+            pte_to_checkpoint=compare(self.checkpoint, logits),
+            pte_to_pytorch_with_the_same_roundings=compare(self.same_rounding, logits),
+            prefill_to_token_by_token=compare(
+                [stepped[-len(rows) :] for stepped, rows in zip(logits, whole, strict=True)], whole
+            ),
+            sources=self.sources,
+            greedy_tokens_equal=agreed,
+            greedy_tokens=total,
+        )
+        self.judge(report)
         return report
 
-
-def parity_table(parity: dict) -> str:
-    rows = {
-        ".pte to the checkpoint": parity["pte_to_checkpoint"],
-        **{f"  {source} alone, in PyTorch": row for source, row in parity["sources"].items()},
-        ".pte to PyTorch, same roundings": parity["pte_to_pytorch_with_the_same_roundings"],
-        "prefill to token by token": parity["prefill_to_token_by_token"],
-    }
-    width = max(map(len, rows)) + 2
-    lines = [f"{'':{width}s}{'cosine':>10s}{'lowest':>10s}{'SQNR dB':>9s}{'KL nats':>11s}{'top-1':>8s}"]
-    for name, row in rows.items():
-        lines.append(
-            f"{name:{width}s}{row['cosine_mean']:10.6f}{row['cosine_min']:10.6f}{row['sqnr_db']:9.1f}"
-            f"{row['kl_nats']:11.2e}{row['top1_agreement']:8.3f}"
-        )
-    equal, total = parity["greedy_tokens_equal"], parity["greedy_tokens"]
-    lines.append(
-        f"{parity['positions']} positions; greedy: {equal} of {total} tokens equal until the first difference"
-    )
-    return "\n".join(lines)
+    def judge(self, report: Parity) -> None:
+        """
+        Raises:
+            ValueError: when the program does not compute the model.
+        """
+        needed = EXACT_DB
+        if not self.exact:
+            needed = compare(self.checkpoint, self.same_rounding).sqnr_db - MARGIN_DB
+        for name in ("pte_to_pytorch_with_the_same_roundings", "prefill_to_token_by_token"):
+            agreement: LogitAgreement = report.__dict__[name]
+            if self.same_rounding is self.checkpoint:
+                said, limit = agreement.cosine_median, MIN_COSINE
+                quantity = "median cosine"
+            else:
+                said, limit, quantity = agreement.sqnr_db, needed, "signal to noise in dB"
+            if not said >= limit:
+                raise ValueError(
+                    f"The exported program does not compute this model: the {quantity} of {name} is {said}, less than "
+                    f"{limit:.5g}. {REPORT_THIS}"
+                )

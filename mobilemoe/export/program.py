@@ -155,6 +155,11 @@ class ExportEmbedding(nn.Module):
         )
 
 
+def bf16_scale(scale: torch.Tensor) -> torch.Tensor:
+    """Group scales as XNNPACK stores them. FP16 holds every FP16 number that was rounded to BF16's eight bits."""
+    return scale.bfloat16().half()
+
+
 def export_linear(linear: Int4Linear | Int4Embedding | nn.Linear, weights: str = "int4") -> nn.Module:
     """A linear that XNNPACK takes: the INT4 integers as they are and INT8 activations per token; or a float one."""
     if isinstance(linear, nn.Linear):
@@ -167,7 +172,7 @@ def export_linear(linear: Int4Linear | Int4Embedding | nn.Linear, weights: str =
     quantized = unpack_int4(linear.qweight)
     weight = IntxUnpackedToInt8Tensor(
         qdata=quantized,
-        scale=linear.weight_scale.float(),
+        scale=bf16_scale(linear.weight_scale).float(),
         zero_point=torch.zeros(linear.weight_scale.shape, dtype=torch.int8),
         target_dtype=torch.int4,
         block_size=(1, Int4Format.group_size),
@@ -303,7 +308,8 @@ class DelegatedLayer(nn.Module):
         hidden_states = hidden_states + self.attention(self.input_layernorm(hidden_states), cos, sin, start)
         normed = self.post_attention_layernorm(hidden_states)
         routed = self.moe(normed.flatten(0, 1)).view_as(normed)
-        return hidden_states + routed + self.shared_expert(normed)
+        # The sums of the model, in its order: another one would differ in the last bits.
+        return hidden_states + (routed + self.shared_expert(normed))
 
 
 def export_layer(

@@ -1,6 +1,6 @@
 """Programs and models of a shape with random INT4 weights, for benchmarks and tests."""
 
-import json
+from dataclasses import asdict
 from pathlib import Path
 
 import torch
@@ -11,6 +11,8 @@ from modeling_mobilemoe.fused_mobilemoe import Int4FeedForward
 from modeling_mobilemoe.kernels.modules import DEFAULT_CACHE
 from modeling_mobilemoe.quantization_mobilemoe import INT4_BLOCK, MobileMoEInt4Config, MobileMoEInt4Quantizer
 
+from ..artifacts import EXPORT_FILE, PROGRAM_FILE, Export
+from ..machine import package_versions
 from ..shapes import program_config
 
 
@@ -60,7 +62,7 @@ def write_random_program(
     from modeling_mobilemoe.kernels import load_executorch
     from modeling_mobilemoe.kernels.modules import MoEFFN
 
-    from .exporter import Stages, lower, metadata, program_operators
+    from .lowering import VERSIONS, Stages, lower, metadata, program_operators
     from .program import ExportModel, ProgramOptions
 
     load_executorch()
@@ -71,18 +73,20 @@ def write_random_program(
     program = lower(exportable, metadata(config, options, []), False, Stages())
     directory = Path(directory)
     directory.mkdir(parents=True)
-    with open(directory / "model.pte", "wb") as file:
+    with open(directory / PROGRAM_FILE, "wb") as file:
         program.write_to_file(file)
     config.save_pretrained(directory)
-    report = {
-        "moe_op": None if is_dense else MoEFFN.operator,
-        "expert_bits": 4,
-        "max_seq_len": max_seq_len,
-        "kv_cache": options.kv_cache,
-        "all_logits": False,
-        "eos_ids": [],
-        "experts_file": None,
-        "operators": program_operators(program),
-        "pte_bytes": (directory / "model.pte").stat().st_size,
-    }
-    (directory / "export.json").write_text(json.dumps(report, indent=2) + "\n")
+    Export(
+        model="random weights",
+        weights_sha256={},
+        versions=package_versions(VERSIONS),
+        moe_op=None if is_dense else MoEFFN.operator,
+        expert_axis=None if is_dense else MoEFFN.expert_axis,
+        experts_rounded_twice=False,
+        expert_rounding_sqnr_db=None,
+        **asdict(options),
+        eos_ids=[],
+        experts_file=None,
+        operators=program_operators(program),
+        pte_bytes=(directory / PROGRAM_FILE).stat().st_size,
+    ).save(directory / EXPORT_FILE)

@@ -1,4 +1,4 @@
-"""The fit of the scaling law to any table of runs, with intervals, held-out error and a plot."""
+"""The fit of the scaling law to any table of runs, with intervals and held-out error."""
 
 import csv
 import dataclasses
@@ -396,50 +396,3 @@ def heldout_error(table: dict[str, np.ndarray], **fit_arguments) -> float:
     fit = fit_law({name: np.asarray(table[name])[~last] for name in COLUMNS}, bootstrap=0, **fit_arguments)
     n, d, expansion, loss = (np.asarray(table[name])[last] for name in COLUMNS)
     return float(np.sqrt(np.mean((fit.law.loss(n, d, expansion) - loss) ** 2)))
-
-
-def describe_fit(fit: LawFit, table: dict[str, np.ndarray]) -> str:
-    """The fit as Markdown: coefficients with 95 % intervals, its error, and that on held-out runs."""
-    lines = [
-        f"The joint law fitted to {len(fit.residuals)} runs, N and D in units of {fit.law.unit:g}, 95 % intervals\n",
-        "| coefficient | estimate | interval |\n|---|---|---|",
-    ]
-    for name, (low, high) in fit.intervals().items():
-        lines.append(f"| {name} | {fit.law.__dict__[name]:.4g} | {low:.4g} to {high:.4g} |")
-    try:
-        heldout = f"{heldout_error(table, unit=fit.law.unit, e_start=fit.law.e_start, e_max=fit.law.e_max):.4f}"
-    except ValueError:
-        heldout = "not known: the others are too few"
-    lines.append(f"\nRMSE {fit.law.rmse:.4f}; of the runs with most tokens, fitted to the others, {heldout}")
-    return "\n".join(lines)
-
-
-def plot_fit(fit: LawFit, table: dict[str, np.ndarray], path: str | Path) -> None:
-    """Measured losses over E with the fitted curves and their 95 % intervals, one panel per size."""
-    from matplotlib.figure import Figure
-
-    sizes = _sizes(table)
-    figure = Figure(figsize=(4.2 * len(sizes), 4), layout="constrained")
-    curve = np.geomspace(1, max(table["expansion"]), 60)
-    for axis, members in zip(figure.subplots(1, len(sizes), sharey=True, squeeze=False).flat, sizes, strict=True):
-        size = float(np.mean(table["active_parameters"][members]))
-        for number, tokens in enumerate(sorted(set(table["tokens"][members]))):
-            rows = members & (table["tokens"] == tokens)
-            low, high = fit.loss_interval(size, tokens, curve)
-            color = f"C{number}"
-            axis.fill_between(curve, low, high, color=color, alpha=0.2, linewidth=0)
-            axis.plot(curve, fit.law.loss(size, tokens, curve), color=color, label=f"{tokens:.3g} tokens")
-            axis.plot(table["expansion"][rows], table["loss"][rows], "o", color=color, markersize=4)
-        axis.set(xscale="log", xlabel="expert expansion E", title=f"{size:.3g} active parameters")
-        axis.set_xticks(sorted(set(table["expansion"])), [f"{value:g}" for value in sorted(set(table["expansion"]))])
-        axis.minorticks_off()
-        axis.legend(fontsize=8)
-    figure.axes[0].set_ylabel("loss (nats per token)")
-    figure.savefig(path, dpi=120)
-
-
-def _sizes(table: dict[str, np.ndarray]) -> list[np.ndarray]:
-    """Rows of the same size, as masks: the router's rows let active parameters differ a little with E."""
-    order = np.sort(np.unique(table["active_parameters"]))
-    groups = np.split(order, np.flatnonzero(order[1:] > 1.2 * order[:-1]) + 1)
-    return [np.isin(table["active_parameters"], group) for group in groups]

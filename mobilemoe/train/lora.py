@@ -1,18 +1,18 @@
 """
-LoRA: what each scope adapts, at which rank, and the proof that exactly this trains.
+LoRA: adapts the weights of one scope at a given rank, and checks that exactly these train.
 
     model = add_lora(model, scope="dense", rank=16)
     # train, then either model.save_pretrained(adapter_directory), or
     model.merge_and_unload().save_pretrained(directory)
 
-Router, norms and embedding are frozen in every scope: a router that moves loses the balance it was trained to. The
-expert bias must not move either. It is a buffer of the base and no adapter holds it, so give `ExpertBiasCallback` an
-`update_rate` of 0, or the saved adapter will not fit its base.
+Router, norms and embedding are frozen in every scope: updates of the router would undo the load balance of
+pre-training. The expert bias must not change either. It is a buffer of the base that no adapter holds, so give
+`ExpertBiasCallback` an `update_rate` of 0; otherwise the saved adapter does not fit its base.
 
 Adapters on routed experts are costly: every forward pass adds the update to all E experts of a layer and keeps the sum
 for the backward pass. Use activation checkpointing with them, and merge before inference.
 
-A packed INT4 base carries the scopes without routed experts, and stays packed and frozen under its adapters.
+A packed INT4 base supports the scopes without routed experts; it stays packed and frozen under its adapters.
 """
 
 import bisect
@@ -23,17 +23,20 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from peft.tuners.lora import Linear, LoraLayer, ParamWrapper
 from torch import nn
 from transformers import PreTrainedModel
+from transformers.utils import logging
 
 from modeling_mobilemoe.configuration_mobilemoe import MobileMoEConfig
 from modeling_mobilemoe.fused_mobilemoe import Int4Experts, Int4Linear
 from modeling_mobilemoe.modeling_mobilemoe import MobileMoEExperts
 
 
+logger = logging.get_logger(__name__)
+
 ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
-# In full: PEFT reads names as suffixes, and `down_proj` alone is one of the routed experts' too.
+# With the parent's name: PEFT matches suffixes, and `down_proj` is also a parameter of the routed experts.
 SHARED_EXPERT = ("shared_expert.gate_proj", "shared_expert.up_proj", "shared_expert.down_proj")
 ROUTED_EXPERTS = ("experts.gate_up_proj", "experts.down_proj")
-# The linears and the fused expert parameters of a scope.
+# Linears and fused expert parameters of each scope.
 SCOPES = {
     "attention": (ATTENTION, ()),
     "dense": (ATTENTION + SHARED_EXPERT, ()),
@@ -45,6 +48,7 @@ SCOPES = {
 class Int4LoraLinear(Linear):
     """Adapter on a packed linear, which stays packed and frozen: gradients pass through its expanded weight."""
 
+    # PEFT warns about layer types that it does not know itself.
     def _get_in_out_features(self, module: Int4Linear) -> tuple[int, int]:
         return module.in_features, module.out_features
 
@@ -55,17 +59,23 @@ class Int4LoraLinear(Linear):
         )
 
 
+def _support_packed(config: LoraConfig) -> LoraConfig:
+    # PEFT documents this method as the way to adapt other layers: https://huggingface.co/docs/peft/developer_guides/custom_models
+    config._register_custom_module({Int4Linear: Int4LoraLinear})
+    return config
+
+
 def _base_name(name: str) -> str:
-    """The name that a module or weight had before PEFT wrapped the model."""
+    """The name of a module or weight before PEFT wrapped the model."""
     return name.removeprefix("base_model.model.").replace(".base_layer", "")
 
 
 def target_shapes(model: PreTrainedModel | PeftModel, scope: str) -> dict[str, tuple[int, ...]]:
     """
-    The weights of a scope by name, whether they have adapters or not.
+    The weights of a scope by name, with or without adapters.
 
     Returns:
-        Shapes as stored: `(out, in)` of a linear, `(E, in, out)` of routed experts.
+        Shapes as stored: `(out, in)` for a linear, `(E, in, out)` for routed experts.
 
     Raises:
         ValueError: for an unknown scope, or a model that lacks one of its weights.
@@ -92,7 +102,7 @@ def target_shapes(model: PreTrainedModel | PeftModel, scope: str) -> dict[str, t
 
 
 def num_adapter_parameters(shapes: dict[str, tuple[int, ...]], rank: int, expert_rank: int) -> int:
-    """Size of the adapters of weights of these shapes: A is `(rank, in)`, B is `(out, rank)`, once per expert."""
+    """Parameters of the adapters on weights of these shapes: A `(rank, in)` and B `(out, rank)`, once per expert."""
     return sum(
         math.prod(experts) * (expert_rank if experts else rank) * (rows + columns)
         for *experts, rows, columns in shapes.values()
@@ -109,30 +119,31 @@ def lora_config(
     """
     The PEFT configuration that adapts one scope of a model.
 
-    Rank is what one token meets: an adapter on a linear has it, and the adapters of the top_k routed experts that a
-    token visits share it, `max(1, rank // top_k)` each (LoRA Without Regret, https://thinkingmachines.ai/blog/lora/).
-    PEFT's own advice, `rank // E`, would leave 60 experts at 1 for every rank below 120.
+    Linears get the full rank; it is split over the top_k routed experts of a token, `max(1, rank // top_k)` each (LoRA
+    Without Regret, https://thinkingmachines.ai/blog/lora/). PEFT recommends `rank // E`, which would be 1 with 60
+    experts for every rank below 120.
 
     Args:
-        model (`PreTrainedModel`): the model to adapt; packed INT4 for the scopes without routed experts.
-        scope (`str`): `"attention"` (q, k, v, o), `"dense"` (attention and shared expert: what every token passes),
+        model (`PreTrainedModel`): the model to adapt; packed INT4 only for the scopes without routed experts.
+        scope (`str`): `"attention"` (q, k, v, o), `"dense"` (attention and shared expert: used by every token),
             `"experts"` (routed and shared) or `"all"`.
-        rank (`int`, *optional*): this or `budget` is needed.
-        budget (`int`, *optional*): most parameters to train; the largest rank that fits is taken.
-        alpha (`float`, *optional*, defaults to twice the rank): every update is scaled by `alpha / rank`, that of a
-            routed expert too, although its adapter has a smaller rank.
+        rank (`int`, *optional*): set either this or `budget`.
+        budget (`int`, *optional*): upper limit of trainable parameters; the largest rank within it is used.
+        alpha (`float`, *optional*, defaults to twice the rank): every update is scaled by `alpha / rank`, also for
+            routed experts, whose adapters have a smaller rank.
 
     Raises:
-        ValueError: for an unknown scope, a rank or budget that cannot work, or a model that cannot carry the adapters.
+        ValueError: for an unknown scope, an invalid rank or budget, or a model that does not support the adapters.
     """
     if (rank is None) == (budget is None):
-        raise ValueError(f"rank={rank} and budget={budget} do not say one size. Set exactly one of the two.")
+        raise ValueError(f"rank={rank} and budget={budget} do not give one size. Set exactly one of the two.")
     shapes = target_shapes(model, scope)
     linears, parameters = SCOPES[scope]
     if parameters and any(isinstance(module, Int4Experts) for module in model.modules()):
         raise ValueError(
-            f"scope={scope!r} adapts routed experts, and those of a packed INT4 model are integers, which PEFT cannot "
-            "add an update to. Set scope='dense', or dequantize(model) first, and after training merge and quantize."
+            f"scope={scope!r} adapts routed experts, but a packed INT4 model stores them as integers, to which PEFT "
+            "cannot add an update. Set scope='dense', or dequantize(model) first, and after training merge and "
+            "quantize."
         )
     if any(name.endswith("weight_fake_quantizer") for name, _ in model.named_modules()):
         raise ValueError(
@@ -140,7 +151,7 @@ def lora_config(
             "Train and merge the adapters first, then prepare the merged model."
         )
     top_k = model.config.num_experts_per_tok
-    # A product of two factors has no higher rank than the narrowest side of the weight.
+    # A higher rank than the shorter side of a weight adds nothing.
     limit = min(min(shape) for shape in shapes.values() if len(shape) == 2)
     if budget is not None:
         counts = [num_adapter_parameters(shapes, rank, max(1, rank // top_k)) for rank in range(1, limit + 1)]
@@ -151,11 +162,13 @@ def lora_config(
                 "Set a budget of at least that, or a smaller scope."
             )
     if not 1 <= rank <= limit:
-        raise ValueError(f"rank={rank} is not between 1 and {limit}, the narrowest side of a weight. Set it within.")
+        raise ValueError(
+            f"rank={rank} is not between 1 and {limit}, the shortest side of an adapted weight. Set a rank within it."
+        )
     alpha = 2 * rank if alpha is None else alpha
     expert_rank = max(1, rank // top_k) if parameters else rank
-    # PEFT scales by alpha over the rank of the single adapter. The patterns name the linears, since PEFT 0.21 warns,
-    # wrongly, that it ignores patterns which name parameters.
+    # PEFT divides alpha by the rank of the single adapter. The patterns name the linears because PEFT 0.21 warns
+    # incorrectly that it ignores patterns for parameters.
     config = LoraConfig(
         task_type="CAUSAL_LM",
         r=expert_rank,
@@ -165,12 +178,11 @@ def lora_config(
         rank_pattern=dict.fromkeys(linears, rank),
         alpha_pattern=dict.fromkeys(linears, alpha),
     )
-    config._register_custom_module({Int4Linear: Int4LoraLinear})
-    return config
+    return _support_packed(config)
 
 
 def _trainable(model: nn.Module) -> dict[str, tuple[LoraLayer | None, list[nn.Parameter]]]:
-    """Trainable parameters by the weight that they adapt; those that are no adapters under their own name."""
+    """Trainable parameters by the weight that they adapt; those outside adapters are listed under their own name."""
     trainable: dict[str, tuple[LoraLayer | None, list[nn.Parameter]]] = {}
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
@@ -184,7 +196,7 @@ def _trainable(model: nn.Module) -> dict[str, tuple[LoraLayer | None, list[nn.Pa
 
 def check_adapters(model: PeftModel, scope: str) -> None:
     """
-    Checks that a scope trains, whole and alone.
+    Checks that all weights of a scope train, and no others.
 
     Raises:
         ValueError: when a weight of the scope has no adapter, or anything else is trainable.
@@ -200,7 +212,7 @@ def check_adapters(model: PeftModel, scope: str) -> None:
 
 
 def trainable_table(model: PeftModel) -> str:
-    """What of a model trains: one line per kind of weight, layers taken together, and the share of the base model."""
+    """The trainable weights: one line per kind of weight, all layers together, and their share of the base model."""
     rows: dict[str, list] = {}
     for name, (layer, parameters) in _trainable(model).items():
         shape, rank = tuple(parameters[0].shape), "-"
@@ -227,15 +239,14 @@ def add_lora(
     budget: int | None = None,
     alpha: float | None = None,
 ) -> PeftModel:
-    """Adapts a scope of a model as [`lora_config`] says, checks that this alone trains, and prints the table."""
+    """Adapts a scope of a model with [`lora_config`] and checks that only it trains; see [`trainable_table`]."""
     peft_model = get_peft_model(model, lora_config(model, scope, rank, budget, alpha))
     check_adapters(peft_model, scope)
-    print(trainable_table(peft_model))
+    logger.info(f"Trainable weights:\n{trainable_table(peft_model)}")
     return peft_model
 
 
 def load_lora(model: PreTrainedModel, path: str, is_trainable: bool = False) -> PeftModel:
-    """A saved adapter on its base. `PeftModel.from_pretrained` alone does not know how to adapt a packed base."""
-    config = LoraConfig.from_pretrained(path)
-    config._register_custom_module({Int4Linear: Int4LoraLinear})
+    """Loads a saved adapter onto its base, which `PeftModel.from_pretrained` alone cannot do for a packed one."""
+    config = _support_packed(LoraConfig.from_pretrained(path))
     return PeftModel.from_pretrained(model, path, config=config, is_trainable=is_trainable)

@@ -1,13 +1,13 @@
 """
-INT4 quantization-aware training in two steps around any trainer, after torchao's idiom:
+INT4 quantization-aware training in two steps around any trainer, as in torchao:
 
-    prepare(model)                      # weights read as they will be packed, inputs as INT8
+    prepare(model)                      # fake-quantises weights to INT4 and inputs to INT8
     trainer.train()                     # its checkpoints are ordinary full-precision ones
     convert(model).save_pretrained(directory)
 
 Inputs are rounded per token, asymmetric, as XNNPACK and `llama::quantized_moe_ffn` (`--moe-op llama`) round them. The
-package's own operators round in finer blocks: linears symmetric per 32 inputs, experts per 32 outputs x 128 inputs. So
-training sees the coarser of the two.
+package's own operators use finer blocks: symmetric per 32 inputs in linears, per 32 outputs x 128 inputs in experts.
+Training uses the coarser rounding of the two.
 """
 
 import re
@@ -23,6 +23,7 @@ from torchao.quantization.qat import (
     IntxFakeQuantizer,
 )
 from transformers import PreTrainedModel, TrainerCallback
+from transformers.utils import logging
 
 from modeling_mobilemoe.fused_mobilemoe import Int4Format
 from modeling_mobilemoe.modeling_mobilemoe import (
@@ -30,21 +31,24 @@ from modeling_mobilemoe.modeling_mobilemoe import (
     MobileMoEPreTrainedModel,
     MobileMoERMSNorm,
     MobileMoERouter,
+    rms_normalize,
 )
 from modeling_mobilemoe.quantization_mobilemoe import modules_to_pack, quantize
 
 
-# Weights rounded at a time: what a core's cache holds, or enough to fill a GPU.
+logger = logging.get_logger(__name__)
+
+# Weights rounded at a time: as many as fit the cache of a core, or keep a GPU busy.
 CPU_CHUNK, GPU_CHUNK = 2**18, 2**24
-MERGE_FIRST = "Merge LoRA adapters first (`model = model.merge_and_unload()`), and undo other changes to the model."
+MERGE_FIRST = "Merge LoRA adapters first (`model = model.merge_and_unload()`) and undo other changes to the model."
 
 
 class _StraightThrough(torch.autograd.Function):
     """
-    Rounds forward and hands the gradient on as it is, without a mask where the grid clips.
+    Rounds in the forward pass and returns the gradient unchanged, also for values that the grid clips.
 
-    A scale of max|w| / 7.5 leaves no outliers: all that is clipped is the largest weight of a group, from 7.5 to 7,
-    and a mask would freeze it.
+    With a scale of max|w| / 7.5 only the largest weight of a group is clipped, from 7.5 to 7. Masking its gradient
+    would freeze it.
     """
 
     @staticmethod
@@ -60,13 +64,14 @@ class _StraightThrough(torch.autograd.Function):
 @torch.no_grad()
 def int4_values(weight: torch.Tensor, dim: int = -1, dtype: torch.dtype | None = None) -> torch.Tensor:
     """
-    The values that a weight has once it is packed: `dequantize_tensor` of `quantize_tensor`, bit for bit.
+    The values of a packed weight: equal to `dequantize_tensor` of `quantize_tensor`, bit for bit.
 
-    A training step rounds every weight, so this goes over memory once, part by part: four times faster.
+    Every training step rounds every weight, so this works on chunks that stay in the cache, which is four times
+    faster.
 
     Args:
         weight (`torch.Tensor`): of shape `(..., in, out)` or `(..., n)`.
-        dim (`int`, defaults to -1): along which the groups run, -1 or -2.
+        dim (`int`, defaults to -1): the dimension that is split into groups, -1 or -2.
         dtype (`torch.dtype`, *optional*): of the result; that of the weight when absent.
     """
     group_size = Int4Format.group_size
@@ -89,10 +94,10 @@ def bf16_values(weight: torch.Tensor) -> torch.Tensor:
 
 class Int4FakeQuantizer(FakeQuantizerBase):
     """
-    A weight as the checkpoint will hold it, in the slot that torchao has for weight fake quantizers.
+    Rounds a weight to the values of the packed checkpoint; a weight fake quantizer for torchao's modules.
 
-    torchao's own INT4 quantizer is another grid: with FP32 scales nearly every value differs from the packed one, and
-    with FP16 scales it multiplies by a reciprocal that is rounded to FP16, which moves one integer in 200.
+    torchao's own INT4 quantizer has a different grid: with FP32 scales nearly every value differs from the packed
+    one, and with FP16 scales it multiplies by a reciprocal rounded to FP16, which changes one integer in 200.
     """
 
     def __init__(self, config: Int4Format, dim: int = -1):
@@ -108,7 +113,7 @@ class Int4FakeQuantizer(FakeQuantizerBase):
 
 
 class Int8FakeQuantizer(IntxFakeQuantizer):
-    """torchao's dynamic per-token INT8, the rounding of XNNPACK and `--moe-op llama`, in FP32 for any dtype."""
+    """torchao's dynamic INT8 per token, as in XNNPACK and `--moe-op llama`, computed in FP32 for any dtype."""
 
     def __init__(self):
         super().__init__(IntxFakeQuantizeConfig(torch.int8, "per_token", is_symmetric=False))
@@ -116,7 +121,7 @@ class Int8FakeQuantizer(IntxFakeQuantizer):
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
         if not self.enabled:
             return hidden_states
-        # Straight-through as a whole, or autograd would keep four tensors for every one that is rounded.
+        # Straight-through around the whole rounding: otherwise autograd saves four tensors per rounded one.
         return _StraightThrough.apply(hidden_states, self.values)
 
     def values(self, hidden_states: torch.Tensor) -> torch.Tensor:
@@ -124,7 +129,7 @@ class Int8FakeQuantizer(IntxFakeQuantizer):
 
 
 class Bf16FakeQuantizer(FakeQuantizerBase):
-    """Norm weights are stored in BF16."""
+    """Rounds norm weights to BF16, in which the format stores them."""
 
     config = torch.bfloat16
 
@@ -136,29 +141,46 @@ class Bf16FakeQuantizer(FakeQuantizerBase):
         return _StraightThrough.apply(weight, bf16_values) if self.enabled else weight
 
 
-# The modules below take the place of their parents by `module.__class__ = ...`: parameters, ties, hooks and names in
-# checkpoints stay as they are.
-class RoundedWeight:
-    """`weight` reads as its rounding; `_parameters`, which optimizers and checkpoints read, holds what trains."""
+class FakeQuantizedHead(nn.Linear):
+    """
+    The output head, whose `weight` is the rounded tensor because TRL's loss reads `lm_head.weight` directly.
+
+    For the same reason its inputs are rounded by the last norm.
+    """
 
     @property
     def weight(self) -> torch.Tensor:
-        return self.weight_fake_quantizer(self._parameters["weight"])
+        # Only this attribute is rounded: optimizers and checkpoints have the parameter.
+        (parameter,) = self.parameters(recurse=False)
+        return self.weight_fake_quantizer(parameter)
 
 
-class FakeQuantizedHead(RoundedWeight, nn.Linear):
-    """TRL's loss multiplies by `lm_head.weight` itself. Inputs are rounded where both get them, at the last norm."""
-
-
-class FakeQuantizedRMSNorm(RoundedWeight, MobileMoERMSNorm):
+class FakeQuantizedRMSNorm(MobileMoERMSNorm):
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        return self.activation_fake_quantizer(super().forward(hidden_states))
+        weight = self.weight_fake_quantizer(self.weight)
+        return self.activation_fake_quantizer(weight * rms_normalize(hidden_states, self.variance_epsilon))
 
 
 class FakeQuantizedEmbedding(nn.Embedding):
     def forward(self, input_ids: torch.Tensor) -> torch.Tensor:
-        # Groups run within a row, so the rows that are used can be rounded alone.
+        # Groups lie within a row, so it is enough to round the rows that are read.
         return self.weight_fake_quantizer(super().forward(input_ids))
+
+
+class RoundedExperts:
+    """An experts module for one forward pass: rounded weights, and a rounded input of the down projection."""
+
+    def __init__(self, experts: "FakeQuantizedExperts", dtype: torch.dtype | None):
+        self.experts = experts
+        # Rounded once: the eager implementation reads the tensors once per expert.
+        self.gate_up_proj = experts.weight_fake_quantizer(experts.gate_up_proj, dtype)
+        self.down_proj = experts.weight_fake_quantizer(experts.down_proj, dtype)
+
+    def _apply_gate(self, gate_up: torch.Tensor) -> torch.Tensor:
+        return self.experts.activation_fake_quantizer(self.experts._apply_gate(gate_up))
+
+    def __getattr__(self, name: str):
+        return getattr(self.experts, name)
 
 
 class FakeQuantizedExperts(MobileMoEExperts):
@@ -168,41 +190,34 @@ class FakeQuantizedExperts(MobileMoEExperts):
         self, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
     ) -> torch.Tensor:
         device_type = hidden_states.device.type
-        # `grouped_mm` is not among the operations that autocast casts.
+        # Autocast does not cast the operands of `grouped_mm`.
         dtype = torch.get_autocast_dtype(device_type) if torch.is_autocast_enabled(device_type) else None
-        # Once per call: eager reads the tensors once per expert.
-        self.seen = {
-            name: self.weight_fake_quantizer(parameter, dtype) for name, parameter in self._parameters.items()
-        }
-        try:
-            return super().forward(self.activation_fake_quantizer(hidden_states), top_k_index, top_k_weights)
-        finally:
-            self.seen = self._parameters
+        rounded = RoundedExperts(self, dtype)
+        hidden_states = self.activation_fake_quantizer(hidden_states)
+        return MobileMoEExperts.forward(rounded, hidden_states, top_k_index, top_k_weights)
 
-    def _apply_gate(self, gate_up: torch.Tensor) -> torch.Tensor:
-        # What enters the down projection.
-        return self.activation_fake_quantizer(super()._apply_gate(gate_up))
 
-    @property
-    def gate_up_proj(self) -> torch.Tensor:
-        return self.seen["gate_up_proj"]
+def _as_class(module: nn.Module, new_class: type[nn.Module]) -> nn.Module:
+    """
+    A module of another class that shares its parameters, submodules and hooks with `module`.
 
-    @property
-    def down_proj(self) -> torch.Tensor:
-        return self.seen["down_proj"]
+    A constructor would allocate weights, and torch has no function that transfers hooks. This is what `copy.copy` does
+    (https://docs.python.org/3/library/pickle.html#object.__setstate__), for another class.
+    """
+    shared = new_class.__new__(new_class)
+    shared.__setstate__(module.__getstate__())
+    return shared
 
 
 def prepare(
     model: PreTrainedModel, int4_format: Int4Format | None = None, activations: bool = True
 ) -> PreTrainedModel:
     """
-    Makes every weight read as the packed checkpoint will hold it, and every input of a packed weight as INT8 per
-    token, the coarsest that kernels round (see the top). The first process prints what became of every parameter.
-    In place; end with [`convert`].
+    Fake-quantises a model in place: weights to the packed checkpoint's values, their inputs to INT8 per token.
 
-    Linears become torchao's `FakeQuantizedLinear`. Parameters keep their names and full precision, so a checkpoint
-    saved before [`convert`] is an ordinary one. Norms read as BF16, expert biases are rounded to it once, here. The
-    router stays as it is.
+    Linears become torchao's `FakeQuantizedLinear`. Parameters keep their names and full precision, so checkpoints
+    saved before [`convert`] are ordinary ones. Norms are rounded to BF16 in the forward pass, expert biases only here.
+    The router stays as it is. [`preparation_table`] shows how each parameter is quantised.
 
     Args:
         model (`PreTrainedModel`): full precision, LoRA adapters merged.
@@ -210,42 +225,35 @@ def prepare(
         activations (`bool`, defaults to `True`): round inputs to INT8 as well.
 
     Raises:
-        ValueError: when a tensor that the format packs would be left out.
+        ValueError: when the packed checkpoint would lack a tensor of the model.
     """
     int4_format = int4_format or Int4Format()
     check_complete(model, int4_format)
     for name, tensor in model.state_dict().items():
         if name.endswith("expert_bias"):
             tensor.copy_(bf16_values(tensor))
-
-    def inputs() -> nn.Module:
-        return Int8FakeQuantizer() if activations else nn.Identity()
-
     head = model.get_output_embeddings()
     last_norm = model.base_model.norm if head is not None else None
     for name, module in list(model.named_modules()):
+        # Class, weight fake quantizer, whether inputs of packed weights (the norm: its outputs) are rounded here.
         if isinstance(module, MobileMoEExperts):
-            module.__class__ = FakeQuantizedExperts
-            module.seen = module._parameters
-            module.weight_fake_quantizer = Int4FakeQuantizer(int4_format, int4_format.expert_dim)
-            module.activation_fake_quantizer = inputs()
+            row = FakeQuantizedExperts, Int4FakeQuantizer(int4_format, int4_format.expert_dim), True
         elif isinstance(module, MobileMoERMSNorm):
-            module.__class__ = FakeQuantizedRMSNorm
-            module.weight_fake_quantizer = Bf16FakeQuantizer()
-            module.activation_fake_quantizer = inputs() if module is last_norm else nn.Identity()
+            row = FakeQuantizedRMSNorm, Bf16FakeQuantizer(), module is last_norm
         elif isinstance(module, nn.Embedding):
-            module.__class__ = FakeQuantizedEmbedding
-            module.weight_fake_quantizer = Int4FakeQuantizer(int4_format)
+            row = FakeQuantizedEmbedding, Int4FakeQuantizer(int4_format), False
         elif module is head:
-            module.__class__ = FakeQuantizedHead
-            module.weight_fake_quantizer = Int4FakeQuantizer(int4_format)
+            row = FakeQuantizedHead, Int4FakeQuantizer(int4_format), False
         elif isinstance(module, nn.Linear):
-            linear = FakeQuantizedLinear.from_linear(module)
-            linear.weight_fake_quantizer = Int4FakeQuantizer(int4_format)
-            linear.activation_fake_quantizer = inputs()
-            model.set_submodule(name, linear)
-    if not torch.distributed.is_initialized() or torch.distributed.get_rank() == 0:
-        print(preparation_table(model))
+            row = FakeQuantizedLinear, Int4FakeQuantizer(int4_format), True
+        else:
+            continue
+        new_class, weight_fake_quantizer, rounds_inputs = row
+        module = _as_class(module, new_class)
+        module.weight_fake_quantizer = weight_fake_quantizer
+        module.activation_fake_quantizer = Int8FakeQuantizer() if activations and rounds_inputs else nn.Identity()
+        model.set_submodule(name, module)
+    logger.info(f"Prepared for quantization-aware training:\n{preparation_table(model)}")
     return model
 
 
@@ -261,28 +269,28 @@ def _check_same(kind: str, found: dict[str, object], expected: dict[str, object]
 
 def check_complete(model: PreTrainedModel, int4_format: Int4Format) -> None:
     """
-    Refuses a model of which the packed checkpoint would lack something.
+    Refuses a model that the packed checkpoint cannot hold completely.
 
     Raises:
-        ValueError: for adapters, replaced modules, an untied head, or a size that does not divide into groups.
+        ValueError: for adapters, replaced modules, an untied head, or a size that the group size does not divide.
     """
     if not isinstance(model, MobileMoEPreTrainedModel):
-        raise ValueError(f"prepare needs a MobileMoE model and got a {type(model).__name__}. {MERGE_FIRST}")
+        raise ValueError(f"prepare needs a MobileMoE model but got a {type(model).__name__}. {MERGE_FIRST}")
     if model.config.quantization is not None:
         raise ValueError("This model is packed INT4 and cannot be trained. Start from the full-precision checkpoint.")
     if is_prepared(model):
         raise ValueError("This model is prepared already. Train it, then call `convert`.")
-    # The skeleton knows which module and which parameter belongs where.
+    # A meta-device model supplies the original modules and parameters.
     with torch.device("meta"):
-        skeleton = type(model)(model.config)
-    _check_same("module", dict(model.named_modules()), dict(skeleton.named_modules()))
+        plain = type(model)(model.config)
+    _check_same("module", dict(model.named_modules()), dict(plain.named_modules()))
     head, embedding = model.get_output_embeddings(), model.get_input_embeddings()
     if head is not None and head.weight is not embedding.weight:
         raise ValueError(
-            "lm_head.weight is not the tensor of the embedding, but the INT4 format has one for both. "
+            "lm_head.weight is not the tensor of the embedding, but the INT4 format stores one tensor for both. "
             "Tie them with `model.tie_weights()`."
         )
-    _check_same("parameter", dict(model.named_parameters()), dict(skeleton.named_parameters()))
+    _check_same("parameter", dict(model.named_parameters()), dict(plain.named_parameters()))
     for name, module in modules_to_pack(model).items():
         for parameter_name, parameter in module.named_parameters(recurse=False):
             dim = int4_format.expert_dim if parameter.ndim == 3 else -1
@@ -294,7 +302,7 @@ def check_complete(model: PreTrainedModel, int4_format: Int4Format) -> None:
 
 
 def preparation_table(model: PreTrainedModel) -> str:
-    """What a prepared model trains how: one line per kind of parameter, layers taken together."""
+    """How each parameter of a prepared model is quantised: one line per kind of parameter, all layers together."""
     rows: dict[tuple[str, str, str], list[int]] = {}
     tensors = dict(model.named_parameters()) | {
         name: tensor for name, tensor in model.named_buffers() if name.endswith("expert_bias")
@@ -312,7 +320,7 @@ def preparation_table(model: PreTrainedModel) -> str:
             experts = isinstance(module, FakeQuantizedExperts)
             axis = module.weight_fake_quantizer.config.expert_axis if experts else "input"
             weight = f"INT4, groups of {Int4Format.group_size} along the {axis}"
-            # The embedding is the head, whose inputs come from the last norm.
+            # The embedding is also the head, whose inputs the last norm rounds.
             source = model.base_model.norm if isinstance(module, FakeQuantizedEmbedding) else module
             if isinstance(source.activation_fake_quantizer, Int8FakeQuantizer):
                 inputs = "INT8 per token, as the head" if source is not module else "INT8 per token"
@@ -330,7 +338,7 @@ def is_prepared(model: nn.Module) -> bool:
 
 
 def enable_fake_quantization(model: nn.Module, enabled: bool = True) -> None:
-    """Switches a prepared model between what INT4 computes and full precision."""
+    """Switches the fake quantizers of a prepared model on, or off for full precision."""
     for module in model.modules():
         if isinstance(module, FakeQuantizerBase):
             module.enabled = enabled
@@ -353,7 +361,7 @@ class FakeQuantizationStart(TrainerCallback):
 
 def convert(model: PreTrainedModel) -> PreTrainedModel:
     """
-    Ends quantization-aware training: packs the weights in the format of [`prepare`], in place.
+    Ends quantization-aware training: packs the weights with [`quantize`] in the format of [`prepare`], in place.
 
     Raises:
         ValueError: when the model is not prepared, or training diverged.
@@ -361,11 +369,11 @@ def convert(model: PreTrainedModel) -> PreTrainedModel:
     if not is_prepared(model):
         raise ValueError("This model is not prepared. Call `prepare` before training, or `quantize` to only round it.")
     int4_format = None
-    for module in model.modules():
+    # `quantize` replaces all other modules.
+    for name, module in list(model.named_modules()):
         if isinstance(module, FakeQuantizedExperts):
             int4_format = module.weight_fake_quantizer.config
         elif isinstance(module, FakeQuantizedRMSNorm):
             del module.weight_fake_quantizer, module.activation_fake_quantizer
-            module.__class__ = MobileMoERMSNorm
-    # The other modules are replaced by packed ones, which read the stored parameters.
+            model.set_submodule(name, _as_class(module, MobileMoERMSNorm))
     return quantize(model, int4_format)

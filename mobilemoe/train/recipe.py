@@ -28,6 +28,7 @@ from transformers.utils import logging
 from modeling_mobilemoe.configuration_mobilemoe import MobileMoEConfig
 from modeling_mobilemoe.modeling_mobilemoe import MobileMoEForCausalLM
 
+from ..artifacts import is_checkpoint
 from .data import DataSource, Mixture, collate
 from .routing import ExpertBiasCallback, add_router_z_loss, set_capacity_factor
 
@@ -145,7 +146,7 @@ def parse_arguments(recipes: Path, parts: Sequence[type], args: Sequence[str] | 
 def load_model(path: str, attn_implementation: str | None = None) -> MobileMoEForCausalLM:
     """A checkpoint in FP32 master weights, or, where there is only a `config.json`, a new model from it."""
     directory = Path(path)
-    if directory.is_dir() and not any(directory.glob("*.safetensors")):
+    if directory.is_dir() and not is_checkpoint(directory):
         config = MobileMoEConfig.from_pretrained(directory, attn_implementation=attn_implementation)
         return MobileMoEForCausalLM(config)
     return AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32, attn_implementation=attn_implementation)

@@ -1,4 +1,4 @@
-"""Routing while a model trains: the balancing bias, the router z-loss, drop-and-pad dispatch, the measurements."""
+"""Routing during training: the balancing bias, the router z-loss, drop-and-pad dispatch and routing statistics."""
 
 import json
 import math
@@ -15,13 +15,16 @@ from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 from modeling_mobilemoe.fused_mobilemoe import Int4FeedForward
 from modeling_mobilemoe.modeling_mobilemoe import MobileMoEFeedForward, MobileMoERouter, grouped_mm_experts
 
+from ..artifacts import write_json, write_text
+from ..display import picture
 
-# What is measured of every layer at every step, in the order of a row's tensor.
+
+# The statistics of each layer and step, in the order of a row's tensor.
 MEASURES = ("imbalance", "dropped", "entropy", "z_loss")
 
 
 class _AddLossGradient(torch.autograd.Function):
-    """Hands `value` on and gives `loss` the gradient that it would have as a term of the training loss."""
+    """Returns `value` and gives `loss` the gradient that it would have as a term of the training loss."""
 
     @staticmethod
     def forward(ctx, value: torch.Tensor, loss: torch.Tensor) -> torch.Tensor:
@@ -39,16 +42,16 @@ def router_z_loss(router_logits: torch.Tensor) -> torch.Tensor:
 
 def add_router_z_loss(model: PreTrainedModel, coefficient: float, gradient_accumulation_steps: int = 1) -> None:
     """
-    Adds the z-loss of every router to what the model trains on, the paper's lambda_z.
+    Adds the z-loss of every router to the training loss, the paper's lambda_z.
 
-    TRL computes its loss from hidden states and head, past the model's own forward, so a term added there would be
-    lost. Hooks on the routers add its gradient instead, which is all that training needs of it. Activation
-    checkpointing changes nothing: of the two runs of a layer, one is in the graph that the gradient passes through.
+    TRL computes its loss from the last hidden states and the head without the model's own forward, so a term added
+    there would be lost. Hooks on the routers add only its gradient; the reported loss does not include the term. With
+    activation checkpointing a layer runs twice, but the gradient passes through one of the two runs only.
 
     Args:
-        model (`PreTrainedModel`): the model that trains.
+        model (`PreTrainedModel`): the model to train.
         coefficient (`float`): weight of the term, per layer.
-        gradient_accumulation_steps (`int`, defaults to 1): micro-batches that share an optimizer step.
+        gradient_accumulation_steps (`int`, defaults to 1): micro-batches per optimizer step.
     """
 
     def hook(router, args, output: tuple[torch.Tensor, torch.Tensor, torch.Tensor]):
@@ -64,12 +67,12 @@ def add_router_z_loss(model: PreTrainedModel, coefficient: float, gradient_accum
 
 
 def expert_capacity(num_tokens: int, top_k: int, num_experts: int, capacity_factor: float) -> int:
-    """Tokens that one expert takes of a batch: an even share times the factor, rounded up."""
+    """Most tokens of a batch that one expert accepts: an even share times the factor, rounded up."""
     return math.ceil(capacity_factor * num_tokens * top_k / num_experts)
 
 
 def count_assignments(top_k_index: torch.Tensor, num_experts: int) -> torch.Tensor:
-    """Assignments of every expert, `(E,)`. `bincount` would make the GPU wait and has no static shape."""
+    """Assignments per expert, `(E,)`. `bincount` would synchronise with the GPU and has no static shape."""
     expert_ids = top_k_index.flatten()
     return expert_ids.new_zeros(num_experts).scatter_add_(0, expert_ids, torch.ones_like(expert_ids))
 
@@ -82,20 +85,22 @@ def capacity_experts_forward(
     capacity_factor: float,
 ) -> torch.Tensor:
     """
-    Drop-and-pad dispatch: every expert gets one block of the same size; what does not fit is dropped, in token order.
+    Drop-and-pad dispatch: every expert has a block of the same size; assignments beyond it are dropped, later tokens
+    first.
 
-    All shapes follow from that of the batch, for the sake of the hardware, as in the paper's pre- and mid-training.
-    Outside training nothing is dropped. Shapes as in the experts interface of transformers.
+    All shapes are static given the batch shape, as in the paper's pre- and mid-training. Outside training nothing is
+    dropped. Arguments and result as in the experts interface of transformers.
 
     Raises:
-        ValueError: under expert parallelism, where an expert sees no token order: its tokens come from several ranks.
+        ValueError: under expert parallelism, where the tokens of an expert come from several ranks in no fixed order.
     """
     if not experts.training:
         return grouped_mm_experts(experts, hidden_states, top_k_index, top_k_weights)
+    # The flag by which transformers' own implementations know it: transformers/integrations/moe.py.
     if experts._is_expert_parallel:
         raise ValueError(
             "capacity_factor is set on a model with ep_size > 1, but a rank does not know how many tokens the others "
-            "send to its experts. Use tp_size or fsdp_size instead of ep_size, or leave capacity_factor out."
+            "send to its experts. Set tp_size or fsdp_size instead of ep_size, or leave capacity_factor out."
         )
     num_tokens, top_k = top_k_index.shape
     num_experts = experts.num_experts
@@ -108,16 +113,16 @@ def capacity_experts_forward(
     assignments = torch.arange(len(order), device=order.device)
     position = torch.empty_like(order).scatter_(0, order, assignments - starts[expert_ids[order]])
     kept = position < capacity
-    # One row more than there are places takes all that is dropped.
+    # An extra row behind the blocks receives the dropped assignments.
     row = torch.where(kept, expert_ids * capacity + position, num_experts * capacity)  # (tokens * top_k,)
-    # The token of every place; an empty one takes the row of zeros behind the last token.
+    # The token at every position of the blocks; empty positions read a row of zeros behind the last token.
     source = torch.full((num_experts * capacity + 1,), num_tokens, device=row.device)
     source = source.scatter_(0, row, assignments // top_k)[:-1]  # (E * C,)
 
     blocks = nn.functional.pad(hidden_states, (0, 0, 0, 1)).index_select(0, source)  # (E * C, H)
     gated = experts._apply_gate(torch.bmm(blocks.unflatten(0, (num_experts, capacity)), experts.gate_up_proj))
     blocks = torch.bmm(gated, experts.down_proj).flatten(0, 1)  # (E * C, H)
-    # A dropped assignment reads any row and gets the weight 0.
+    # A dropped assignment reads an arbitrary row with weight 0.
     outputs = blocks.index_select(0, row.clamp(max=num_experts * capacity - 1)).view(num_tokens, top_k, -1)
     weights = top_k_weights * kept.view(num_tokens, top_k)
     return (outputs * weights[..., None]).sum(dim=1).to(hidden_states.dtype)  # (tokens, H)
@@ -128,36 +133,36 @@ def set_capacity_factor(model: PreTrainedModel, capacity_factor: float) -> None:
     Switches the experts of a model to drop-and-pad dispatch, registered as an experts implementation of transformers.
 
     Raises:
-        ValueError: for a factor below 1, which would drop tokens of an evenly loaded batch.
+        ValueError: for a factor below 1, which would drop tokens of an evenly distributed batch.
     """
     if capacity_factor < 1:
         raise ValueError(
             f"capacity_factor={capacity_factor} is below 1, so even a perfectly balanced batch would lose tokens. "
-            "Set 1 or more (the paper: 1.5), or leave it out to drop nothing."
+            "Set 1 or more (1.5 in the paper), or leave it out to drop nothing."
         )
     name = f"capacity_{capacity_factor:g}"
     ALL_EXPERTS_FUNCTIONS.register(name, partial(capacity_experts_forward, capacity_factor=capacity_factor))
     model.set_experts_implementation(name)
 
 
-# An operator of its own, so that its first line is asked when the compiled code runs and not when it is compiled.
+# An operator of its own, so that its first line is evaluated when compiled code runs, not when it is traced.
 @torch.library.custom_op("mobilemoe::record_routing", mutates_args=("totals",))
 def record_routing(
     router_logits: torch.Tensor, top_k_index: torch.Tensor, totals: torch.Tensor, layer: int, capacity: int
 ) -> None:
     """
-    Adds one forward pass of one layer to `totals`, unless the pass repeats an earlier one.
+    Adds the statistics of one layer's forward pass to `totals`, unless activation checkpointing recomputes the pass.
 
     Args:
         router_logits (`torch.Tensor`): of shape `(tokens, E)`.
         top_k_index (`torch.Tensor`): of shape `(tokens, top_k)`.
-        totals (`torch.Tensor`): of shape `(layers, E + 4)`: per expert its assignments, then the dropped assignments,
-            the sum of entropies, the sum of z-losses, the number of passes.
+        totals (`torch.Tensor`): of shape `(layers, E + 4)`: assignments per expert, then dropped assignments, sum of
+            entropies, sum of z-losses and number of passes.
         layer (`int`): row of `totals`.
-        capacity (`int`): tokens that an expert takes of this batch.
+        capacity (`int`): most tokens of this batch that an expert accepts.
     """
-    # A checkpointed layer runs a second time, and that is inside the backward pass. torch asks the same way:
-    # torch/utils/checkpoint.py, `_checkpoint_hook`.
+    # Recomputation happens inside the backward pass, which has no public test. torch tests it in the same way:
+    # https://github.com/pytorch/pytorch/blob/v2.11.0/torch/utils/checkpoint.py, `_checkpoint_hook`.
     if torch._C._current_graph_task_id() != -1:
         return
     num_experts = router_logits.shape[1]
@@ -173,21 +178,21 @@ def record_routing(
 
 class ExpertBiasCallback(TrainerCallback):
     """
-    Loss-free load balancing: after every optimizer step the bias of an expert that got more than its share of tokens
-    goes down by `update_rate`, that of one that got less goes up (paper section 2.3; arXiv 2408.15664).
+    Loss-free load balancing: after every optimizer step the bias of an expert with more than the mean load decreases
+    by `update_rate`, and the bias of one with less increases (paper section 2.3; arXiv 2408.15664).
 
-    Counts are summed over micro-batches and over all processes. They are taken by hooks on the routers while the model
-    trains, so the forward pass knows nothing of them, and stay on the device until the trainer logs or saves.
+    Counts are summed over micro-batches and processes. Hooks on the routers collect them during training, outside the
+    forward pass, and they stay on the device until the trainer logs or saves.
 
-    In `args.output_dir`, `routing.jsonl` gets one line per optimizer step, with a value per layer for the load of the
-    busiest expert over the mean ("imbalance"), the share of dropped assignments ("dropped"), the entropy of the
-    routing scores in nats, of at most ln E ("entropy"), and the z-loss ("z_loss"). At the end `expert_load.json` holds
-    the last step's counts and `routing.png` the curves. The trainer's log gets one number of each for the last step.
+    In `args.output_dir`, `routing.jsonl` gets one line per optimizer step with one value per layer for each of: load
+    of the busiest expert over the mean ("imbalance"), share of dropped assignments ("dropped"), entropy of the routing
+    scores in nats, at most ln E ("entropy"), and z-loss ("z_loss"). After training `expert_load.json` holds the last
+    step's counts and `routing.png` the curves. The trainer's log gets one number of each for the last step.
 
     Args:
-        model (`PreTrainedModel`): the model that trains.
+        model (`PreTrainedModel`): the model to train.
         update_rate (`float`, defaults to 1e-3): the paper's lambda_lb; 0 only records.
-        capacity_factor (`float`, *optional*): that of the dispatch, to count what it drops.
+        capacity_factor (`float`, *optional*): the factor of the dispatch, to count dropped assignments.
     """
 
     def __init__(self, model: PreTrainedModel, update_rate: float = 1e-3, capacity_factor: float | None = None):
@@ -199,9 +204,9 @@ class ExpertBiasCallback(TrainerCallback):
         self.num_experts = len(self.layers[0].expert_bias)
         device = self.layers[0].expert_bias.device
         self.totals = torch.zeros(len(self.layers), self.num_experts + 4, device=device)
-        # Of the last step: `(layers, E)`.
+        # Assignments of the last step, `(layers, E)`.
         self.load = torch.zeros(len(self.layers), self.num_experts, device=device)
-        # Steps that are not on disk yet, each with a tensor of shape `(len(MEASURES), layers)`.
+        # Steps not yet written, each with a tensor of shape `(len(MEASURES), layers)`.
         self.pending: list[tuple[int, torch.Tensor]] = []
         for index, layer in enumerate(self.layers):
             layer.router.register_forward_hook(self._record_hook(index))
@@ -211,7 +216,7 @@ class ExpertBiasCallback(TrainerCallback):
             if not router.training:
                 return
             router_logits, _, top_k_index = output
-            # Without a factor an expert takes all tokens there are.
+            # Without a factor an expert accepts all tokens.
             capacity = len(top_k_index)
             if self.capacity_factor is not None:
                 capacity = expert_capacity(*top_k_index.shape, self.num_experts, self.capacity_factor)
@@ -220,21 +225,18 @@ class ExpertBiasCallback(TrainerCallback):
         return hook
 
     def on_train_begin(self, args, state, control, **kwargs) -> None:
-        # The trainer has moved the model by now.
+        # The trainer has moved the model to its device by now.
         self.totals = self.totals.to(self.layers[0].expert_bias.device)
         if not state.is_world_process_zero:
             return
-        # Fail before the training where it is not installed, not after it.
+        # If it is not installed, fail before training rather than after it.
         import matplotlib.figure  # noqa: F401
 
         file = Path(args.output_dir, "routing.jsonl")
-        file.parent.mkdir(parents=True, exist_ok=True)
-        # A run repeats the steps since its checkpoint, a fresh one all. A cut-off line has no end.
+        # Steps after the checkpoint run again, in a new run all steps. A truncated line lacks its newline.
         lines = file.read_text().splitlines(keepends=True) if file.exists() else []
         kept = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= state.global_step]
-        partial_file = file.with_suffix(".partial")
-        partial_file.write_text("".join(kept))
-        os.replace(partial_file, file)
+        write_text(file, "".join(kept))
 
     @torch.no_grad()
     def on_optimizer_step(self, args, state, control, **kwargs) -> None:
@@ -252,11 +254,11 @@ class ExpertBiasCallback(TrainerCallback):
             z_loss / passes,
         ]
         self.pending.append((state.global_step + 1, torch.stack(row)))
-        # In place: compiled hooks know this tensor.
+        # In place: compiled hooks refer to this tensor.
         self.totals.zero_()
 
     def _flush(self, args, state) -> dict | None:
-        """Writes the steps since the last flush and returns the last one. Only here the GPU is waited for."""
+        """Writes the steps since the last flush and returns the last one; the only synchronisation with the GPU."""
         if not self.pending:
             return None
         steps, tensors = zip(*self.pending, strict=True)
@@ -281,18 +283,18 @@ class ExpertBiasCallback(TrainerCallback):
             "router_z_loss": statistics.mean(row["z_loss"]),
         }
         logs |= summary
-        # The trainer has made its own entry of `logs` by now.
+        # The trainer has already copied `logs` into its history.
         state.log_history[-1] |= summary
 
     def on_step_end(self, args, state, control, **kwargs) -> None:
-        # Before the checkpoint, so that a run which goes on from it finds the lines of all steps until then.
+        # Before the checkpoint is saved, so that a run resumed from it finds the lines of all earlier steps.
         if control.should_save:
             self._flush(args, state)
 
     def on_train_end(self, args, state, control, **kwargs) -> None:
         self._flush(args, state)
         if state.is_world_process_zero:
-            Path(args.output_dir, "expert_load.json").write_text(json.dumps({"load": self.load.tolist()}) + "\n")
+            write_json(Path(args.output_dir, "expert_load.json"), {"load": self.load.tolist()})
             plot_routing(args.output_dir)
 
 
@@ -303,8 +305,6 @@ def read_routing(output_dir: str | os.PathLike) -> list[dict]:
 
 def plot_routing(output_dir: str | os.PathLike) -> None:
     """Draws `routing.jsonl` into `routing.png`: every measure over the steps, its median and maximum over layers."""
-    from matplotlib.figure import Figure
-
     rows = read_routing(output_dir)
     num_experts = len(json.loads(Path(output_dir, "expert_load.json").read_text())["load"][0])
     titles = {
@@ -315,14 +315,13 @@ def plot_routing(output_dir: str | os.PathLike) -> None:
     }
     # The loads that a capacity factor of 1.5 has room for, and the entropy of an even distribution.
     lines = {"imbalance": (1.5, "1.5"), "entropy": (math.log(num_experts), f"ln {num_experts}")}
-    figure = Figure(figsize=(12, 7), layout="constrained")
-    for axis, name in zip(figure.subplots(2, 2).flat, MEASURES, strict=True):
-        steps = [row["step"] for row in rows]
-        axis.plot(steps, [statistics.median(row[name]) for row in rows], label="median layer")
-        axis.plot(steps, [max(row[name]) for row in rows], label="highest layer")
-        if name in lines:
-            value, label = lines[name]
-            axis.axhline(value, color="grey", linestyle="--", label=label)
-        axis.set(xlabel="optimizer step", title=titles[name])
-        axis.legend()
-    figure.savefig(Path(output_dir, "routing.png"), dpi=120)
+    with picture(Path(output_dir, "routing.png"), (12, 7), 2, 2) as axes:
+        for axis, name in zip(axes, MEASURES, strict=True):
+            steps = [row["step"] for row in rows]
+            axis.plot(steps, [statistics.median(row[name]) for row in rows], label="median layer")
+            axis.plot(steps, [max(row[name]) for row in rows], label="highest layer")
+            if name in lines:
+                value, label = lines[name]
+                axis.axhline(value, color="grey", linestyle="--", label=label)
+            axis.set(xlabel="optimizer step", title=titles[name])
+            axis.legend()

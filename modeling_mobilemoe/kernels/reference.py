@@ -200,14 +200,17 @@ def route(
 
 def expert_linear(x: torch.Tensor, qweight: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
     """One matrix of one expert, `[K, N / 2]`, whose scales `[K, N / 32]` change along the sum."""
-    weight = unpack_int4(qweight).float().unflatten(-1, (-1, Int4Format.group_size)).transpose(0, 1)  # (N / 32, K, 32)
-    scale = scale.float().T  # (N / 32, K)
-    out = torch.zeros(len(scale), len(x), Int4Format.group_size)
-    for first in range(0, x.shape[1], BLOCK):
-        rows = slice(first, first + BLOCK)
-        integers, step = round_to_int8(x[:, rows] * scale[:, None, rows])  # (N / 32, T, 128), (N / 32, T)
-        # At most 128 * 127 * 8, exact as above.
-        out = out + integers @ weight[:, rows] * step[..., None]
+    # Whole blocks: zeros change neither a step nor a sum.
+    padding = -x.shape[1] % BLOCK
+    weight = nn.functional.pad(unpack_int4(qweight), (0, 0, 0, padding)).float()
+    # (K / 128, N / 32, 128, 32)
+    weight = weight.view(-1, BLOCK, scale.shape[1], Int4Format.group_size).transpose(1, 2)
+    scaled = nn.functional.pad(x[None] * scale.float().T[:, None], (0, padding))  # (N / 32, T, K)
+    integers, step = round_to_int8(scaled.unflatten(-1, (-1, BLOCK)).permute(2, 0, 1, 3))  # (K / 128, N / 32, T, 128)
+    out = torch.zeros(scale.shape[1], len(x), Int4Format.group_size)
+    # At most 128 * 127 * 8, exact as above.
+    for block in integers @ weight * step[..., None]:
+        out = out + block
     return out.transpose(0, 1).flatten(1)
 
 

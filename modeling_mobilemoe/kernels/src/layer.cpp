@@ -198,7 +198,7 @@ struct FewTokensLayer {
                          experts.add_up(t, total, total + dim);
                          float* routed = total + 2 * dim;
                          isa().in_order(total, dim, routed);
-                         for (int64_t i = 0; i < dim; ++i) out[i] = (before[i] + routed[i]) + also[i];
+                         for (int64_t i = 0; i < dim; ++i) out[i] = before[i] + (routed[i] + also[i]);
                        });
     run_phases(num_threads, projected, attending, added, gated, multiplied, returned, summed);
   }
@@ -252,9 +252,12 @@ struct ManyTokensLayer {
     if (has_experts(args)) {
       const mobilemoe_moe_ffn_args experts = experts_of(args, num_tokens, normed, routed);
       if (const int status = mobilemoe_moe_ffn(&experts, num_threads)) return status;
-      for (int64_t i = 0; i < size; ++i) hidden[i] += routed[i];
     }
     if (const int status = mobilemoe_mlp(&shared, num_threads)) return status;
+    // In the order of the model: the feed-forward block adds up its experts, then comes the residual.
+    if (has_experts(args)) {
+      for (int64_t i = 0; i < size; ++i) args.out[i] = routed[i] + args.out[i];
+    }
     for (int64_t i = 0; i < size; ++i) args.out[i] = hidden[i] + args.out[i];
     return MOBILEMOE_OK;
   }

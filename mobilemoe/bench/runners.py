@@ -1,0 +1,339 @@
+"""
+What runs programs on a phone: our runner (kernels/README.md), which says most, ExecuTorch's `llama_main`, and its
+benchmark app.
+"""
+
+import json
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from transformers import AutoConfig, AutoTokenizer
+
+from ..artifacts import Export, is_pte, read_export
+from ..machine import spread
+from ..results import BenchmarkedModel, LengthResult, Spread, StartSeconds
+from .adb import Device
+from .worker import cache_bits, program_bytes_per_token, random_tokens
+
+
+DIRECTORY = "/data/local/tmp/mobilemoe"
+APP = "org.pytorch.minibench"
+MOE_OPERATORS = ("mobilemoe::decoder_layer", "llama::quantized_moe_ffn")
+
+
+@dataclass
+class PhoneOptions:
+    """
+    Args:
+        prompt_lengths (`Sequence[int]`): in tokens.
+        new_tokens (`int`): to decode after each prompt.
+        repeats (`int`): rounds, in which every model takes its turn.
+        num_threads (`int`): on the device; 4 as in the paper's measurements.
+        runner (`str`): "own", "llama_main" or "minibench".
+        runner_binary (`str` or `Path`, *optional*): the runner for the device; not of the app, which is installed.
+        serial (`str`, *optional*): of one of several devices.
+        max_celsius (`float`): cool down to this battery temperature before every round.
+        cool_seconds (`float`): at most.
+        sustained_seconds (`int`): then decode for so long, to see the speed of a hot phone.
+        prompt_file (`str` or `Path`, *optional*): text to take tokens from; random tokens when absent.
+        keep (`bool`): leave models on the device, so that the next run need not copy them.
+    """
+
+    prompt_lengths: Sequence[int]
+    new_tokens: int = 48
+    repeats: int = 5
+    num_threads: int = 4
+    runner: str = "own"
+    runner_binary: str | Path | None = None
+    serial: str | None = None
+    max_celsius: float = 35.0
+    cool_seconds: float = 600.0
+    sustained_seconds: int = 0
+    prompt_file: str | Path | None = None
+    keep: bool = False
+
+    def __post_init__(self) -> None:
+        for name in ("new_tokens", "repeats", "num_threads"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name}={getattr(self, name)} leaves nothing to measure. Set 1 or more.")
+        if not self.prompt_lengths or min(self.prompt_lengths) < 1:
+            raise ValueError(f"prompt_lengths={list(self.prompt_lengths)} must name lengths of 1 or more tokens.")
+        if self.runner not in ("own", "llama_main", "minibench"):
+            raise ValueError(f"runner={self.runner!r} is not known. Set own, llama_main or minibench.")
+        if self.runner == "minibench":
+            if self.runner_binary is not None or self.sustained_seconds:
+                raise ValueError(
+                    "The benchmark app is installed on the phone and runs a fixed number of tokens: it takes neither "
+                    "runner_binary nor sustained_seconds. Leave them out, or set runner='own'."
+                )
+        elif self.runner_binary is None or not Path(self.runner_binary).is_file():
+            raise ValueError(
+                f"runner_binary={self.runner_binary} is no file, and runner={self.runner!r} needs one that was built "
+                "for the phone. docs/phone.md says how to build it."
+            )
+        if self.sustained_seconds and self.runner != "own":
+            raise ValueError("sustained_seconds is something only our runner does. Set runner='own'.")
+
+    @property
+    def context(self) -> int:
+        """Tokens that a program has to hold."""
+        return max(self.prompt_lengths) + self.new_tokens
+
+
+@dataclass
+class Program:
+    """A `.pte` directory, and what a benchmark has to know of it."""
+
+    name: str
+    path: Path
+    report: Export = field(init=False)
+    starts: dict[str, StartSeconds] = field(default_factory=dict)
+    rows: dict[int, dict[str, list[float]]] = field(default_factory=dict)
+    operators: dict[str, int] | None = None
+    isa: str | None = None
+    peak_memory_bytes: int | None = None
+    pss_bytes: int | None = None
+    sustained: list[dict] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        if not is_pte(self.path):
+            raise ValueError(
+                f"{self.path} holds no program: a phone runs a .pte. Make one: mobilemoe export --model CHECKPOINT "
+                "--output DIR"
+            )
+        self.report = read_export(self.path)
+
+    @property
+    def directory(self) -> str:
+        return f"{DIRECTORY}/{self.name}"
+
+    @property
+    def files(self) -> dict[str, Path]:
+        names = [path.name for path in sorted(self.path.iterdir()) if path.suffix in (".pte", ".ptd")]
+        names += [name for name in ("tokenizer.json",) if (self.path / name).is_file()]
+        return {f"{self.name}/{name}": self.path / name for name in names}
+
+    def add(self, length: int, **measured: float) -> None:
+        for name, value in measured.items():
+            self.rows.setdefault(length, {}).setdefault(name, []).append(value)
+
+    def moe_operator(self) -> str | None:
+        """Which operator computed the experts: what was seen to run, else what the export says."""
+        if self.operators is None:
+            return self.report.moe_op
+        ran = [name for name in self.operators if name.rsplit(".", 1)[0] in MOE_OPERATORS]
+        return ran[0].rsplit(".", 1)[0] if ran else None
+
+    def result(self) -> BenchmarkedModel:
+        config = AutoConfig.from_pretrained(self.path)
+        return BenchmarkedModel(
+            runtime="executorch",
+            file_bytes=sum(path.stat().st_size for name, path in self.files.items() if not name.endswith(".json")),
+            start_seconds=self.starts,
+            weight_bytes_per_token=program_bytes_per_token(str(self.path), config),
+            kv_bits=cache_bits(str(self.path)),
+            config=json.loads(config.to_json_string()),
+            peak_memory_bytes=self.peak_memory_bytes,
+            pss_bytes=self.pss_bytes,
+            instruction_set=self.isa,
+            operator_calls=self.operators,
+            moe_operator=self.moe_operator(),
+            proven=self.operators is not None,
+            **({"sustained": self.sustained} if self.sustained else {}),
+            lengths={
+                str(length): LengthResult(**{name: Spread(**spread(values)) for name, values in row.items()})
+                for length, row in self.rows.items()
+            },
+        )
+
+
+def read_inputs(program: Program, options: PhoneOptions) -> list[int] | str:
+    """Token ids for our runner, text for the others."""
+    count = options.context
+    # As many again, so that rounds begin at different places.
+    wanted = 2 * count
+    if options.runner == "own" and options.prompt_file is None:
+        return random_tokens(AutoConfig.from_pretrained(program.path).vocab_size, wanted, 0)
+    if not (program.path / "tokenizer.json").is_file():
+        raise ValueError(f"{program.path} holds no tokenizer.json, so it reads no text. Leave the prompt file out.")
+    tokenizer = AutoTokenizer.from_pretrained(program.path)
+    if options.prompt_file is None:
+        raise ValueError(f"runner={options.runner!r} takes text. Give a prompt file.")
+    tokens = tokenizer(Path(options.prompt_file).read_text()).input_ids
+    if len(tokens) < count:
+        raise ValueError(
+            f"The prompt file has {len(tokens)} tokens and {count} are needed. Give a longer text, or shorter lengths."
+        )
+    if options.runner == "own":
+        return tokens[:wanted]
+    return tokenizer.decode(tokens[: max(options.prompt_lengths)], skip_special_tokens=True)
+
+
+def run_own(device: Device, program: Program, options: PhoneOptions, tokens: list[int], repeat: int) -> None:
+    """One process of our runner on `tokens.txt`, whose lines are read as they come."""
+    lengths = options.prompt_lengths if repeat >= 0 else options.prompt_lengths[:1]
+    command = ["../runner", "--model", "model.pte", "--tokens", "tokens.txt", "--new-tokens", str(options.new_tokens)]
+    command += ["--prompt-lengths", ",".join(map(str, lengths)), "--threads", str(options.num_threads)]
+    command += ["--repeats", "1", "--first-repeat", str(max(repeat, 0))]
+    command += ["--data", program.report.experts_file] if program.report.experts_file else []
+    command += ["--cold"] if repeat < 0 else []
+    if repeat == options.repeats - 1 and options.sustained_seconds:
+        command += ["--sustained", str(options.sustained_seconds)]
+    state = "cold" if repeat < 0 else "warm"
+    done = False
+    for line in device.lines(*command, directory=program.directory):
+        if not line.startswith("{"):
+            continue
+        try:
+            event = json.loads(line)
+        except json.JSONDecodeError as error:
+            raise OSError(f"The runner's output was cut off or garbled: {line[:300]}") from error
+        if event["event"] == "error":
+            raise OSError(f"The runner says of {program.name}: {event['message']}")
+        if event["event"] == "loaded":
+            program.isa = event["isa"]
+            program.starts.setdefault(state, StartSeconds(load=event["load_s"]))
+        elif event["event"] == "measure" and event["repeat"] < 0:
+            if program.starts[state].first_token is None:
+                program.starts[state].first_token = event["first_token_s"]
+        elif event["event"] == "measure" and repeat >= 0:
+            length, seconds = event["prompt_length"], event["first_token_s"]
+            program.add(
+                length,
+                prefill_tokens_per_s=length / seconds,
+                first_token_ms=1e3 * seconds,
+                decode_tokens_per_s=len(event["decode_s"]) / sum(event["decode_s"]),
+            )
+        elif event["event"] == "sustained":
+            program.sustained.append({name: value for name, value in event.items() if name != "event"})
+        elif event["event"] == "done":
+            done = True
+            program.operators = event["operators"]
+            program.peak_memory_bytes = max(program.peak_memory_bytes or 0, event["peak_rss_bytes"])
+            program.pss_bytes = max(program.pss_bytes or 0, event["pss_bytes"])
+    if not done:
+        raise OSError(f"The runner stopped before the end of {program.name}. Run it by hand in {program.directory}.")
+
+
+def run_llama_main(device: Device, program: Program, options: PhoneOptions, text: str, repeat: int) -> None:
+    """One process of ExecuTorch's `llama_main`; a shorter prompt is a part of the text."""
+    state = "cold" if repeat < 0 else "warm"
+    for length in options.prompt_lengths[: 1 if repeat < 0 else None]:
+        # By characters: the runner counts the tokens, and its count is what is recorded.
+        prompt = text[: max(1, len(text) * length // max(options.prompt_lengths))]
+        command = ["../runner", "--model_path", "model.pte", "--tokenizer_path", "tokenizer.json", "--prompt", prompt]
+        command += ["--temperature", "0", "--ignore_eos", "--cpu_threads", str(options.num_threads)]
+        command += ["--max_new_tokens", str(options.new_tokens)]
+        command += ["--data_paths", program.report.experts_file] if program.report.experts_file else []
+        output = "\n".join(device.lines(*command, directory=program.directory))
+        try:
+            measured = parse_observer(output)
+        except ValueError as error:
+            raise OSError(f"{program.name}: {error}") from error
+        program.starts.setdefault(state, StartSeconds(load=measured["load"], first_token=measured["first_token"]))
+        if repeat >= 0:
+            program.add(
+                measured["prompt_tokens"],
+                prefill_tokens_per_s=measured["prompt_tokens"] / measured["prefill"],
+                first_token_ms=1e3 * measured["first_token"],
+                decode_tokens_per_s=measured["new_tokens"] / measured["decode"],
+            )
+
+
+def run_minibench(device: Device, program: Program, options: PhoneOptions, text: str, repeat: int) -> None:
+    """
+    One start of ExecuTorch's benchmark app, which measures decoding and loading alone.
+
+    It takes the first `.pte` of the directory, first runs it on inputs of its own, which is kept short here, and
+    crashes without a word below two of these.
+    """
+    if repeat < 0:
+        return
+    device.shell("chmod", "-R", "a+rX", program.directory)
+    device.shell("run-as", APP, "rm", "-f", "files/benchmark_results.json", check=False)
+    start = ["am", "start", "-W", "-S", "-n", f"{APP}/.BenchmarkActivity", "--es", "model_dir", program.directory]
+    start += ["--es", "tokenizer_path", f"{program.directory}/tokenizer.json", "--es", "prompt", text]
+    start += ["--ei", "num_iter", "2", "--ei", "num_warm_up_iter", "0", "--ef", "temperature", "0"]
+    said = device.shell(*start)
+    if "Error" in said:
+        raise OSError(f"The benchmark app did not start: {said.strip()[-300:]}")
+    output = wait_for(
+        lambda: device.shell("run-as", APP, "cat", "files/benchmark_results.json", check=False),
+        lambda: not device.shell("pidof", APP, check=False).strip(),
+        f"the benchmark app on {program.name}",
+    )
+    try:
+        metrics = parse_minibench(output)
+    except ValueError as error:
+        raise OSError(f"{program.name}: {error}") from error
+    if "llm_model_load_time(ms)" in metrics:
+        program.starts.setdefault("warm", StartSeconds(load=metrics["llm_model_load_time(ms)"] / 1e3))
+    if "ram_pss_usage(mb)" in metrics:
+        program.pss_bytes = int(1e6 * metrics["ram_pss_usage(mb)"])
+    program.add(max(options.prompt_lengths), decode_tokens_per_s=metrics["token_per_sec"])
+
+
+def wait_for(read: Callable[[], str], ended: Callable[[], bool], what: str, seconds: float = 600.0) -> str:
+    """What `read` gives once it is a whole JSON list; fails when the process has ended without it."""
+    deadline = time.monotonic() + seconds
+    while time.monotonic() < deadline:
+        gone = ended()
+        output = read().strip()
+        if output.startswith("[") and output.endswith("]"):
+            return output
+        if gone:
+            raise OSError(f"It crashed: {what} left no result. `adb logcat -d` has its last words.")
+        time.sleep(0.5)
+    raise OSError(f"{what} was not done after {seconds:.0f} s.")
+
+
+def parse_observer(text: str) -> dict:
+    """
+    The measurements in the output of ExecuTorch's `llama_main` (extension/llm/runner/stats.h), times in seconds.
+
+    Raises:
+        ValueError: when the line that starts with `PyTorchObserver` is missing, cut off, or without tokens.
+    """
+    line = next((line for line in text.splitlines() if line.startswith("PyTorchObserver ")), None)
+    if line is None:
+        raise ValueError(f"llama_main printed no PyTorchObserver line; it ended with:\n{text[-1000:]}")
+    try:
+        stats = json.loads(line.removeprefix("PyTorchObserver "))
+        second = stats["SCALING_FACTOR_UNITS_PER_SECOND"]
+        first, prefill_end, end = (
+            stats[name] for name in ("first_token_ms", "prompt_eval_end_ms", "inference_end_ms")
+        )
+        measured = {
+            "prompt_tokens": stats["prompt_tokens"],
+            "new_tokens": stats["generated_tokens"],
+            "load": (stats["model_load_end_ms"] - stats["model_load_start_ms"]) / second,
+            "first_token": (first - stats["inference_start_ms"]) / second,
+            "prefill": (prefill_end - stats["inference_start_ms"]) / second,
+            "decode": (end - prefill_end) / second,
+        }
+    except (json.JSONDecodeError, KeyError, TypeError, ZeroDivisionError) as error:
+        raise ValueError(f"The PyTorchObserver line of llama_main is damaged ({error!r}): {line[:300]}") from error
+    if min(measured["prompt_tokens"], measured["new_tokens"]) < 1 or min(measured["prefill"], measured["decode"]) <= 0:
+        raise ValueError(f"llama_main measured nothing: {line[:300]} Give a longer prompt or more new tokens.")
+    return measured
+
+
+def parse_minibench(text: str) -> dict:
+    """
+    The metrics in `benchmark_results.json` of ExecuTorch's benchmark app, by their names.
+
+    Raises:
+        ValueError: for a file that is cut off or no list of metrics.
+    """
+    try:
+        rows = json.loads(text)
+        metrics = {row["metric"]: float(row["actualValue"]) for row in rows}
+    except (json.JSONDecodeError, KeyError, TypeError, ValueError) as error:
+        raise ValueError(f"benchmark_results.json is damaged ({error!r}): {text[:300]}") from error
+    if not metrics.get("token_per_sec"):
+        raise ValueError(
+            f"benchmark_results.json has no token_per_sec, so the app generated nothing: {sorted(metrics)}"
+        )
+    return metrics

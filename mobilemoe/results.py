@@ -1,0 +1,360 @@
+"""What is measured of models: the typed contents of the JSON files, and how a file is recognised."""
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+from pydantic import BaseModel
+
+from .artifacts import EXPORT_FILE, Artifact, Export, ModelDescription, is_pte
+
+
+EVALUATION_FILE = "report.json"
+
+
+class Spread(BaseModel):
+    """Of repeated measurements, in the unit of the field that holds it."""
+
+    median: float
+    p10: float
+    p90: float
+    min: float
+    max: float
+    repeats: int
+
+
+class Machine(BaseModel):
+    processor: str
+    cores: int | None
+    threads: int
+    gpu: str | None = None
+
+
+class Score(BaseModel):
+    """Shares of one, not percent."""
+
+    score: float
+    stderr: float | None
+
+
+class TaskResult(Artifact, Score):
+    """`tasks/NAME.json` of an evaluation."""
+
+    what = "the result of a task"
+    remedy = "It was cut off or is another file: delete it, and the task runs again."
+
+    command: str | None = None
+    title: str
+    task: str
+    category: str
+    task_versions: dict[str, Any]
+    num_fewshot: int
+    metric: str
+    num_documents: int
+    num_truncated: int
+    # `None` of a `.pte`, which takes one sequence at a time.
+    tokens_per_batch: int | None
+    seconds: float
+    all_metrics: dict[str, int | float]
+    subtasks: dict[str, dict[str, int | float]]
+    # Where a setting comes from, a key of `sources` in suites.yaml.
+    sources: dict[str, str]
+    # Of everything that decides the score.
+    fingerprint: str
+    data_revision: str | None
+
+
+class EvaluationSettings(BaseModel):
+    suite: str
+    # Documents of each task.
+    limit: int | None
+    dtype: str
+    apply_chat_template: bool
+    seeds: dict[str, int]
+    versions: dict[str, str]
+
+
+class Evaluation(Artifact):
+    """`report.json` of an evaluation."""
+
+    what = "the report of an evaluation"
+    remedy = "Evaluate again: mobilemoe eval --model DIR --output DIR"
+    mark = "settings"
+
+    command: str | None = None
+    created: str
+    model: ModelDescription
+    settings: EvaluationSettings
+    machine: Machine
+    tasks: dict[str, TaskResult]
+    left_out: list[str]
+    mean: float | None
+    mean_stderr: float | None
+
+    @property
+    def description(self) -> ModelDescription:
+        return self.model
+
+    @property
+    def sources(self) -> list[str]:
+        return [self.description.source]
+
+    def is_of(self, directory: str | os.PathLike) -> bool:
+        return self.description.is_of(directory)
+
+    def result(self, name: str) -> Score:
+        """Of a task, or the mean over them."""
+        if name != "mean":
+            return self.tasks[name]
+        if self.mean is None:
+            raise ValueError(f"The evaluation of {self.description.name} has no tasks, so no mean. Run it with some.")
+        return Score(score=self.mean, stderr=self.mean_stderr)
+
+
+class ComparisonRow(BaseModel):
+    """In percent and percentage points, by model."""
+
+    title: str
+    paper: float | None
+    scores: dict[str, float]
+    stderr: dict[str, float | None]
+    difference: dict[str, float]
+
+
+class Comparison(Artifact):
+    """`comparison.json`, of several evaluations."""
+
+    command: str | None = None
+    suite: str
+    reference: str
+    paper_model: str | None
+    # By task, and `mean`.
+    rows: dict[str, ComparisonRow]
+
+
+class ExpertUse(BaseModel):
+    # Per layer the share of assignments of every expert.
+    load: list[list[float]]
+    # Per layer shares of the experts, see `expert_utilisation` in eval/agreement.py.
+    used: list[float]
+    effective: list[float]
+
+
+class TextAgreement(BaseModel):
+    """Of a model on a text, and of a reference where there is one."""
+
+    bits_per_byte: float
+    num_tokens: int
+    reference_bits_per_byte: float | None = None
+    # Nats per token.
+    kl: float | None = None
+    # Share of positions with the same most probable token.
+    top1: float | None = None
+    # Of a checkpoint.
+    experts: ExpertUse | None = None
+
+
+class Check(Artifact):
+    """What `mobilemoe eval check --json` writes."""
+
+    what = "the result of a check"
+    remedy = "Check again: mobilemoe eval check --model DIR --text DOMAIN=FILE --json FILE"
+    mark = "domains"
+
+    command: str | None = None
+    model: str
+    reference: str | None
+    # DOMAIN=FILE.
+    texts: list[str]
+    max_tokens: int
+    # Of `model` and `reference`.
+    descriptions: dict[str, ModelDescription]
+    machine: Machine
+    domains: dict[str, TextAgreement]
+
+    @property
+    def description(self) -> ModelDescription:
+        return self.descriptions["model"]
+
+    @property
+    def sources(self) -> list[str]:
+        return [self.description.source]
+
+    def is_of(self, directory: str | os.PathLike) -> bool:
+        return self.description.is_of(directory)
+
+
+class BenchmarkMachine(BaseModel):
+    # Of a phone its name and SoC.
+    cpu: str
+    cores: int | None
+    threads: int
+
+
+class StartSeconds(BaseModel):
+    load: float
+    first_token: float | None = None
+
+
+class LengthResult(BaseModel):
+    """Of one prompt length. ExecuTorch's benchmark app measures decoding only."""
+
+    prefill_tokens_per_s: Spread | None = None
+    first_token_ms: Spread | None = None
+    decode_tokens_per_s: Spread
+    # Share of the rate at which memory could deliver the weights.
+    decode_of_memory_limit: float | None = None
+
+
+class BenchmarkedModel(BaseModel):
+    runtime: str
+    # `None` of a model without a file.
+    file_bytes: int | None
+    # "cold", from the disk, and "warm".
+    start_seconds: dict[str, StartSeconds]
+    weight_bytes_per_token: int | None
+    kv_bits: int
+    # The content of `config.json`.
+    config: dict[str, Any]
+    peak_memory_bytes: int | None = None
+    # By prompt length in tokens.
+    lengths: dict[str, LengthResult]
+    # By prompt length, phase and operator.
+    operator_ms: dict[str, dict[str, dict[str, float]]] | None = None
+    # From here on of a phone. Memory that is this process's own.
+    pss_bytes: int | None = None
+    instruction_set: str | None = None
+    operator_calls: dict[str, int] | None = None
+    moe_operator: str | None = None
+    # Whether `moe_operator` was seen to run, or only follows from the export.
+    proven: bool | None = None
+    # What the runner says every few seconds of a long run.
+    sustained: list[dict[str, Any]] | None = None
+
+
+class PhoneCondition(BaseModel):
+    """`None` for what a phone does not tell."""
+
+    battery_percent: int | None
+    battery_celsius: float | None
+    # 0 (none) to 6.
+    thermal_status: int | None
+    # Of every core.
+    mhz: list[int]
+
+
+class PhoneSample(PhoneCondition):
+    # Since the first.
+    seconds: float
+
+
+class PhoneFingerprint(PhoneCondition):
+    model: str
+    soc: str
+    abi: str | None
+    max_mhz: list[int]
+    memory_bytes: int | None
+    android: str | None
+    build: str | None
+
+
+class Phone(PhoneFingerprint):
+    """Its condition is that before the measurement."""
+
+    serial: str
+    runner: str
+    # Files that it did not have yet.
+    copied: list[str]
+    after: PhoneCondition
+    samples: list[PhoneSample]
+
+
+class Benchmark(Artifact):
+    """What `mobilemoe bench --json` writes."""
+
+    what = "a benchmark of models"
+    remedy = "Measure again: mobilemoe bench --model DIR --json FILE"
+    mark = "models"
+
+    command: str | None = None
+    # "host", "adb", or the name of another program.
+    benchmark: str
+    # "random tokens", or the file that they are from.
+    prompt: str
+    new_tokens: int
+    machine: BenchmarkMachine
+    versions: dict[str, str]
+    # A plain sum over memory, 1e9 bytes per second.
+    read_gb_per_s: Spread | None = None
+    phone: Phone | None = None
+    models: dict[str, BenchmarkedModel]
+
+    @property
+    def sources(self) -> list[str]:
+        """Names of its MobileMoE models; a `.pte` directory is not one."""
+        names = [name for name, model in self.models.items() if model.config.get("model_type") == "mobilemoe"]
+        return [name for name in names if not is_pte(name)]
+
+
+class DecodeSpeed(BaseModel):
+    context: int
+    tokens_per_second: float
+
+
+class PrefillSpeed(BaseModel):
+    tokens: int
+    tokens_per_second: float
+
+
+class DeviceMeasurements(Artifact):
+    """Speeds of one model on a device, written by hand or taken from a [`Benchmark`]."""
+
+    what = "the measurements of a device"
+    remedy = (
+        "It needs `config`, and `decode` with entries of `context` and `tokens_per_second`; or give --bandwidth and "
+        "--rate."
+    )
+
+    device: str = "device"
+    # The content of `config.json`.
+    config: dict[str, Any]
+    # Bits of a cache entry; those of a program when absent.
+    kv_bits: int | None = None
+    decode: list[DecodeSpeed]
+    prefill: list[PrefillSpeed] = []
+
+
+def result_kind(path: str | os.PathLike) -> type[Evaluation | Benchmark | Export | Check] | None:
+    """Which result a file holds; `None` for anything else."""
+    try:
+        content = json.loads(Path(path).read_bytes())
+    except ValueError:
+        return None
+    kinds = (Evaluation, Benchmark, Export, Check)
+    return next((kind for kind in kinds if isinstance(content, dict) and kind.mark in content), None)
+
+
+def read_result(path: str | os.PathLike) -> Evaluation | Benchmark | Export | Check:
+    """
+    A result from its file, or from the directory that holds `report.json` or `export.json`.
+
+    Raises:
+        ValueError: for anything else.
+    """
+    path = Path(path)
+    names = [name for name in (EVALUATION_FILE, EXPORT_FILE) if (path / name).is_file()]
+    if path.is_dir() and len(names) != 1:
+        raise ValueError(f"{path} holds {len(names)} of {EVALUATION_FILE} and {EXPORT_FILE}. Name one file.")
+    file = path / names[0] if names else path
+    if not file.is_file():
+        raise ValueError(f"There is no result {path}. Name a JSON that `mobilemoe eval`, `bench` or `export` wrote.")
+    kind = result_kind(file)
+    if kind is None:
+        # Fails for what is not a JSON object.
+        Artifact.load(file)
+        raise ValueError(
+            f"{file} is no result. Name report.json of `mobilemoe eval`, export.json of `mobilemoe export`, or what "
+            "`mobilemoe bench --json` or `mobilemoe eval check --json` wrote."
+        )
+    return kind.load(file)

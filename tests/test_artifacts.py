@@ -1,0 +1,77 @@
+"""The JSON files that we write: read as they were written, refused with the key and the value that is wrong."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from stand_ins import bench_result
+
+from mobilemoe.artifacts import Artifact, Export, is_checkpoint, is_pte, is_shape, read_export
+from mobilemoe.results import Benchmark, read_result
+from modeling_mobilemoe import MobileMoEConfig
+
+
+ROOT = Path(__file__).parents[1]
+
+
+def test_a_file_is_written_as_it_was_read(tmp_path):
+    path = ROOT / "model_cards/results/s-bench.json"
+    benchmark = read_result(path)
+    assert isinstance(benchmark, Benchmark) and benchmark.models["S"].lengths["16"].decode_tokens_per_s.median == 218.9
+    # Older than the key, so that it is not written either.
+    assert benchmark.command is None
+    benchmark.save(tmp_path / "bench.json")
+    assert json.loads((tmp_path / "bench.json").read_text()) == json.loads(path.read_text())
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda text: text[:-3], "does not hold a benchmark of models: it is not JSON .* Measure again"),
+        (lambda text: "[]", r"its content is \[\], expected an object"),
+        (lambda text: text.replace('"kv_bits"', '"bits"'), "the key models.S.kv_bits is missing"),
+        (lambda text: text.replace('"p10": 20.25', '"p10": "20.25"'),
+         "models.S.lengths.128.decode_tokens_per_s.p10 is '20.25', expected a valid number"),
+    ],
+)  # fmt: skip
+def test_a_damaged_file_is_named_with_key_and_value(change, message, tmp_path):
+    path = tmp_path / "bench.json"
+    path.write_text(change(json.dumps(bench_result(S=MobileMoEConfig()))))
+    with pytest.raises(ValueError, match=f"{path} .*{message}"):
+        Benchmark.load(path)
+
+
+def test_unknown_keys_are_ignored_and_unset_ones_not_written(tmp_path):
+    (tmp_path / "bench.json").write_text(json.dumps(bench_result(S=MobileMoEConfig()) | {"newer": 1}))
+    read = Benchmark.load(tmp_path / "bench.json").as_dict()
+    assert "newer" not in read and "phone" not in read and "operator_ms" not in read["models"]["S"]
+
+
+def test_only_these_say_what_a_path_is(tiny_checkpoint, tmp_path, monkeypatch):
+    assert is_checkpoint(tiny_checkpoint) and not is_pte(tiny_checkpoint) and not is_shape(tiny_checkpoint)
+    monkeypatch.chdir(tmp_path)
+    assert is_shape("S") and is_shape("MobileLLM-Pro") and not is_shape("XL")
+    Path("S").mkdir()
+    assert not is_shape("S")
+    with pytest.raises(ValueError, match="S holds no model.pte. Make one: mobilemoe export"):
+        read_export("S")
+    Path("S/model.pte").write_bytes(b"")
+    assert is_pte("S")
+    with pytest.raises(ValueError, match="S holds no export.json"):
+        read_export("S")
+    Path("S/export.json").write_text("{}")
+    with pytest.raises(ValueError, match="S/export.json does not hold the report of an export: the key model is mis"):
+        read_export("S")
+
+
+def test_every_result_records_its_command():
+    kinds = [kind for kind in Artifact.__subclasses__() if kind.__name__ != "DeviceMeasurements"]
+    assert Export in kinds and all("command" in kind.model_fields for kind in kinds)
+
+
+def test_importing_is_light():
+    heavy = "{'torch', 'transformers', 'huggingface_hub', 'numpy'}"
+    code = f"import sys, mobilemoe.results; print({heavy} & set(sys.modules))"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout == "set()\n"
