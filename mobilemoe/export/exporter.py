@@ -177,6 +177,7 @@ def load(
     with stages("import"):
         # First, so that a missing extra is known before minutes are spent.
         import executorch.exir  # noqa: F401
+        import executorch.extension.llm.custom_ops.custom_ops  # noqa: F401  llama::*, to run layers before lowering
         import torchao.quantization  # noqa: F401
 
         from .parity import Reference, encode_prompts
