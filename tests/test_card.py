@@ -248,7 +248,7 @@ def test_results_of_another_model_are_refused(results, text_checkpoint, float_te
         (None, "There is no result"),
         ("{", "is not JSON"),
         ("[1]", "its content is [1], expected an object"),
-        ('{"benchmark": "law", "trials": 3}', "is no result. Name report.json of `mobilemoe eval`"),
+        ('{"benchmark": "law", "trials": 3}', "is not a result. Name report.json of `mobilemoe eval`"),
         ('{"benchmark": "host", "models": {}}', "does not hold a benchmark of models: the key prompt is missing"),
     ],
 )
