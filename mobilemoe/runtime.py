@@ -38,7 +38,7 @@ class LanguageModel(ABC):
             raise ValueError("There are no tokens to run. Give at least one.")
         if start < 0 or start + len(tokens) > self.max_seq_len:
             raise ValueError(
-                f"Positions {start} to {start + len(tokens) - 1} are outside the context of {self.max_seq_len} tokens. "
+                f"Positions {start} to {start + len(tokens) - 1} exceed the context of {self.max_seq_len} tokens. "
                 "Shorten the prompt, or use a model with a longer context."
             )
 

@@ -36,7 +36,7 @@ def test_context_ends_in_a_clear_error(model, request):
     model = request.getfixturevalue(model)
     tokens = [3] * model.max_seq_len
     model.forward(tokens, 0)
-    with pytest.raises(ValueError, match=f"are outside the context of {model.max_seq_len} tokens"):
+    with pytest.raises(ValueError, match=f"exceed the context of {model.max_seq_len} tokens"):
         model.forward([3], model.max_seq_len)
     with pytest.raises(ValueError, match="no tokens to run"):
         model.forward([], 0)

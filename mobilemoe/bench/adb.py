@@ -1,5 +1,5 @@
 """
-Controls an Android device with the `adb` client: runs commands, copies changed files, reads hardware and temperatures.
+Controls an Android device through `adb`: runs commands, copies changed files, reads hardware and temperatures.
 
 Commands are lists of words, quoted for the device's shell. No shell runs on this machine.
 """
@@ -60,7 +60,7 @@ def find_device(serial: str | None = None) -> "Device":
     remedies = {
         "unauthorized": "The phone has not authorised this computer. Unlock it and accept the prompt on its screen",
         "offline": "The phone does not respond. Reconnect it, or run `adb reconnect`",
-        "no permissions": "This user has no permission for the USB device. Add the udev rules of Android's documentation",
+        "no permissions": "This user may not open the USB device. Add the udev rules of Android's documentation",
     }
     state = devices[serial]
     if state != "device":
@@ -188,7 +188,7 @@ class Device:
         size, free = sum(path.stat().st_size for path in missing.values()), self.free_bytes(directory)
         if size > free:
             raise ValueError(
-                f"The device has {free / 1e6:,.0f} MB free in {directory} and {size / 1e6:,.0f} MB have to be copied. "
+                f"The device has {free / 1e6:,.0f} MB free in {directory} and {size / 1e6:,.0f} MB are needed. "
                 "Free space on it, or measure fewer models at once."
             )
         for name, path in tqdm(missing.items(), desc="push", leave=False, disable=len(missing) < 2):

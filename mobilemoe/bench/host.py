@@ -310,7 +310,7 @@ def bench(
                 write_random_program(config, path, context)
                 paths[name] = path
             elif config.model_type == "mobilemoe":
-                # Saved, so that loading can be measured. The packed dense shape has no checkpoint format that we can load.
+                # Saved, so that loading is measured. There is no checkpoint format for the packed dense shape.
                 random_packed_model(config).save_pretrained(path)
                 paths[name] = path
         return run_benchmark(

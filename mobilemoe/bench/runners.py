@@ -32,7 +32,7 @@ class PhoneOptions:
         repeats (`int`): rounds; each runs every model once.
         num_threads (`int`): threads on the device; 4 as in the paper's measurements.
         runner (`str`): "own", "llama_main" or "minibench".
-        runner_binary (`str` or `Path`, *optional*): runner built for the device; not for "minibench", an installed app.
+        runner_binary (`str` or `Path`, *optional*): runner built for the device; "minibench" is installed instead.
         serial (`str`, *optional*): serial number of the device, needed when several are connected.
         max_celsius (`float`): before every run, wait until the battery has cooled down to this temperature.
         cool_seconds (`float`): maximum time of this wait.
@@ -70,8 +70,8 @@ class PhoneOptions:
                 )
         elif self.runner_binary is None or not Path(self.runner_binary).is_file():
             raise ValueError(
-                f"runner_binary={self.runner_binary} is not a file, and runner={self.runner!r} needs one that was built "
-                "for the phone. docs/phone.md says how to build it."
+                f"runner_binary={self.runner_binary} is not a file, and runner={self.runner!r} needs one built for "
+                "the phone. docs/phone.md says how to build it."
             )
         if self.sustained_seconds and self.runner != "own":
             raise ValueError("sustained_seconds needs our own runner. Set runner='own'.")
@@ -246,8 +246,8 @@ def run_minibench(device: Device, program: Program, options: PhoneOptions, text:
     """
     Starts ExecuTorch's benchmark app once. It measures decoding and loading only.
 
-    The app runs the first `.pte` of the directory, at first on synthetic inputs. These iterations are kept at two: with
-    fewer, the app crashes without a message.
+    The app runs the first `.pte` of the directory, at first on synthetic inputs. It gets two of these iterations: with
+    fewer it crashes without a message.
     """
     if repeat < 0:
         return
