@@ -186,7 +186,7 @@ def check_license(
         )
     if [license == "other"] * 2 != [bool(license_name), bool(license_link)]:
         raise ValueError(
-            "--license other needs both --license-name and --license-link, and no other licence takes them. Set all three, "
+            "--license other needs both --license-name and --license-link, and only other takes them. Set all three, "
             "or an identifier alone."
         )
     if license != META_LICENSE and origins:

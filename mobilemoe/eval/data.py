@@ -85,7 +85,7 @@ def prepare_data(suite: str, data_dir: str | Path, names: list[str] | None = Non
         for package in missing_packages(suite_file()["requirements"][requirement], data_dir):
             options = ["install", "--quiet", "--no-deps", "--target", str(data_dir / SITE), package]
             if subprocess.run([sys.executable, "-m", "pip", *options]).returncode:
-                raise OSError(f"{package} could not be installed into the data directory. Run: pip {' '.join(options)}")
+                raise OSError(f"{package} could not be installed with the data. Run: pip {' '.join(options)}")
             logger.info(package)
 
 
