@@ -1,5 +1,5 @@
 """
-End to end at toy scale: four training stages, packed INT4 weights, an INT4 `.pte`, and samples of its text.
+End to end at toy scale: four training stages, packed INT4 weights, an INT4 `.pte`, and a report on each.
 
     python examples/demo.py [--max-steps N]        # or: make demo
 

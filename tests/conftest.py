@@ -68,7 +68,7 @@ def tiny_config() -> MobileMoEConfig:
         max_position_embeddings=256,
         bos_token_id=0,
         eos_token_id=1,
-        # At the default 0.02, attention is nearly uniform and routing nearly tied, so wrong rules would not be detected.
+        # At the default 0.02, attention is nearly uniform and routing nearly tied, which would hide wrong rules.
         initializer_range=0.2,
         # At 8192, the scaled frequencies would have no visible effect within the few tokens of a test.
         rope_scaling={

@@ -265,7 +265,10 @@ def test_unknown_results_are_refused(content, message, tmp_path):
         ([], "needs the licence of your model, which only you can choose. Set --license"),
         (["--license", "apache2.0"], "Did you mean apache-2.0?"),
         (["--license", "other"], "that needs both of them"),
-        (["--license", "mit", "--license-name", "mine"], "--license other needs both --license-name and --license-link"),
+        (
+            ["--license", "mit", "--license-name", "mine"],
+            "--license other needs both --license-name and --license-link",
+        ),
         (["--license", "mit", "--base-model", "you/one", "facebook/MobileMoE-S-SFT"], f"Set --license {META_LICENSE}"),
     ],
 )

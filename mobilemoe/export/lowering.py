@@ -20,8 +20,8 @@ logger = logging.getLogger(__name__)
 EXPERTS_FILE = "experts"
 # Packages whose versions affect what a program computes.
 VERSIONS = ("torch", "transformers", "torchao", "executorch")
-# Length of the example input for tracing, and the shortest context. `torch.export` assumes dynamic sizes of at least 2:
-# in a context of 2 it would conclude that every call starts at position 0.
+# Length of the example input for tracing, and the shortest context. `torch.export` assumes dynamic sizes of at least
+# 2: in a context of 2 it would conclude that every call starts at position 0.
 TRACED_TOKENS = 8
 
 

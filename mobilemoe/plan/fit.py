@@ -64,7 +64,7 @@ class LawFit:
             ValueError: for a fit without resampling.
         """
         if self.profile is None:
-            raise ValueError("This law was fitted with bootstrap=0, which computes no intervals. Set 200, for example.")
+            raise ValueError("This law was fitted with bootstrap=0, which computes no intervals. Set 200, say.")
         if joint:
             limit = float(np.quantile(self.excess, level))
         else:
@@ -247,7 +247,7 @@ def _exponentiate(theta: np.ndarray) -> np.ndarray:
 
 
 class _Design:
-    """The logarithms of a table, `(rows,)` per column, and the solver. `theta` is `(fits, 9)` with ln A, ln B, ln c."""
+    """The logarithms of a table, `(rows,)` each, and the solver. `theta` is `(fits, 9)` with ln A, ln B and ln c."""
 
     def __init__(self, log_e: np.ndarray, log_n: np.ndarray, log_d: np.ndarray):
         ones = np.ones_like(log_e)
