@@ -1,27 +1,28 @@
 r"""
-Our own small test of the paper's three findings: real training runs on real text, and the law fitted to them.
+Tests the paper's three findings at small scale: training runs on real text, and the scaling law fitted to them.
 
     python benchmarks/ablation.py [--sizes 24x2 32x2 48x2 --tokens 524288 1048576 2097152 --seeds 0 1 2]
     python benchmarks/ablation.py --device cuda --sizes 128x4 192x6 256x8 --tokens 2e7 4e7 8e7 --batch 64 \
         --output out/ablation/cuda.jsonl
     python benchmarks/ablation.py --report
 
-One run per line of `docs/ablation.jsonl`; runs that are in the file are not repeated, so the command goes on where it
-stopped, and a cut-off last line is dropped. Runs with other settings belong in another file. At the end it fits the
-law and writes what the table says to `docs/ablation.md`; `--report` does only that.
+`docs/ablation.jsonl` has one run per line. Runs in the file are not repeated, so an interrupted command can be run
+again; a truncated last line is dropped. Use another file for other settings. After the runs, the script fits the law
+and writes the results to `docs/ablation.md`; `--report` does only that.
 
-Text is the Python standard library, tokenized once; held-out files are never trained on. Three sweeps, one axis each,
-none of which changes the active parameters (the router's few rows apart):
+The text is the Python standard library, tokenized once; held-out files are never trained on. There are three sweeps
+along one axis each. None changes the number of active parameters, apart from the router:
 
 - E, expert expansion, in 1, 2, 4, 8, 16, 32 at granularity 2: 2E experts of half the dense width, top-2, no shared
   expert; at every size and token count. Granularity 1 is left out: with one expert per token the normalised routing
-  weight is a constant, and no gradient of the loss reaches the router.
+  weight is constant, and the router gets no gradient from the loss.
 - granularity 2, 4, 8, 16 at E = 8 without a shared expert: 8g experts, top-g; at the middle size and token count.
-- a shared expert at E = 8 and granularity 8: 60 experts, top-4, and one of four times their width; there too.
+- a shared expert at E = 8 and granularity 8: 60 experts, top-4, and a shared one of four times their width; at the
+  middle size and token count.
 
-The learning rate falls with the width, as Adam's best one does: 1.6e-2 at width 32, the best of three at E = 1 and at
-E = 8, and in inverse proportion elsewhere. All runs of a seed see the same sequences in the same order. The first seed
-trains the whole grid; the others train the middle size and token count, from which the error bars come.
+The learning rate is inversely proportional to the width, as the optimum for Adam: 1.6e-2 at width 32, the best of
+three values at E = 1 and at E = 8. All runs of a seed see the same sequences in the same order. The first seed trains
+the whole grid. The other seeds train the middle size and token count only, which gives the error bars.
 """
 
 import argparse
@@ -57,12 +58,12 @@ from toy_tokenizer import train_tokenizer  # noqa: E402
 VOCAB_SIZE, LENGTH = 512, 128
 EXPANSIONS, GRANULARITIES = (1, 2, 4, 8, 16, 32), (2, 4, 8, 16)
 NUM_HELDOUT_TOKENS = 2**16
-# Where the learning rate is that of the command line.
+# Width at which `--learning-rate` applies.
 RATE_WIDTH = 32
-# Of Student's t at 97.5 %, by degrees of freedom.
+# 97.5 % quantiles of Student's t, by degrees of freedom.
 T_QUANTILES = (math.inf, 12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228)
-# A claim, and the sum of losses that it says is below zero: weights of the arms (E, granularity, shared expert). A
-# gain that diminishes is a second step that gains less than the first.
+# Each finding, and a weighted sum of losses that is negative if it holds: weights by (E, granularity, shared expert).
+# For a diminishing gain, the sum is the gain of the second step minus that of the first.
 FINDINGS = (
     ("1. experts help: E = 8 against dense", {(8, 2, False): 1, (1, 2, False): -1}),
     (
@@ -76,19 +77,19 @@ FINDINGS = (
     ),
     ("3. a shared expert helps: one against none at granularity 8", {(8, 8, True): 1, (8, 8, False): -1}),
 )
-# What tells two runs apart.
+# The fields that identify a run.
 KEY = ("width", "layers", "expansion", "granularity", "shared", "tokens", "seed")
 
 
 class NoSharedExpert(nn.Module):
-    """Stands where the architecture, which always has one, has the shared expert."""
+    """Replaces the shared expert, which the architecture always has."""
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
         return torch.zeros_like(hidden_states)
 
 
 def plan_runs(sizes: list[tuple[int, int]], tokens: list[int], seeds: list[int]) -> list[dict]:
-    """The runs in order: those with error bars first, then the grid of the first seed. `sizes` and `tokens` ascend."""
+    """The runs in order: those for the error bars, then the grid of the first seed. `sizes` and `tokens` ascend."""
     arms = [(expansion, 2, False) for expansion in EXPANSIONS]
     arms += [(8, granularity, False) for granularity in GRANULARITIES[1:]] + [(8, 8, True)]
     middle = (sizes[len(sizes) // 2], tokens[len(tokens) // 2])
@@ -102,7 +103,7 @@ def plan_runs(sizes: list[tuple[int, int]], tokens: list[int], seeds: list[int])
 
 
 def build_model(run: dict) -> tuple[MobileMoEForCausalLM, dict[str, int]]:
-    """The model of a run, and its parameter counts: active and total with the tied embedding once, and that alone."""
+    """The model of a run, and its active, total (both with the tied embedding once) and embedding parameters."""
     width, granularity = run["width"], run["granularity"]
     unit = 4 * width // granularity
     removed = 4 if run["shared"] else 0
@@ -120,7 +121,7 @@ def build_model(run: dict) -> tuple[MobileMoEForCausalLM, dict[str, int]]:
         num_local_experts=granularity * run["expansion"] - removed,
         num_experts_per_tok=top_k,
         bos_token_id=VOCAB_SIZE - 16,
-        # The mean weight of an expert as released, 2.5 / 4, whatever their number.
+        # Keeps the mean weight per expert at the released 2.5 / 4 for any top-k.
         routed_scaling_factor=0.625 * top_k,
         initializer_range=0.7 / math.sqrt(width),
     )
@@ -141,7 +142,7 @@ def build_model(run: dict) -> tuple[MobileMoEForCausalLM, dict[str, int]]:
 
 
 def load_tokens(directory: Path) -> dict[str, torch.Tensor]:
-    """Token ids of the training and the held-out files, one after the other, int64; made on the first call."""
+    """Concatenated token ids of the training and held-out files, int64; cached on the first call."""
     file = directory / "tokens.npz"
     if not file.is_file():
         directory.mkdir(parents=True, exist_ok=True)
@@ -160,7 +161,7 @@ def load_tokens(directory: Path) -> dict[str, torch.Tensor]:
 
 
 def sequences(tokens: torch.Tensor) -> torch.Tensor:
-    """Rows of `LENGTH + 1` ids that follow each other, overlapping by one: inputs and targets."""
+    """Consecutive rows of `LENGTH + 1` ids, overlapping by one, for inputs and targets."""
     return tokens[: (len(tokens) - 1) // LENGTH * LENGTH + 1].unfold(0, LENGTH + 1, LENGTH)
 
 
@@ -173,7 +174,7 @@ def train(run: dict, text: dict[str, torch.Tensor], arguments: argparse.Namespac
     routing.totals = routing.totals.to(arguments.device)
     rows = sequences(text["train"])
     num_steps = run["tokens"] // (arguments.batch * LENGTH)
-    # The same for every model of a seed.
+    # The same order for all models of a seed.
     order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(run["seed"]))
     optimizer = torch.optim.AdamW(
         model.parameters(), run["learning_rate"], betas=(0.9, 0.95), weight_decay=0.1, fused=True
@@ -192,7 +193,7 @@ def train(run: dict, text: dict[str, torch.Tensor], arguments: argparse.Namespac
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         routing.on_optimizer_step(None, SimpleNamespace(global_step=step), None)
-        # Nothing here writes them to a file.
+        # Drop the pending records: nothing writes them to a file here.
         routing.pending.clear()
         optimizer.zero_grad()
         schedule.step()
@@ -222,7 +223,7 @@ def token_loss(model: MobileMoEForCausalLM, batch: torch.Tensor) -> torch.Tensor
 
 
 def read_rows(file: Path) -> list[dict]:
-    """Complete lines of the table; a run that was killed while it wrote leaves a line without an end."""
+    """Complete lines of the table. A run that was killed while writing leaves a line without a newline."""
     lines = file.read_text().splitlines(keepends=True) if file.is_file() else []
     return [json.loads(line) for line in lines if line.endswith("\n")]
 
@@ -246,7 +247,7 @@ def contrast(rows: list[dict], weights: dict[tuple, int]) -> tuple[float, float]
 
 
 def judge(measured: tuple[float, float] | None) -> str:
-    """Whether a sum is below zero, beyond its 95 % interval."""
+    """Whether a sum is negative, beyond its 95 % interval."""
     if measured is None:
         return "not measured: fewer than two seeds"
     mean, width = measured
@@ -257,12 +258,12 @@ def judge(measured: tuple[float, float] | None) -> str:
 
 def report(rows: list[dict], num_planned: int, output: Path) -> tuple[str, dict]:
     """
-    The losses with error bars, the paper's three findings here, and the fitted law: as Markdown and as a record.
+    Reports losses with error bars, the verdict on each finding, and the fitted law, as Markdown and as a dict.
 
     Args:
         rows (`list[dict]`): the table.
-        num_planned (`int`): runs of the whole plan.
-        output (`Path`): beside it, the plot of the law is written.
+        num_planned (`int`): number of runs in the whole plan.
+        output (`Path`): path of the table; the plot of the law is written next to it.
     """
     if not rows:
         raise SystemExit("ablation: the table has no complete run. Leave out --report to train.")
@@ -302,7 +303,7 @@ def report(rows: list[dict], num_planned: int, output: Path) -> tuple[str, dict]
     sweep = [row for row in rows if row["granularity"] == 2 and not row["shared"]]
     table = {name: np.array([float(row[name]) for row in sweep]) for name in COLUMNS}
     try:
-        # Millions: in billions, the law of models of a tenth of a million has numbers that nobody can read.
+        # Millions: these models have about 0.1 million parameters, so coefficients in billions would be extreme.
         fit = fit_law(table, unit=1e6)
     except ValueError as error:
         lines.append(f"\n## The law\n\nNone yet. {error}")
@@ -318,14 +319,21 @@ def report(rows: list[dict], num_planned: int, output: Path) -> tuple[str, dict]
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[1])
-    parser.add_argument("--output", type=Path, default=Path("docs/ablation.jsonl"), help="beside it: .md and .png")
+    parser.add_argument(
+        "--output",
+        type=Path,
+        default=Path("docs/ablation.jsonl"),
+        help="the table; .md and .png are written next to it",
+    )
     parser.add_argument("--cache", type=Path, default=Path("out/ablation"), help="tokenized text")
     parser.add_argument("--sizes", nargs="+", default=["24x2", "32x2", "48x2"], help="width x layers, ascending")
     parser.add_argument("--tokens", type=lambda text: int(float(text)), nargs="+", default=[2**19, 2**20, 2**21])
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--batch", type=int, default=8, help=f"sequences of {LENGTH} tokens in a step")
     parser.add_argument("--learning-rate", type=float, default=1.6e-2, help=f"at width {RATE_WIDTH}")
-    parser.add_argument("--bias-rate", type=float, default=5e-3, help="of load balancing; five times the paper's")
+    parser.add_argument(
+        "--bias-rate", type=float, default=5e-3, help="update rate of the balancing bias; five times the paper's"
+    )
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--report", action="store_true", help="train nothing")
     arguments = parser.parse_args()

@@ -1,11 +1,11 @@
 """
-Load imbalance with and without the balancing bias: two pre-trainings that differ in nothing else, and a picture.
+Load imbalance with and without the balancing bias: two otherwise identical pre-training runs, and a figure.
 
     python benchmarks/balance.py [--steps 480] [--output docs/balance.png]
 
-Reads what `make demo` has made in `out/demo/` (text and tokenizer), trains `recipes/tiny/pretrain.yaml` twice into
-`out/balance/`, and prints the highest load of an expert over the mean, in the layer where it is highest: the median of
-20 steps, since a step of eight sequences swings with their texts. JSON last.
+Needs the text and the tokenizer of `make demo` in `out/demo/`. Trains `recipes/tiny/pretrain.yaml` twice into
+`out/balance/` and prints the highest load of an expert over the mean, in the worst layer. The values are medians over
+20 steps, since a step has only eight sequences and its load varies with their text. One JSON line last.
 """
 
 import argparse
@@ -27,7 +27,7 @@ GOAL, WINDOW = 1.5, 20
 
 
 def report(output: Path) -> dict:
-    """Draws and prints both runs; returns the numbers."""
+    """Plots and prints both runs; returns the numbers."""
     result: dict = {}
     output.parent.mkdir(parents=True, exist_ok=True)
     with picture(output, (8, 4)) as (axis,):

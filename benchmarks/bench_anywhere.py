@@ -1,13 +1,13 @@
 """
-A checkpoint in llama.cpp, MLX and transformers' own class, after `mobilemoe export --to`: is it the same model?
+Compares exports of `mobilemoe export --to` in llama.cpp, MLX and transformers' Glm4Moe with the checkpoint.
 
     pip install 'mobilemoe[gguf,mlx]' llama-cpp-python
     python benchmarks/bench_anywhere.py --model out/demo/3-sft out/demo/4-qat --text out/demo/data/chat.heldout.jsonl
 
-For every checkpoint and every runtime that is installed: the largest difference of logits over 512 positions, relative
-to the largest logit; bits per byte of the text in the runtime and in PyTorch (FP32); how many of five continuations of
-100 tokens are equal, two of them chats. The runtimes compute with an FP32 cache, and with FP32 activations where they
-can. One JSON line last.
+For every checkpoint and every installed runtime it reports: the largest difference of logits over 512 positions,
+relative to the largest logit; bits per byte of the text in the runtime and in PyTorch (FP32); and how many of five
+continuations of 100 tokens are equal, two of them chats. The runtimes use an FP32 cache, and FP32 activations where
+possible. One JSON line last.
 """
 
 import argparse
@@ -103,8 +103,10 @@ def compare(model: LanguageModel, reference: CheckpointModel, text: str) -> dict
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", nargs="+", required=True, help="checkpoint directories with a chat template")
-    parser.add_argument("--text", required=True, help="held-out text to read")
-    parser.add_argument("--gguf-weights", nargs="+", default=[None], help="types to export to, beside the default")
+    parser.add_argument("--text", required=True, help="held-out text file")
+    parser.add_argument(
+        "--gguf-weights", nargs="+", default=[None], help="quantisation types to export in addition to the default"
+    )
     arguments = parser.parse_args()
     text = Path(arguments.text).read_text()
     rows = {}

@@ -1,12 +1,13 @@
 """
-Requests per second of `mobilemoe eval` and of lm-eval's plain Hugging Face back-end, on the same requests, in turns.
+Requests per second of `mobilemoe eval` and of lm-eval's Hugging Face back-end on the same requests, interleaved.
 
     python benchmarks/bench_eval.py [--model DIR] [--repeats 5]
 
-Without a model: random weights in the width of the S model, two layers. The requests have the shapes of three tasks:
-four choices of several tokens behind a short context (HellaSwag), four letters behind five shared examples (MMLU), and
-four choices behind examples of their own (ARC-C). The plain back-end runs with every batch size in
-`--batch-sizes`, which may name `auto`; ours chooses by itself. Answers must agree. The last line is JSON.
+Without a model it uses random weights, with the width of S and two layers. The requests have the shapes of three
+tasks: four choices of several tokens after a short context (HellaSwag), four letters after five shared examples
+(MMLU), and four choices after examples that are not shared (ARC-C). The Hugging Face back-end runs with every batch
+size of `--batch-sizes`, which may include `auto`; ours chooses its batches itself. Prints the largest difference of
+the answers. One JSON line last.
 """
 
 import argparse

@@ -1,11 +1,11 @@
 """
-What an export takes: packed INT4 checkpoints of random weights in the released sizes, through both doors.
+Time and memory of exports by `mobilemoe export` and `optimum-cli`, from packed INT4 checkpoints of random weights.
 
     python benchmarks/bench_export.py [--sizes tiny S M L] [--exports default int4 int8 optimum] [--max-seq-len N]
 
-`default` is `mobilemoe export`, `int4` and `int8` are the same with `--expert-bits`, hence the stock operator;
-`optimum` is the stock `optimum-cli`, which has INT8 experts here. Each export runs in its own process; seconds and
-peak memory are those of the whole process, its comparison with PyTorch included. One JSON line last.
+`default` is `mobilemoe export`. `int4` and `int8` add `--expert-bits`, which selects the stock operator. `optimum` is
+`optimum-cli` with INT8 experts. Each export runs in a separate process. Seconds and peak memory are those of the whole
+process, including the comparison with PyTorch. One JSON line last.
 """
 
 import argparse
@@ -33,7 +33,7 @@ from toy_tokenizer import train_tokenizer  # noqa: E402
 
 RECIPES = Path(__file__).parents[1] / "recipes"
 SIZES = {"tiny": "tiny", "S": "mobilemoe-s", "M": "mobilemoe-m", "L": "mobilemoe-l"}
-# The doors, without the directories they read and write.
+# By name: the command, without the directories that it reads and writes, and its output flag.
 EXPORTS = {
     "default": (["mobilemoe.cli", "export"], "--output"),
     "int4": (["mobilemoe.cli", "export", "--expert-bits", "4"], "--output"),
@@ -43,7 +43,7 @@ EXPORTS = {
         "--output_dir",
     ),
 }
-# Of the door with this output flag.
+# By output flag: the context flag of the same command.
 CONTEXT_FLAGS = {"--output": "--max-seq-len", "--output_dir": "--max_seq_len"}
 
 
@@ -52,13 +52,13 @@ def checkpoint(size: str, directory: Path) -> Path:
     if not path.exists():
         write_random_checkpoint(path, **json.loads((RECIPES / SIZES[size] / "config.json").read_text()))
         texts = (source for name, source in standard_library_files() if not is_heldout(name))
-        # Of the tiny model's size: random weights need no better one, whatever their vocabulary.
+        # A tokenizer of the tiny model's size is enough for random weights with any vocabulary.
         train_tokenizer(texts, 2048).save_pretrained(path)
     return path
 
 
 def cpu_seconds() -> float:
-    """Of all processes that this one has waited for: what an export costs where others share the cores."""
+    """CPU time of finished child processes, which does not depend on the load of shared cores."""
     usage = resource.getrusage(resource.RUSAGE_CHILDREN)
     return usage.ru_utime + usage.ru_stime
 

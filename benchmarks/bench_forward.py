@@ -1,10 +1,10 @@
 """
-Forward speed of a few layers of the S shape on the CPU, beside transformers' OLMoE and Qwen3-MoE at the same sizes.
+Forward speed of a few layers of the S shape on the CPU, compared with transformers' OLMoE and Qwen3-MoE.
 
     python benchmarks/bench_forward.py [--tokens 512] [--layers 4] [--repeats 15] [--dtype bfloat16]
 
-The three models take turns in one run, so that a slow spell of the machine hits all of them. Random weights; one JSON
-line last.
+The three models have the same sizes and random weights. They are interleaved in one run, so that a slow phase of the
+machine affects all of them. One JSON line last.
 """
 
 import argparse

@@ -1,11 +1,11 @@
 """
-What finer experts cost the kernel: one S layer's routed experts cut into ever more and narrower ones, in turns.
+Kernel time by granularity: the routed experts of an S layer, split into more and narrower ones, interleaved.
 
     python benchmarks/bench_granularity.py [--tokens 1 128 512] [--threads 2] [--repeats 15]
 
-Granularity g cuts each of the E = 8 experts, four times as wide as the model, into g: 8g of them, of which the shared
-expert takes the place of g / 2, and a token takes g / 2. Parameters, bytes and FLOPs stay, the router's rows apart; 8
-is the paper's choice. One JSON line last.
+Granularity g splits each of the E = 8 experts, four times as wide as the model, into g. Of the 8g experts, the shared
+expert replaces g / 2, and g / 2 are active per token. Apart from the router, parameters, bytes and FLOPs are constant.
+The paper uses 8. One JSON line last.
 """
 
 import argparse
@@ -24,7 +24,7 @@ from modeling_mobilemoe.fused_mobilemoe import Int4Experts
 
 HIDDEN, EXPANSION = 768, 8
 GRANULARITIES = (2, 4, 8, 16)
-# As many as the model has: together they are larger than any cache, as in decoding.
+# As many as the model has, so that the weights exceed any cache, as in decoding.
 NUM_LAYERS = 20
 
 
@@ -59,7 +59,7 @@ def main() -> None:
         for num_tokens in arguments.tokens:
             hidden_states = torch.randn(num_tokens, HIDDEN, generator=generator)
             times: dict[int, list[float]] = {g: [] for g in GRANULARITIES}
-            # A long prompt computes for longer than it reads: fewer layers do.
+            # Long prompts are compute-bound, so fewer layers are enough.
             used = NUM_LAYERS if num_tokens < 64 else 3
             # The first two rounds warm up.
             for repeat in tqdm(range(arguments.repeats + 2), desc=f"{num_tokens} tokens", leave=False):

@@ -1,11 +1,11 @@
 """
-One S layer's routed experts: the kernel, the memory floor, and PyTorch expanding the same packed weights.
+Time of the routed experts of an S layer: the kernel, the memory floor, and PyTorch dequantising the same weights.
 
     python benchmarks/bench_kernel.py [--tokens 1 128 512] [--threads 2] [--repeats 15]
 
-Decode reads weights from memory, as in a model: the calls walk through 20 layers, more than any cache holds. The floor
-is the time to read the router's and the selected experts' bytes once, at the rate of a plain sum measured in the same
-run. Ways take turns. One JSON line last.
+As in a model, decoding reads the weights from memory: the calls iterate over 20 layers, which exceed any cache. The
+memory floor is the time to read the weights of the router and of the selected experts once, at the bandwidth of a
+plain sum measured in the same run. The measurements are interleaved. One JSON line last.
 """
 
 import argparse
@@ -62,7 +62,7 @@ def main() -> None:
     weights = [tuple(layer.buffers()) for layer in layers]
     router = torch.randn(NUM_EXPERTS, DIM, generator=generator) * 0.05
     bias = torch.randn(NUM_EXPERTS, generator=generator) * 0.1
-    # 512 MB, as FP64: few and wide additions for every byte.
+    # 512 MB. FP64 needs the fewest additions per byte.
     memory = torch.zeros(2**26, dtype=torch.float64)
     result = {
         "benchmark": "kernel",

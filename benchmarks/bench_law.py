@@ -1,12 +1,12 @@
 """
-Does the fit of the scaling law find what made the data? Synthetic tables of the paper's grid, with its noise.
+Checks whether the fit of the scaling law recovers known coefficients from synthetic tables with the paper's noise.
 
     python benchmarks/bench_law.py [--trials 100] [--bootstrap 200] [--noise 0.0076]
 
-Every trial draws the 90 losses of the published sweep (6 expansions, 3 sizes, 5 token counts) from the published law,
-adds normal noise of the published RMSE, fits, and asks whether the coefficients that made the table lie inside the
-95 % intervals: each in its own, in percentiles of the bootstrap, and all nine at once in the joint ones. Prints one
-JSON line last.
+Every trial computes the 90 losses of the published sweep (6 expansions, 3 sizes, 5 token counts) from the published
+law, adds normal noise with the published RMSE, and fits the law. It counts how often the true coefficients are inside
+the 95 % intervals: each inside its profile interval, each inside its bootstrap percentiles, and all nine inside the
+joint intervals. One JSON line last.
 """
 
 import argparse
@@ -24,7 +24,7 @@ from mobilemoe.plan.law import COEFFICIENTS, COLUMNS, PAPER_GRID, PAPER_LAW
 
 
 def synthetic_table(noise: float, seed: int) -> dict[str, np.ndarray]:
-    """The paper's grid with losses of the published law and normal noise, nats per token."""
+    """The paper's grid with losses of the published law and normal noise, in nats per token."""
     cells = np.array(list(itertools.product(*(PAPER_GRID[name] for name in COLUMNS[:3]))))  # (90, 3)
     loss = PAPER_LAW.loss(*cells.T) + np.random.default_rng(seed).normal(0, noise, len(cells))
     return dict(zip(COLUMNS, [*cells.T, loss], strict=True))

@@ -1,13 +1,13 @@
 """
-The same shapes in llama.cpp and as our `.pte` programs, measured in turns: random weights in 4 bits, the same tokens.
+Compares llama.cpp with our `.pte` programs, interleaved: same shapes, random 4-bit weights, same tokens.
 
     pip install gguf && pip install --no-binary :all: llama-cpp-python
     python benchmarks/bench_llama_cpp.py [--shapes S MobileLLM-Pro] [--json FILE] [--picture FILE]
 
-llama.cpp has no MobileMoE: `bailingmoe2` is nearest (routed and shared experts, sigmoid scores with a bias, norms of
-queries and keys; the matrices have the same sizes), `llama` for the dense shape. Weights are Q4_0: an FP16 scale for
-32 of them, like ours; the head is a tensor of its own, of the table's size. Both keep to their defaults otherwise. One
-JSON line last.
+llama.cpp has no MobileMoE. The closest architecture is `bailingmoe2`: routed and shared experts, sigmoid scores with a
+bias, norms of queries and keys, and matrices of the same sizes. The dense shape uses `llama`. Weights are Q4_0, with
+an FP16 scale per 32 weights like ours. The head is a separate tensor of the size of the embedding. All other settings
+are the defaults of each runtime. One JSON line last.
 """
 
 import argparse
@@ -30,7 +30,7 @@ CONTEXT = 2048
 
 
 def write_gguf(name: str, path: Path) -> None:
-    """The shape with random weights."""
+    """Writes a shape with random weights as a GGUF file."""
     from gguf import GGMLQuantizationType, GGUFWriter
 
     shape = shapes()[name]
@@ -113,13 +113,13 @@ def add_sizes(writer, config: MobileMoEConfig, is_moe: bool) -> None:
 
 
 class LlamaCpp:
-    """One sequence, token ids in and the logits' largest out."""
+    """A model in llama.cpp with one sequence: takes token ids, returns the most probable next token."""
 
     def __init__(self, path: str, num_threads: int):
         import llama_cpp
 
         self.library = llama_cpp
-        # Kept, or it would be collected while the library calls it.
+        # Keep a reference, or the callback would be garbage-collected while the library uses it.
         self._silent = llama_cpp.llama_log_callback(lambda *_: None)
         llama_cpp.llama_log_set(self._silent, None)
         llama_cpp.llama_backend_init()
@@ -129,23 +129,23 @@ class LlamaCpp:
         options.n_threads = options.n_threads_batch = num_threads
         self.context = self.model and llama_cpp.llama_init_from_model(self.model, options)
         if not self.context:
-            raise SystemExit(f"llama.cpp does not load {path}.")
+            raise SystemExit(f"llama.cpp cannot load {path}.")
         self.vocab_size = llama_cpp.llama_vocab_n_tokens(llama_cpp.llama_model_get_vocab(self.model))
 
     def forward(self, tokens: list[int], start: int) -> int:
         if start == 0:
             self.library.llama_memory_clear(self.library.llama_get_memory(self.context), True)
-        # The batch points to the array, so it has to live as long.
+        # The batch points to the array: keep a reference to it.
         array = (self.library.llama_token * len(tokens))(*tokens)
         batch = self.library.llama_batch_get_one(array, len(tokens))
         if self.library.llama_decode(self.context, batch) != 0:
-            raise SystemExit("llama.cpp does not take the tokens.")
+            raise SystemExit("llama.cpp failed to decode the tokens.")
         logits = self.library.llama_get_logits_ith(self.context, -1)
         return int(np.ctypeslib.as_array(logits, (self.vocab_size,)).argmax())
 
 
 def serve(path: str, num_threads: int) -> None:
-    """Answers as mobilemoe/bench/worker.py does."""
+    """Implements the protocol of mobilemoe/bench/worker.py."""
     from mobilemoe.bench.worker import random_tokens
     from mobilemoe.machine import peak_memory
 
@@ -173,9 +173,11 @@ def main() -> None:
     parser.add_argument("--new-tokens", type=int, default=48)
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--directory", type=Path, default=Path("out/bench-llama-cpp"), help="of the models, kept")
-    parser.add_argument("--json", type=Path, help="write the numbers here, too")
-    parser.add_argument("--picture", type=Path, help="and draw them here")
+    parser.add_argument(
+        "--directory", type=Path, default=Path("out/bench-llama-cpp"), help="directory of the models, which are kept"
+    )
+    parser.add_argument("--json", type=Path, help="also write the result to this file")
+    parser.add_argument("--picture", type=Path, help="plot the speeds to this file")
     parser.add_argument("--worker", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.worker:

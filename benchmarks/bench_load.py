@@ -1,10 +1,10 @@
 """
-Loading and decoding an S-size INT4 checkpoint of random weights: kept packed, and expanded to BF16 after loading.
+Memory and speed of loading and decoding an S-size INT4 checkpoint: kept packed, and expanded to BF16.
 
     python benchmarks/bench_load.py [--directory out/s-random] [--new-tokens 16]
 
-Each way runs in its own process, beside one that only imports torch and transformers; memory is resident (VmRSS) and
-peak (VmHWM) of the process, above that baseline. One JSON line last.
+The weights are random. Each variant runs in a separate process. A baseline process only imports torch and
+transformers; memory is the resident (VmRSS) and peak (VmHWM) memory above this baseline. One JSON line last.
 """
 
 import argparse
@@ -30,7 +30,7 @@ def status_bytes(field: str) -> int:
 
 
 def write_random_checkpoint(directory: Path, **config_json: object) -> None:
-    """S by default."""
+    """Writes a packed checkpoint with random weights, of the S shape by default."""
     from mobilemoe.export.random_program import random_packed_model
     from modeling_mobilemoe import MobileMoEConfig
 

@@ -1,13 +1,14 @@
 """
-How exactly a program computes its model: the demo's, and random weights at the width and at the depth of S.
+Agreement of `.pte` programs with PyTorch: the demo's model, and random weights with the width and depth of S.
 
     python benchmarks/bench_parity.py [--models demo wide S] [--moe-op mobilemoe]
     python benchmarks/bench_parity.py --models demo S --activations
 
-Every model is exported by `mobilemoe export`, whose comparison with PyTorch is shown. The demo's checkpoint comes from
-`make demo`; the others are initialised at random and quantised: four layers as wide as S, and all of S. With
-`--activations`, nothing is exported: PyTorch rounds the activations to INT8 in some places only, or in finer groups,
-and the table says how far the logits move and how many tokens get another set of experts. Prints one JSON line last.
+Every model is exported with `mobilemoe export`, and its comparison with PyTorch is shown. The demo's checkpoint comes
+from `make demo`. The others are randomly initialised and quantised: `wide` has four layers of the width of S, `S` is
+the full shape. With `--activations`, nothing is exported. Instead, PyTorch rounds activations to INT8 in selected
+places or in finer groups, and the table shows the change of the logits and of the selected experts. One JSON line
+last.
 """
 
 import argparse
@@ -36,12 +37,12 @@ ROWS = {
     ".pte to the checkpoint": lambda parity: parity.pte_to_checkpoint,
     "prefill to token by token, .pte": lambda parity: parity.prefill_to_token_by_token,
 }
-# What FP64 makes of logits with equal bits.
+# Above this SQNR in FP64, logits are bit-exact.
 EQUAL_DB = 300
 
 
 def checkpoint(name: str, directory: Path) -> Path:
-    """The demo's, or a random one, which is made once."""
+    """The demo's checkpoint, or a random one, which is created once."""
     if name == "demo":
         if not DEMO.is_dir():
             raise SystemExit(f"There is no {DEMO}. Run `make demo` first, or leave the demo out of --models.")
@@ -50,7 +51,7 @@ def checkpoint(name: str, directory: Path) -> Path:
     if not path.is_dir():
         torch.manual_seed(0)
         model = MobileMoEForCausalLM(MobileMoEConfig(num_hidden_layers=LAYERS[name]))
-        # As the weights of the other kinds, or balancing would not show.
+        # Same spread as the initial weights: with zero biases, their effect would not be tested.
         for layer in model.model.layers:
             layer.feed_forward.expert_bias.normal_(std=0.02)
         quantize(model).save_pretrained(path)
@@ -59,13 +60,13 @@ def checkpoint(name: str, directory: Path) -> Path:
 
 
 def finer(group_size: int) -> Callable:
-    """The reference's rounding of activations, in groups of at most this size."""
+    """The activation rounding of the reference, but in groups of at most this size."""
     round_to_int8 = reference.round_to_int8
 
     def rounded(inputs: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         groups = inputs.unflatten(-1, (-1, min(group_size, inputs.shape[-1])))
         integers, steps = round_to_int8(groups)
-        # As multiples of one step for all, which is what the operators multiply by.
+        # Expressed in one step size per token, which is what the operators multiply by.
         step = steps.amax(dim=-1).clamp(min=reference.SMALLEST)
         return (integers * steps[..., None]).flatten(-2) / step[..., None], step
 
@@ -73,7 +74,7 @@ def finer(group_size: int) -> Callable:
 
 
 def compare_activations(source: Path, max_seq_len: int) -> dict[str, dict]:
-    """What every rounding does to the logits and to the choice of experts."""
+    """The effect of each rounding on the logits and on the selected experts."""
     model = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32).eval()
     prompts = encode_prompts(AutoTokenizer.from_pretrained(source), model.config.vocab_size, max_seq_len)
     linears, experts = {"INT8 activations"}, {"INT8 expert activations"}

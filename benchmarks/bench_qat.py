@@ -1,13 +1,13 @@
 """
-Cost of quantization-aware training: time of a training step, and its memory, beside plain training of the same model.
+Cost of quantization-aware training: time and memory of a training step, compared with plain training.
 
     python benchmarks/bench_qat.py [--shape s tiny] [--tokens 2048] [--repeats 9] [--dtype float32|bfloat16]
 
-The variants take turns in one run, so that a slow spell of the machine hits all of them: plain, QAT, and QAT without
-activation quantization, with experts along both axes. A step is forward, backward and AdamW on random tokens; `s` is
-one layer of the S shape and `tiny` the model of the demo. The vocabulary of the `s` layer is small, or the head, which
-one layer shares with nineteen others, would take most of the step. `bfloat16` is autocast with FP32 weights. Memory is
-the peak above that before the first step, measured in a process of its own. One JSON line last.
+The variants are plain training, QAT with groups of expert weights along either axis, and QAT without activation
+quantization. They are interleaved in one run, so that a slow phase of the machine affects all of them. A step is
+forward, backward and AdamW on random tokens. `s` is one layer of the S shape, `tiny` the model of the demo. The `s`
+layer has a small vocabulary, or the head would dominate the step of a single layer. `bfloat16` is autocast with FP32
+weights. Memory is the peak above that before the first step, measured in a separate process. One JSON line last.
 """
 
 import argparse
@@ -35,7 +35,7 @@ VARIANTS = {
 
 
 class Step:
-    """One variant with its optimizer; calling it trains a step."""
+    """One variant with its optimizer. A call trains one step and returns its seconds."""
 
     def __init__(self, shape: str, variant: str, tokens: int, dtype: str):
         torch.manual_seed(0)
@@ -72,7 +72,7 @@ def peak_memory(shape: str, variant: str, tokens: int, dtype: str, threads: int,
     torch.set_num_threads(threads)
     step = Step(shape, variant, tokens, dtype)
     before = status_megabytes("VmRSS")
-    # Resets the peak, VmHWM: building the model has one of its own.
+    # Reset the peak (VmHWM), which building the model has raised.
     Path("/proc/self/clear_refs").write_text("5")
     for _ in range(2):
         step()
@@ -118,7 +118,7 @@ def main() -> None:
         del steps
         result[shape] = {}
         for variant, values in seconds.items():
-            # Each step is compared with the plain one of its own round.
+            # Compare each step with the plain one of the same round.
             ratios = sorted(value / plain for value, plain in zip(values, seconds["plain"], strict=True))
             ordered = sorted(1e3 * value for value in values)
             low, median, high = (ordered[round(q * (len(ordered) - 1))] for q in (0.1, 0.5, 0.9))

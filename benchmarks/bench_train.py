@@ -1,17 +1,17 @@
 r"""
-Training speed of the S shape, beside transformers' OLMoE and Qwen3-MoE at the same sizes.
+Training speed of the S shape, compared with transformers' OLMoE and Qwen3-MoE at the same sizes.
 
     python benchmarks/bench_train.py [--layers 2] [--length 512] [--batch 1] [--repeats 9] [--dtype float32] \
         [--compile]
     python benchmarks/bench_train.py --device cuda --layers 20 --vocab-size 128256 --length 2048 --batch 8 \
         --dtype bfloat16 --compile --models mobilemoe
 
-A step is forward, backward and AdamW on packed documents, with FP32 weights; `--dtype bfloat16` computes under
-autocast, as the recipes do. MobileMoE runs as they run it: with the z-loss and counting hooks and the balancing
-step, dropless and with capacity 1.5. The models take turns in one run. Model FLOPs per token are 6 x active weights
-and 6 x layers x document length x query width for causal attention; MFU is their rate over that of one large matrix
-multiplication, measured in the same run. Random weights; one JSON line last. All models stay in memory between their
-turns: with whole models on a GPU name one at a time, and the peak of memory is that one's.
+A step is forward, backward and AdamW on packed documents, with FP32 weights; `--dtype bfloat16` uses autocast, as the
+recipes do. MobileMoE runs as in the recipes, with the z-loss and counting hooks and the balancing step, both dropless
+and with capacity 1.5. The models have random weights and are interleaved in one run. Model FLOPs per token are
+6 x active weights plus 6 x layers x document length x query width for causal attention. MFU is the model FLOPs per
+second over those of one large matrix multiplication, measured in the same run. All models stay in memory: with whole
+models on a GPU, name one at a time, which also makes the peak memory that of this model. One JSON line last.
 """
 
 import argparse
@@ -30,7 +30,7 @@ from mobilemoe.display import show, table, with_spread
 from mobilemoe.train.recipe import RecipeArguments, set_up_routing
 
 
-# The class, and the capacity factor.
+# By name: model type and capacity factor.
 MODELS = {
     "mobilemoe": ("mobilemoe", None),
     "mobilemoe-capacity": ("mobilemoe", 1.5),
@@ -40,7 +40,7 @@ MODELS = {
 
 
 def active_parameters(model: PreTrainedModel) -> int:
-    """Weights of the matrices that one token passes through, the tied embedding once, as the head."""
+    """Matrix weights that are active per token. The tied embedding counts once, as the head."""
     total = 0
     for name, parameter in model.named_parameters():
         share = model.config.num_experts_per_tok / model.config.num_experts if ".experts." in name else 1
@@ -49,7 +49,7 @@ def active_parameters(model: PreTrainedModel) -> int:
 
 
 def peak_flops(device: str, dtype: torch.dtype) -> float:
-    """Floating-point operations per second of a square matrix multiplication, the best of ten."""
+    """FLOP/s of a square matrix multiplication, best of ten."""
     size = 8192 if device == "cuda" else 2048
     a, b = torch.randn(size, size, device=device, dtype=dtype), torch.randn(size, size, device=device, dtype=dtype)
     best = float("inf")

@@ -3,8 +3,8 @@ Draws one decoder layer of MobileMoE-S, for the README.
 
     python benchmarks/decoder_layer.py [--output docs/decoder_layer.svg]
 
-The sizes are those of `MobileMoEConfig()`. The background is opaque, because GitHub shows the same picture on light
-and on dark pages.
+The sizes are those of `MobileMoEConfig()`. The background is opaque, since GitHub shows the same image in its light
+and dark themes.
 """
 
 import argparse
@@ -15,7 +15,7 @@ from modeling_mobilemoe import MobileMoEConfig
 
 
 WIDTH, HEIGHT = 960, 664
-# Fill and border by kind of box.
+# Fill and border colour by kind of box.
 COLORS = {
     "norm": ("#f6f8fa", "#8c959f"),
     "attention": ("#ddf4ff", "#218bff"),
@@ -108,7 +108,7 @@ def attention(config: MobileMoEConfig) -> list[str]:
 
 
 def squares(config: MobileMoEConfig, x: float, y: float) -> list[str]:
-    """One per routed expert; those that a token visits are filled."""
+    """One square per routed expert; the selected ones are filled."""
     columns, step, visited = 15, 16, (4, 26, 32, 58)
     parts = []
     for expert in range(config.num_local_experts):
@@ -166,7 +166,7 @@ def draw(config: MobileMoEConfig) -> str:
             f'<rect x="1" y="1" width="{WIDTH - 2}" height="{HEIGHT - 2}" rx="12" fill="#ffffff" stroke="#d0d7de"/>',
             text(24, 36, title, "title"),
             text(146, 68, f"residual stream, width {config.hidden_size}", "note label"),
-            # Round the right edge and back to the left one, from the upper half to the lower.
+            # From the right edge of the upper half back to the left edge of the lower half.
             path("M24,78 H912 Q936,78 936,102 V314 Q936,338 912,338 H43 Q24,338 24,357 Q24,376 43,376 H934", "stream"),
             *attention(config),
             *experts(config),

@@ -1,4 +1,4 @@
-"""MobileMoE layers of the S shape, and transformers' OLMoE and Qwen3-MoE at the same sizes, for the benchmarks."""
+"""Configs for benchmarks: MobileMoE with the S shape, and transformers' OLMoE and Qwen3-MoE at the same sizes."""
 
 from transformers import OlmoeConfig, PreTrainedConfig, Qwen3MoeConfig
 
@@ -7,8 +7,10 @@ from modeling_mobilemoe import MobileMoEConfig
 
 def peer_configs(num_layers: int, vocab_size: int = 1024) -> dict[str, PreTrainedConfig]:
     """
-    OLMoE and Qwen3-MoE have no shared expert: they get eight active experts out of 64 in place of four out of 60 and a
-    shared one four times as wide, which is the same number of weights and of multiplications per token.
+    Configs by model type, with the same number of weights and of multiplications per token.
+
+    OLMoE and Qwen3-MoE have no shared expert. They get 64 experts with 8 active, in place of 60 with 4 active and a
+    shared one of four times the width.
     """
     shape = {
         "vocab_size": vocab_size,

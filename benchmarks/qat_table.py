@@ -1,15 +1,15 @@
 """
-What INT4 quantization-aware training wins back, on the demo's data: held-out loss by format, with spread over seeds.
+The share of the INT4 rounding loss that QAT recovers on the demo's data: held-out loss by format, over seeds.
 
     python benchmarks/qat_table.py [--demo out/demo] [--output out/qat_table] [--seeds 1 2 3] [--max-steps 120]
 
-Needs the fine-tuned checkpoint of `make demo`. Per seed that checkpoint is trained on by `recipes/sft.py` in full
-precision and by `recipes/qat.py` in INT4, same data, steps and schedule, so that what QAT gains by training longer
-counts for neither; rounding is applied to the former. Recovered is the share of the loss that rounding adds and QAT
-does not have. Every model is measured with its inputs as they are, and rounded to INT8 per token, as `--moe-op llama`
-does; the `.pte` kernels of the default round in finer blocks.
+Needs the fine-tuned checkpoint of `make demo`. For every seed, training of that checkpoint is continued with
+`recipes/sft.py` in full precision and with `recipes/qat.py` in INT4, with the same data, steps and schedule. So the
+comparison is fair: neither trained longer. The full-precision result is then rounded to INT4. "Recovered" is the share
+of the loss added by rounding that QAT avoids. Every model is evaluated with inputs in full precision and with inputs
+rounded to INT8 per token, as with `--moe-op llama`; the default `.pte` kernels round in finer blocks.
 
-A cell that is done is not done again: interrupt and repeat the command. A table, and one JSON line last.
+Finished cells are kept, so an interrupted command can be run again. Prints a table, and one JSON line last.
 """
 
 import argparse
@@ -31,7 +31,7 @@ from modeling_mobilemoe.fused_mobilemoe import Int4Format
 
 
 AXES = ("output", "input")
-# Name of a cell, its recipe and what it overrides.
+# By name of the cell: the recipe and its overrides.
 TRAINING = {"bf16": ("sft", [])} | {
     f"qat-{axis}-{inputs}": ("qat", ["--expert_axis", axis, "--quantize_activations", str(inputs == "int8")])
     for axis in AXES
@@ -40,7 +40,7 @@ TRAINING = {"bf16": ("sft", [])} | {
 
 
 def heldout_loss(model: PreTrainedModel, directory: Path, demo: Path, rows: int) -> float:
-    """Mean cross-entropy of the answers' tokens, in nats, over held-out conversations."""
+    """Mean cross-entropy of the answer tokens over held-out conversations, in nats."""
     tokenizer = AutoTokenizer.from_pretrained(directory)
     lines = (demo / "data/chat.heldout.jsonl").read_text().splitlines()
     total, count = 0.0, 0
@@ -56,12 +56,12 @@ def heldout_loss(model: PreTrainedModel, directory: Path, demo: Path, rows: int)
 
 
 def losses(directory: Path, demo: Path, rows: int) -> dict[str, dict[str, float]]:
-    """Held-out loss of a checkpoint by inputs, "plain" or "int8"; of a full-precision one also after rounding."""
+    """Held-out loss of a checkpoint by inputs, "plain" or "int8"; for full precision also after rounding."""
     models = {}
     with contextlib.redirect_stdout(None):
         model = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32)
         if model.config.quantization is None:
-            # BF16 weights; the arithmetic is FP32 for all, or its noise would be as large as what is measured.
+            # BF16 weights, but FP32 arithmetic for all models: BF16 noise would be as large as the differences.
             models["bf16"] = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.bfloat16).float()
             for axis in AXES:
                 plain = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32)
@@ -73,7 +73,7 @@ def losses(directory: Path, demo: Path, rows: int) -> dict[str, dict[str, float]
         result[name] = {"plain": heldout_loss(model.eval(), directory, demo, rows)}
         prepare(model)
         for module in model.modules():
-            # The weights are on the grid already; rounded values need not round to themselves.
+            # The weights are already quantised, and quantising again is not idempotent.
             if isinstance(module, Int4FakeQuantizer):
                 module.enabled = False
         result[name]["int8"] = heldout_loss(model, directory, demo, rows)
@@ -81,7 +81,7 @@ def losses(directory: Path, demo: Path, rows: int) -> dict[str, dict[str, float]
 
 
 def cell(name: str, seed: int, arguments: argparse.Namespace) -> dict[str, dict[str, float]]:
-    """Trains and measures one cell, or reads what an earlier run left."""
+    """Trains and evaluates one cell, or reads the result of an earlier run."""
     directory = arguments.output / f"seed-{seed}" / name
     settings = {
         "max_steps": arguments.max_steps,
@@ -98,7 +98,7 @@ def cell(name: str, seed: int, arguments: argparse.Namespace) -> dict[str, dict[
     if arguments.max_steps is not None:
         command += ["--max_steps", str(arguments.max_steps)]
     print(f"$ {' '.join(map(str, command))}", flush=True)
-    # The recipe names its data from the directory that `out/demo` is in.
+    # Data paths in the recipe are relative to the directory that contains `out/demo`.
     subprocess.run(command, check=True, cwd=arguments.demo.parents[1], stdout=subprocess.DEVNULL)
     result = losses(directory, arguments.demo, arguments.rows)
     file.write_text(json.dumps({"settings": settings, "losses": result}) + "\n")
@@ -112,11 +112,13 @@ def mean_and_spread(values: list[float], digits: int = 4) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[1])
-    parser.add_argument("--demo", type=Path, default=Path("out/demo"), help="written by `make demo`; ends so")
+    parser.add_argument(
+        "--demo", type=Path, default=Path("out/demo"), help="output of `make demo`; must end in out/demo"
+    )
     parser.add_argument("--output", type=Path, default=Path("out/qat_table"))
     parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3])
-    parser.add_argument("--max-steps", type=int, help="of every run; the recipe's own number when absent")
-    parser.add_argument("--rows", type=int, default=400, help="held-out conversations to measure on, about")
+    parser.add_argument("--max-steps", type=int, help="steps of every run (default: the recipe's)")
+    parser.add_argument("--rows", type=int, default=400, help="approximate number of held-out conversations")
     arguments = parser.parse_args()
     arguments.demo, arguments.output = arguments.demo.resolve(), arguments.output.resolve()
     if not (arguments.demo / "3-sft/model.safetensors").is_file():

@@ -1,5 +1,5 @@
 """
-The whole road at toy scale: four training stages, packed INT4, an INT4 `.pte`, and what each of them writes.
+End to end at toy scale: four training stages, packed INT4 weights, an INT4 `.pte`, and a report on each.
 
     python examples/demo.py [--max-steps N]        # or: make demo
 
@@ -31,7 +31,7 @@ from modeling_mobilemoe import MobileMoEConfig, MobileMoEForCausalLM, quantize
 
 
 OUT = Path("out/demo")
-# Stage, its script, and the held-out text that it is there for.
+# By stage: its script, and the kind of held-out text that it is evaluated on.
 STAGES = {
     "1-pretrain": ("pretrain", "code"),
     "2-midtrain": ("pretrain", "docstrings"),
@@ -52,7 +52,7 @@ def heldout(kind: str) -> list[dict]:
 
 
 def bits_per_byte(model: LanguageModel, sequences: list[tuple[list[int], int, int]]) -> float:
-    """Mean over sequences of (token ids, number of unscored leading tokens, bytes of the scored text)."""
+    """Bits per byte over sequences of (token ids, number of unscored leading tokens, bytes of the scored text)."""
     nats = sum(
         torch.nn.functional.cross_entropy(
             model.all_logits(tokens)[skipped - 1 : -1], torch.tensor(tokens[skipped:]), reduction="sum"
@@ -63,7 +63,7 @@ def bits_per_byte(model: LanguageModel, sequences: list[tuple[list[int], int, in
 
 
 def heldout_sequences(model: LanguageModel, kind: str) -> list[tuple[list[int], int, int]]:
-    """Answers given their question, docstrings, or windows of code; from files that no stage has seen."""
+    """Answers with their questions, docstrings, or windows of code, from files that no stage trains on."""
     rows = heldout("chat" if kind == "answers" else kind)
     sequences = []
     for row in rows[:: max(1, len(rows) // NUM_HELDOUT[kind])]:
@@ -82,7 +82,7 @@ def heldout_sequences(model: LanguageModel, kind: str) -> list[tuple[list[int], 
 
 
 def stage_start(stage: str) -> CheckpointModel:
-    """What a stage starts from: random weights, the stage before, or, for QAT, that one simply rounded to INT4."""
+    """The model before a stage: random weights, the previous stage, or for QAT the previous stage rounded to INT4."""
     if stage == "1-pretrain":
         torch.manual_seed(0)
         MobileMoEForCausalLM(MobileMoEConfig.from_pretrained("recipes/tiny")).save_pretrained(OUT / "0-random")
@@ -109,7 +109,7 @@ def speed(model: PteModel, tokens: list[int]) -> dict[str, float]:
 
 
 def plot(path: Path) -> None:
-    """Loss over the steps of every stage, and the share of tokens of every expert at the end of pre-training."""
+    """Plots the loss of all stages and the expert load at the end of pre-training."""
     figure, (loss_axis, load_axis) = plt.subplots(1, 2, figsize=(12, 4.5), layout="constrained")
     offset = 0
     for stage in STAGES:
@@ -134,7 +134,7 @@ def plot(path: Path) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[1])
-    parser.add_argument("--max-steps", help="of every stage, for a try")
+    parser.add_argument("--max-steps", help="steps of every stage, for a quick test")
     max_steps = parser.parse_args().max_steps
     overrides = [] if max_steps is None else ["--max_steps", max_steps]
 

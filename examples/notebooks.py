@@ -1,9 +1,9 @@
 """
-Runs the notebooks of this directory from top to bottom, and keeps in them what they print and draw.
+Runs the notebooks of this directory from top to bottom and saves them with their outputs.
 
     python examples/notebooks.py [examples/1_chat.ipynb ...]
 
-They read what `make demo` wrote. Progress bars and warnings are not kept.
+They read the output of `make demo`. Progress bars and warnings are not saved.
 """
 
 import argparse
@@ -25,21 +25,21 @@ HERE = Path(__file__).parent
 
 def run_notebook(path: Path, parameters: dict[str, object] | None = None) -> NotebookNode:
     """
-    Runs a notebook in its own directory and returns it with its outputs. The file stays as it is.
+    Runs a notebook in its own directory and returns it with its outputs. The file is not changed.
 
     Args:
-        path (`Path`): of the notebook.
-        parameters (`dict`, *optional*): values that replace those of its first code cell, the settings.
+        path (`Path`): the notebook.
+        parameters (`dict`, *optional*): values that override the settings in its first code cell.
 
     Raises:
         nbclient.exceptions.CellExecutionError: when a cell fails.
-        ValueError: for a parameter that the notebook does not have.
+        ValueError: when the notebook has no such setting.
     """
     notebook = nbformat.read(path, as_version=4)
     settings = next(cell for cell in notebook.cells if cell.cell_type == "code")
     for name, value in (parameters or {}).items():
         if f"\n{name} = " not in f"\n{settings.source}":
-            raise ValueError(f"{path.name} has no setting {name}. Set one of its first code cell.")
+            raise ValueError(f"{path.name} has no setting {name}. Use one from its first code cell.")
         settings.source += f"\n{name} = {value!r}"
     resources = {"metadata": {"path": str(path.parent)}}
     NotebookClient(notebook, timeout=None, record_timing=False, coalesce_streams=True, resources=resources).execute()
@@ -47,14 +47,14 @@ def run_notebook(path: Path, parameters: dict[str, object] | None = None) -> Not
 
 
 def palette_png(picture: str) -> str:
-    """A picture in 128 colours: a third of the bytes."""
+    """Reduces a PNG to 128 colours, which makes it a third of the size."""
     file = BytesIO()
     Image.open(BytesIO(b64decode(picture))).convert("RGB").quantize(128).save(file, "PNG", optimize=True)
     return b64encode(file.getvalue()).decode()
 
 
 def save_notebook(notebook: NotebookNode, path: Path) -> None:
-    """Writes a notebook with small pictures, and without what it wrote to stderr and this machine's Python version."""
+    """Writes a notebook with small images, without stderr output and the Python version of this machine."""
     for cell in notebook.cells:
         if cell.cell_type == "code":
             cell.outputs = [output for output in cell.outputs if output.get("name") != "stderr"]
@@ -71,7 +71,7 @@ def main() -> None:
     parser.add_argument("notebooks", nargs="*", type=Path, default=sorted(HERE.glob("*.ipynb")))
     notebooks = parser.parse_args().notebooks
     if not (HERE.parent / "out/demo/4-qat").is_dir():
-        raise SystemExit("out/demo/ has no checkpoints to look at. Run `make demo` first.")
+        raise SystemExit("out/demo/ has no checkpoints. Run `make demo` first.")
     for path in notebooks:
         started = time.perf_counter()
         notebook = run_notebook(path)

@@ -1,7 +1,7 @@
-"""Real text that every machine has: the Python standard library as training data.
+"""Training data from the Python standard library, which is real text and available on every machine.
 
-Writes `{code,docstrings,chat}.{train,heldout}.jsonl`. A file is held out as a whole, by a hash of its name, so nothing
-of it is ever trained on.
+Writes `{code,docstrings,chat}.{train,heldout}.jsonl`. Whole files are held out, chosen by a hash of their name, so no
+part of them is trained on.
 """
 
 import ast
@@ -14,7 +14,7 @@ from pathlib import Path
 
 
 HELDOUT_SHARE = 0.05
-# Tests, generated tables and bundled third-party code are not what a person would call Python text.
+# Skip tests, generated tables and bundled third-party code.
 SKIPPED = {"test", "tests", "site-packages", "dist-packages", "idlelib", "lib2to3", "encodings", "ensurepip"}
 
 

@@ -1,4 +1,4 @@
-"""The files that steps exchange: what a path is, what a model in it is, hashes, typed JSON files, whole writes."""
+"""The files that commands exchange: recognising and hashing models, typed JSON files, atomic writes."""
 
 import hashlib
 import json
@@ -21,24 +21,24 @@ EXPORT_FILE = "export.json"
 
 class Artifact(BaseModel):
     """
-    Contents of a JSON. Its keys are the names of the fields; unknown keys are ignored, and a field with a default may
-    be absent. A field that was not set is not written.
+    The contents of a JSON file. Its keys are the field names. Unknown keys are ignored, and a field with a default may
+    be absent. Fields that were not set are not written.
     """
 
     what: ClassVar[str] = "a result"
-    remedy: ClassVar[str] = "It was cut off or is another file: measure again."
-    # A key that only this kind has.
+    remedy: ClassVar[str] = "It is truncated or is another file: measure again."
+    # A key that only this kind of file has.
     mark: ClassVar[str] = ""
 
     @classmethod
     def load(cls, path: str | os.PathLike) -> Self:
         """
         Raises:
-            ValueError: naming the key and its value, for a file with other contents.
+            ValueError: when the contents do not match. The message names the key and its value.
             OSError: when the file cannot be read.
         """
         try:
-            # Strict: a number in quotes is an error.
+            # Strict: a number in quotes is rejected.
             return cls.model_validate_json(Path(path).read_bytes(), strict=True)
         except ValidationError as error:
             raise ValueError(f"{path} does not hold {cls.what}: {first_problem(error)}. {cls.remedy}") from error
@@ -62,33 +62,33 @@ def first_problem(error: ValidationError) -> str:
 
 
 class LogitAgreement(BaseModel):
-    """Logits of two programs, see export/parity.py."""
+    """Agreement of the logits of two programs, see export/parity.py."""
 
-    # Over positions.
+    # Cosine similarity over positions.
     cosine_median: float
     cosine_mean: float
     cosine_min: float
     sqnr_db: float
     kl_nats: float
-    # A share of the positions.
+    # Share of positions with the same most probable token.
     top1_agreement: float
 
 
 class Parity(BaseModel):
-    """A program against PyTorch, see export/parity.py."""
+    """Agreement of a program with PyTorch, see export/parity.py."""
 
     positions: int
     pte_to_checkpoint: LogitAgreement
     pte_to_pytorch_with_the_same_roundings: LogitAgreement
     prefill_to_token_by_token: LogitAgreement
-    # Each rounding alone, by its name.
+    # The effect of each rounding alone, by its name.
     sources: dict[str, LogitAgreement]
     greedy_tokens_equal: int
     greedy_tokens: int
 
 
 class Export(Artifact):
-    """`export.json`, beside the program that it describes."""
+    """`export.json`, stored next to the program that it describes."""
 
     what = "the report of an export"
     remedy = "Export again: mobilemoe export --model CHECKPOINT --output DIR"
@@ -116,9 +116,9 @@ class Export(Artifact):
     operators: list[str]
     pte_bytes: int
     ptd_bytes: int | None = None
-    # Of a program with a tokenizer, once it has run.
+    # Set once the program was compared with PyTorch; needs a tokenizer.
     parity: Parity | None = None
-    # By stage.
+    # Seconds by stage.
     seconds: dict[str, float] | None = None
     peak_memory_bytes: int | None = None
 
@@ -131,7 +131,7 @@ class Export(Artifact):
 
 
 class RuntimeExport(Artifact):
-    """`export.json` beside what `mobilemoe export --to` wrote for another runtime than ExecuTorch."""
+    """`export.json` of `mobilemoe export --to`, which exports to a runtime other than ExecuTorch."""
 
     what = "the report of an export to another runtime"
     remedy = "Export again: mobilemoe export --to FORMAT --model CHECKPOINT --output DIR"
@@ -142,26 +142,26 @@ class RuntimeExport(Artifact):
     to: Literal["gguf", "mlx", "glm4_moe"]
     weights_sha256: dict[str, str]
     versions: dict[str, str]
-    # Of packed experts in the checkpoint.
+    # Axis of the groups of packed experts in the checkpoint.
     expert_axis: str | None
-    # Types of the matrices and of the experts, where the format has a choice.
+    # Quantisation types of the matrices and of the experts, where the format has a choice.
     weights: str | None = None
     expert_weights: str | None = None
     # By kind of weight: "bit-exact", or the signal-to-noise ratio in dB.
     rounding: dict[str, str]
     eos_ids: list[int]
     license: str | None
-    # Bytes by name.
+    # File sizes in bytes, by name.
     files: dict[str, int]
-    # Before the comparison, for which whole models are loaded.
+    # Measured before the comparison, which loads whole models.
     peak_memory_bytes: int
-    # Of the runtime with PyTorch, or why there is none.
+    # Agreement of the runtime with PyTorch; without it, `not_compared` gives the reason.
     parity: LogitAgreement | None
     not_compared: str | None
 
 
 class ModelDescription(BaseModel):
-    """What a model was when it was measured, see [`describe_model`]."""
+    """The model that a measurement is about, see [`describe_model`]."""
 
     name: str
     kind: Literal["checkpoint", "int4", "pte"]
@@ -173,11 +173,11 @@ class ModelDescription(BaseModel):
 
     @property
     def source(self) -> str:
-        """Name of the model; of a `.pte`, of the one that it was made from."""
+        """Name of the model; for a `.pte`, of the checkpoint that it was exported from."""
         return self.name if self.export is None else self.export.model
 
     def is_of(self, directory: str | os.PathLike) -> bool:
-        """Whether this is about the checkpoint in a directory, or a `.pte` of it."""
+        """Whether this describes the checkpoint in a directory, or a `.pte` exported from it."""
         if self.export is not None:
             return self.export.is_of(directory)
         return self.sha256 == describe_model(directory).sha256
@@ -194,16 +194,16 @@ def is_checkpoint(model: str | os.PathLike) -> bool:
 
 
 def is_shape(model: str | os.PathLike) -> bool:
-    """Whether this names a built-in shape; a directory of that name goes first."""
+    """Whether this names a built-in shape. A directory of that name takes precedence."""
     return str(model) in SHAPES and not Path(model).is_dir()
 
 
 def read_export(directory: str | os.PathLike) -> Export:
     """
-    The report of an exported program.
+    The export report of a program.
 
     Raises:
-        ValueError: when the directory holds no program, or no report of it.
+        ValueError: when the directory lacks the program or its report.
     """
     for name in (PROGRAM_FILE, EXPORT_FILE):
         if not (Path(directory) / name).is_file():
@@ -220,7 +220,7 @@ def local_checkpoint(model: str | os.PathLike) -> Path:
     Raises:
         ValueError: when it is neither.
     """
-    # Takes as long to import as everything else here.
+    # Imported here: it takes as long as all other imports of this module together.
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HFValidationError
 
@@ -230,8 +230,8 @@ def local_checkpoint(model: str | os.PathLike) -> Path:
         return Path(snapshot_download(str(model), allow_patterns=["*.json", "*.safetensors", "*.jinja", "README.md"]))
     except (HFValidationError, OSError) as error:
         raise ValueError(
-            f"{model} is not a directory, and the Hub does not give it: {error} Name a checkpoint directory; for a "
-            "gated model accept its licence on the Hub and log in with `hf auth login`."
+            f"{model} is not a directory and cannot be downloaded from the Hub: {error} Name a checkpoint directory. "
+            "For a gated model, accept its licence on the Hub and log in with `hf auth login`."
         ) from error
 
 
@@ -247,10 +247,10 @@ def weights_sha256(directory: str | os.PathLike) -> dict[str, str]:
 
 def describe_model(model: str | os.PathLike) -> ModelDescription:
     """
-    Kind, size and SHA-256 over names and contents of the files that decide what a model answers.
+    Kind, size and SHA-256 of a model, over the names and contents of the files that determine its output.
 
     Raises:
-        ValueError: where there is no such model.
+        ValueError: when there is no such model.
     """
     path = local_checkpoint(model)
     if not (path / "config.json").is_file():
@@ -274,16 +274,16 @@ def describe_model(model: str | os.PathLike) -> ModelDescription:
 
 @contextmanager
 def replace_file(path: str | os.PathLike) -> Generator[Path]:
-    """Gives a temporary path beside `path`; when the block ends well, the file written there takes its place."""
+    """Yields a temporary path next to `path`. If the block succeeds, the file written there replaces `path`."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    # Its own name for every writer; the suffix stays, by which some writers choose a format.
+    # A unique name for every writer. The suffix is kept, since some writers choose the format by it.
     handle, name = tempfile.mkstemp(prefix=f".{path.stem}.partial-", suffix=path.suffix, dir=path.parent)
     os.close(handle)
     partial = Path(name)
     try:
         yield partial
-        # `mkstemp` makes files that only their owner reads.
+        # `mkstemp` creates files that only their owner can read.
         umask = os.umask(0)
         os.umask(umask)
         partial.chmod(0o666 & ~umask)
@@ -293,11 +293,11 @@ def replace_file(path: str | os.PathLike) -> Generator[Path]:
 
 
 def write_text(path: str | os.PathLike, text: str) -> None:
-    """A reader sees the old file or the whole new one."""
+    """Writes a file atomically: a reader sees the old file or the complete new one."""
     with replace_file(path) as partial:
         partial.write_text(text)
 
 
 def write_json(path: str | os.PathLike, content: dict[str, Any]) -> None:
-    """As [`write_text`], indented by 2."""
+    """Writes JSON atomically, indented by 2."""
     write_text(path, json.dumps(content, indent=2) + "\n")

@@ -1,4 +1,4 @@
-"""The look of every table and picture of this package: `table`, `show`, `markdown`, `picture`."""
+"""Tables and figures in the style of this package: `table`, `show`, `markdown`, `picture`."""
 
 import re
 import sys
@@ -13,11 +13,11 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from rich.console import Group
 
-# Of a table that goes to a file or a pipe, and what every table of a command is made to fit.
+# Width of a table that is written to a file or a pipe. The tables of all commands fit into it.
 WIDTH = 80
-# A column of text is not made narrower than this; longer words continue on the next line.
+# Minimum width of a text column; longer words are broken.
 TEXT_WIDTH = 12
-# The header of a column of numbers is not broken below this.
+# Headers of number columns up to this width are not wrapped.
 HEADER_WIDTH = 8
 NUMBER = re.compile(r"[-+±~]?\d[\d.,]*(\D|$)|[-–]?$")
 PLOT_STYLE = {
@@ -36,13 +36,13 @@ PLOT_STYLE = {
 
 
 def number(value: float, digits: int = 3) -> str:
-    """Rounded to this many significant digits, a large one without an exponent: 45.1, 203, 1240."""
+    """Formats a number with this many significant digits and without an exponent: 45.1, 203, 1240."""
     rounded = float(f"{value:.{digits}g}")
     return f"{rounded:.0f}" if abs(rounded) >= 10 ** (digits - 1) else f"{rounded:.{digits}g}"
 
 
 def with_spread(median: float, low: float, high: float) -> str:
-    """`203 (187-217)`: a median with its 10th and 90th percentile."""
+    """A median with its 10th and 90th percentile: `203 (187-217)`."""
     return f"{number(median)} ({number(low)}-{number(high)})"
 
 
@@ -50,13 +50,14 @@ def table(
     columns: Sequence[str], rows: Iterable[Sequence], title: str = "", caption: str = "", bold: int | None = None
 ) -> "Group":
     """
-    A table for [`show`]. Columns of numbers are aligned right and never broken; text wraps.
+    A table for [`show`]. Columns of numbers are right-aligned and never wrapped; text columns wrap.
 
     Args:
         columns (`Sequence[str]`): headers.
         rows (`Iterable[Sequence]`): cells, shown as `str`; `None` stays empty.
-        title (`str`, *optional*): above, and `caption` below.
-        bold (`int`, *optional*): index of the row to stress.
+        title (`str`, *optional*): printed above the table.
+        caption (`str`, *optional*): printed below the table.
+        bold (`int`, *optional*): index of the row in bold.
     """
     from rich import box
     from rich.console import Group
@@ -70,14 +71,14 @@ def table(
         longest_word = max(map(len, header.split()), default=0)
         if all(map(NUMBER.match, cells)):
             width = max([longest_word, min(len(header), HEADER_WIDTH), *map(len, cells)])
-            # A column that must not wrap takes line breaks of its own in its header.
+            # With `no_wrap`, the header needs explicit line breaks.
             header = "\n".join(textwrap.wrap(header, width))
             result.add_column(Text(header), justify="right", no_wrap=True, min_width=width)
         else:
             width = max(max(map(len, cell.split()), default=0) for cell in cells)
             result.add_column(Text(header), overflow="fold", min_width=max(longest_word, min(width, TEXT_WIDTH)))
     for index, row in enumerate(rows):
-        # As `Text`: brackets in a cell are not markup.
+        # `Text`, or brackets in a cell would be parsed as markup.
         result.add_row(*map(Text, row), style="bold" if index == bold else None)
     return Group(
         *([Text(title, style="bold")] if title else []), result, *([Text(caption, style="dim")] if caption else [])
@@ -86,9 +87,9 @@ def table(
 
 def show(*parts: "str | Group") -> None:
     """
-    Prints sentences and what [`table`] made, with an empty line between them.
+    Prints text and tables of [`table`], separated by empty lines.
 
-    In a terminal as wide as it is, elsewhere `WIDTH`; wider where the numbers of a table need more.
+    The width is that of the terminal, elsewhere `WIDTH`. Number columns that need more room make it wider.
     """
     from rich.console import Console
     from rich.table import Table
@@ -97,7 +98,7 @@ def show(*parts: "str | Group") -> None:
     width = console.width if console.is_jupyter or sys.stdout.isatty() else WIDTH
     for index, part in enumerate(parts):
         tables = [] if isinstance(part, str) else [item for item in part.renderables if isinstance(item, Table)]
-        # With the two spaces between columns.
+        # Two spaces between columns.
         needed = (sum(column.min_width + 2 for column in item.columns) - 2 for item in tables)
         console.width = max([width, *needed])
         if index:
@@ -106,7 +107,7 @@ def show(*parts: "str | Group") -> None:
 
 
 def markdown(columns: Sequence[str], rows: Iterable[Sequence]) -> str:
-    """The table for a document."""
+    """A Markdown table."""
     header, *lines = (f"| {' | '.join(map(str, row))} |" for row in (columns, *rows))
     return "\n".join([header, "|---" * len(columns) + "|", *lines])
 
@@ -115,11 +116,11 @@ def markdown(columns: Sequence[str], rows: Iterable[Sequence]) -> str:
 def picture(
     path: str | Path, size: tuple[float, float], rows: int = 1, columns: int = 1, **options
 ) -> Iterator["list[Axes]"]:
-    """The axes of a new figure, row by row; written to `path` when the block ends, in the format of its suffix."""
+    """Yields the axes of a new figure, row by row, and saves it to `path` in the format of its suffix."""
     import matplotlib
     from matplotlib.figure import Figure
 
-    # Of this figure only: a notebook keeps its own style.
+    # The style applies to this figure only, so a notebook keeps its own.
     with matplotlib.rc_context(PLOT_STYLE):
         figure = Figure(figsize=size, layout="constrained")
         yield list(figure.subplots(rows, columns, squeeze=False, **options).flat)

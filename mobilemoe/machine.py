@@ -1,4 +1,4 @@
-"""The machine that a number was measured on: processor, versions, memory; and how measurements are summed up."""
+"""Describes the machine of a measurement (processor, package versions, memory) and summarises repeated values."""
 
 import contextlib
 import os
@@ -17,7 +17,7 @@ PACKAGES = ("lm_eval", "torch", "transformers", "datasets", "executorch", "torch
 
 
 def cpu_name() -> str:
-    """As Linux names it, else what Python knows."""
+    """The model name from /proc/cpuinfo, elsewhere what Python's `platform` reports."""
     with contextlib.suppress(OSError):
         for line in Path("/proc/cpuinfo").read_text().splitlines():
             if line.startswith("model name"):
@@ -26,7 +26,7 @@ def cpu_name() -> str:
 
 
 def package_versions(packages: Sequence[str] = PACKAGES) -> dict[str, str]:
-    """Versions of Python and of those of the packages that are installed."""
+    """Versions of Python and of the given packages, without those that are not installed."""
     versions = {"python": platform.python_version()}
     for package in packages:
         with contextlib.suppress(PackageNotFoundError):
@@ -40,7 +40,7 @@ def machine() -> dict:
 
 
 def available_memory() -> int | None:
-    """Bytes of memory and swap that can be had without harm; known on Linux only."""
+    """Bytes of available memory and free swap; `None` where the system is not Linux."""
     meminfo = Path("/proc/meminfo")
     if not meminfo.exists():
         return None
@@ -52,7 +52,7 @@ def peak_memory() -> int:
     """Largest resident memory of this process so far, in bytes."""
     status = Path("/proc/self/status")
     if status.exists():
-        # Not ru_maxrss, which starts at the memory of the parent process.
+        # Not ru_maxrss: after a fork it starts at the peak of the parent process.
         return 1024 * int(re.findall(r"VmHWM:\s+(\d+)", status.read_text())[0])
     import resource
 
@@ -60,14 +60,14 @@ def peak_memory() -> int:
 
 
 def memory_read_rate(memory: torch.Tensor) -> float:
-    """Bytes per second of a plain sum, on all threads."""
+    """Read bandwidth in bytes per second, measured with a plain sum on all threads."""
     started = time.perf_counter()
     memory.sum()
     return memory.nbytes / (time.perf_counter() - started)
 
 
 def spread(values: Sequence[float]) -> dict[str, float]:
-    """Median, 10th and 90th percentile (nearest rank) and extremes, to four digits, and the number of values."""
+    """Median, 10th and 90th percentile (nearest rank), extremes, all to four digits, and the number of values."""
     ranked = sorted(values)
     p10, p90 = (ranked[round(q * (len(ranked) - 1))] for q in (0.1, 0.9))
     numbers = {"median": statistics.median(ranked), "p10": p10, "p90": p90, "min": ranked[0], "max": ranked[-1]}

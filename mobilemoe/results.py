@@ -1,4 +1,4 @@
-"""What is measured of models: the typed contents of the JSON files, and how a file is recognised."""
+"""Results of measurements: the typed contents of the JSON files, and how a file is recognised."""
 
 import json
 import os
@@ -14,7 +14,7 @@ EVALUATION_FILE = "report.json"
 
 
 class Spread(BaseModel):
-    """Of repeated measurements, in the unit of the field that holds it."""
+    """Spread of repeated measurements, in the unit of the field that holds it."""
 
     median: float
     p10: float
@@ -32,7 +32,7 @@ class Machine(BaseModel):
 
 
 class Score(BaseModel):
-    """Shares of one, not percent."""
+    """Fractions from 0 to 1, not percent."""
 
     score: float
     stderr: float | None
@@ -42,7 +42,7 @@ class TaskResult(Artifact, Score):
     """`tasks/NAME.json` of an evaluation."""
 
     what = "the result of a task"
-    remedy = "It was cut off or is another file: delete it, and the task runs again."
+    remedy = "It is truncated or is another file: delete it, and the task runs again."
 
     command: str | None = None
     title: str
@@ -53,21 +53,21 @@ class TaskResult(Artifact, Score):
     metric: str
     num_documents: int
     num_truncated: int
-    # `None` of a `.pte`, which takes one sequence at a time.
+    # `None` for a `.pte`, which runs one sequence at a time.
     tokens_per_batch: int | None
     seconds: float
     all_metrics: dict[str, int | float]
     subtasks: dict[str, dict[str, int | float]]
-    # Where a setting comes from, a key of `sources` in suites.yaml.
+    # Source of each setting, a key of `sources` in suites.yaml.
     sources: dict[str, str]
-    # Of everything that decides the score.
+    # Hash of everything that determines the score.
     fingerprint: str
     data_revision: str | None
 
 
 class EvaluationSettings(BaseModel):
     suite: str
-    # Documents of each task.
+    # Maximum number of documents of each task.
     limit: int | None
     dtype: str
     apply_chat_template: bool
@@ -104,7 +104,7 @@ class Evaluation(Artifact):
         return self.description.is_of(directory)
 
     def result(self, name: str) -> Score:
-        """Of a task, or the mean over them."""
+        """The score of a task, or of `"mean"`, the mean over tasks."""
         if name != "mean":
             return self.tasks[name]
         if self.mean is None:
@@ -113,7 +113,7 @@ class Evaluation(Artifact):
 
 
 class ComparisonRow(BaseModel):
-    """In percent and percentage points, by model."""
+    """Scores in percent and differences in percentage points, by model."""
 
     title: str
     paper: float | None
@@ -123,26 +123,26 @@ class ComparisonRow(BaseModel):
 
 
 class Comparison(Artifact):
-    """`comparison.json`, of several evaluations."""
+    """`comparison.json`, the comparison of several evaluations."""
 
     command: str | None = None
     suite: str
     reference: str
     paper_model: str | None
-    # By task, and `mean`.
+    # By task, with `mean` last.
     rows: dict[str, ComparisonRow]
 
 
 class ExpertUse(BaseModel):
-    # Per layer the share of assignments of every expert.
+    # Per layer, the share of the assignments that each expert gets.
     load: list[list[float]]
-    # Per layer shares of the experts, see `expert_utilisation` in eval/agreement.py.
+    # Per layer, shares of the number of experts, see `expert_utilisation` in eval/agreement.py.
     used: list[float]
     effective: list[float]
 
 
 class TextAgreement(BaseModel):
-    """Of a model on a text, and of a reference where there is one."""
+    """Bits per byte of a model on a text, and its agreement with a reference model if one is given."""
 
     bits_per_byte: float
     num_tokens: int
@@ -151,7 +151,7 @@ class TextAgreement(BaseModel):
     kl: float | None = None
     # Share of positions with the same most probable token.
     top1: float | None = None
-    # Of a checkpoint.
+    # For checkpoints only.
     experts: ExpertUse | None = None
 
 
@@ -165,10 +165,10 @@ class Check(Artifact):
     command: str | None = None
     model: str
     reference: str | None
-    # DOMAIN=FILE.
+    # As given on the command line, DOMAIN=FILE.
     texts: list[str]
     max_tokens: int
-    # Of `model` and `reference`.
+    # By role: `model` and `reference`.
     descriptions: dict[str, ModelDescription]
     machine: Machine
     domains: dict[str, TextAgreement]
@@ -186,7 +186,7 @@ class Check(Artifact):
 
 
 class BenchmarkMachine(BaseModel):
-    # Of a phone its name and SoC.
+    # For a phone, its name and SoC.
     cpu: str
     cores: int | None
     threads: int
@@ -198,20 +198,20 @@ class StartSeconds(BaseModel):
 
 
 class LengthResult(BaseModel):
-    """Of one prompt length. ExecuTorch's benchmark app measures decoding only."""
+    """Speeds at one prompt length. ExecuTorch's benchmark app measures decoding only."""
 
     prefill_tokens_per_s: Spread | None = None
     first_token_ms: Spread | None = None
     decode_tokens_per_s: Spread
-    # Share of the rate at which memory could deliver the weights.
+    # Decode speed as a share of the memory-bandwidth limit.
     decode_of_memory_limit: float | None = None
 
 
 class BenchmarkedModel(BaseModel):
     runtime: str
-    # `None` of a model without a file.
+    # `None` for a model without files.
     file_bytes: int | None
-    # "cold", from the disk, and "warm".
+    # By "cold" (files read from disk) and "warm" (files in the page cache).
     start_seconds: dict[str, StartSeconds]
     weight_bytes_per_token: int | None
     kv_bits: int
@@ -222,30 +222,30 @@ class BenchmarkedModel(BaseModel):
     lengths: dict[str, LengthResult]
     # By prompt length, phase and operator.
     operator_ms: dict[str, dict[str, dict[str, float]]] | None = None
-    # From here on of a phone. Memory that is this process's own.
+    # The fields from here on are set for phones only. Proportional set size (PSS) of the process.
     pss_bytes: int | None = None
     instruction_set: str | None = None
     operator_calls: dict[str, int] | None = None
     moe_operator: str | None = None
-    # Whether `moe_operator` was seen to run, or only follows from the export.
+    # True if the runner reported `moe_operator` as executed, false if it was read from export.json.
     proven: bool | None = None
-    # What the runner says every few seconds of a long run.
+    # Periodic reports of the runner during a sustained run.
     sustained: list[dict[str, Any]] | None = None
 
 
 class PhoneCondition(BaseModel):
-    """`None` for what a phone does not tell."""
+    """Battery, temperature and clocks; `None` for what the phone does not report."""
 
     battery_percent: int | None
     battery_celsius: float | None
     # 0 (none) to 6.
     thermal_status: int | None
-    # Of every core.
+    # Clock of every core.
     mhz: list[int]
 
 
 class PhoneSample(PhoneCondition):
-    # Since the first.
+    # Seconds since the first sample.
     seconds: float
 
 
@@ -260,11 +260,11 @@ class PhoneFingerprint(PhoneCondition):
 
 
 class Phone(PhoneFingerprint):
-    """Its condition is that before the measurement."""
+    """The phone of a benchmark. The inherited condition was read before the measurement."""
 
     serial: str
     runner: str
-    # Files that it did not have yet.
+    # Files that had to be copied to the phone.
     copied: list[str]
     after: PhoneCondition
     samples: list[PhoneSample]
@@ -280,19 +280,19 @@ class Benchmark(Artifact):
     command: str | None = None
     # "host", "adb", or the name of another program.
     benchmark: str
-    # "random tokens", or the file that they are from.
+    # "random tokens", or the path of the prompt file.
     prompt: str
     new_tokens: int
     machine: BenchmarkMachine
     versions: dict[str, str]
-    # A plain sum over memory, 1e9 bytes per second.
+    # Read bandwidth of a plain sum over memory, in 1e9 bytes per second.
     read_gb_per_s: Spread | None = None
     phone: Phone | None = None
     models: dict[str, BenchmarkedModel]
 
     @property
     def sources(self) -> list[str]:
-        """Names of its MobileMoE models; a `.pte` directory is not one."""
+        """Names of the MobileMoE models in it, without `.pte` directories."""
         names = [name for name, model in self.models.items() if model.config.get("model_type") == "mobilemoe"]
         return [name for name in names if not is_pte(name)]
 
@@ -308,7 +308,7 @@ class PrefillSpeed(BaseModel):
 
 
 class DeviceMeasurements(Artifact):
-    """Speeds of one model on a device, written by hand or taken from a [`Benchmark`]."""
+    """Speeds of one model on a device, written by hand or read from a [`Benchmark`]."""
 
     what = "the measurements of a device"
     remedy = (
@@ -319,14 +319,14 @@ class DeviceMeasurements(Artifact):
     device: str = "device"
     # The content of `config.json`.
     config: dict[str, Any]
-    # Bits of a cache entry; those of a program when absent.
+    # Bits of a cache entry; by default those of an exported program.
     kv_bits: int | None = None
     decode: list[DecodeSpeed]
     prefill: list[PrefillSpeed] = []
 
 
 def result_kind(path: str | os.PathLike) -> type[Evaluation | Benchmark | Export | Check] | None:
-    """Which result a file holds; `None` for anything else."""
+    """The kind of result in a file; `None` if it is not a result."""
     try:
         content = json.loads(Path(path).read_bytes())
     except ValueError:
@@ -337,10 +337,10 @@ def result_kind(path: str | os.PathLike) -> type[Evaluation | Benchmark | Export
 
 def read_result(path: str | os.PathLike) -> Evaluation | Benchmark | Export | Check:
     """
-    A result from its file, or from the directory that holds `report.json` or `export.json`.
+    Reads a result from its file, or from a directory with `report.json` or `export.json`.
 
     Raises:
-        ValueError: for anything else.
+        ValueError: when the path is not a result.
     """
     path = Path(path)
     names = [name for name in (EVALUATION_FILE, EXPORT_FILE) if (path / name).is_file()]
@@ -351,10 +351,10 @@ def read_result(path: str | os.PathLike) -> Evaluation | Benchmark | Export | Ch
         raise ValueError(f"There is no result {path}. Name a JSON that `mobilemoe eval`, `bench` or `export` wrote.")
     kind = result_kind(file)
     if kind is None:
-        # Fails for what is not a JSON object.
+        # Raises if the file is not a JSON object.
         Artifact.load(file)
         raise ValueError(
-            f"{file} is no result. Name report.json of `mobilemoe eval`, export.json of `mobilemoe export`, or what "
-            "`mobilemoe bench --json` or `mobilemoe eval check --json` wrote."
+            f"{file} is not a result. Name report.json of `mobilemoe eval`, export.json of `mobilemoe export`, or a "
+            "file that `mobilemoe bench --json` or `mobilemoe eval check --json` wrote."
         )
     return kind.load(file)

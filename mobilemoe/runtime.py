@@ -1,4 +1,4 @@
-"""Runs models from Python, token ids in and logits out: an exported `.pte` through ExecuTorch, or a checkpoint."""
+"""Runs models from Python, token ids to logits: an exported `.pte` in ExecuTorch or a checkpoint in PyTorch."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator
@@ -15,7 +15,7 @@ from .artifacts import PROGRAM_FILE, is_pte, read_export
 
 
 class LanguageModel(ABC):
-    """What a `.pte` and a checkpoint have in common: one sequence, a key-value cache, text in and out."""
+    """Common interface of a `.pte` and a checkpoint: one sequence with a key-value cache, and its tokenizer."""
 
     tokenizer: PreTrainedTokenizerBase
     max_seq_len: int
@@ -23,22 +23,22 @@ class LanguageModel(ABC):
 
     def forward(self, tokens: list[int], start: int) -> torch.Tensor:
         """
-        Feeds tokens at positions `start`, `start + 1`, ... and returns the FP32 logits of the last one, `(vocab,)`.
+        Runs tokens at positions `start`, `start + 1`, ... and returns the FP32 logits of the last one, `(vocab,)`.
 
-        A call at position 0 begins a new sequence.
+        A call with `start=0` begins a new sequence.
 
         Raises:
-            ValueError: when there is no token, or the last one would lie outside the context.
+            ValueError: when `tokens` is empty, or a position is outside the context.
         """
         self.check_positions(tokens, start)
         return self._forward(torch.tensor([tokens]), start)
 
     def check_positions(self, tokens: list[int], start: int) -> None:
         if not tokens:
-            raise ValueError("There are no tokens to feed. Give at least one.")
+            raise ValueError("There are no tokens to run. Give at least one.")
         if start < 0 or start + len(tokens) > self.max_seq_len:
             raise ValueError(
-                f"Positions {start} to {start + len(tokens) - 1} leave the context of {self.max_seq_len} tokens. "
+                f"Positions {start} to {start + len(tokens) - 1} exceed the context of {self.max_seq_len} tokens. "
                 "Shorten the prompt, or use a model with a longer context."
             )
 
@@ -47,7 +47,7 @@ class LanguageModel(ABC):
 
     @abstractmethod
     def all_logits(self, tokens: list[int]) -> torch.Tensor:
-        """FP32 logits of every position of one sequence, `(len(tokens), vocab)`."""
+        """FP32 logits at every position of one sequence, `(len(tokens), vocab)`."""
 
     def generate(
         self,
@@ -58,21 +58,21 @@ class LanguageModel(ABC):
         seed: int | None = None,
     ) -> Iterator[int]:
         """
-        Yields new token ids until an end id, the limit or the end of the context; greedy at temperature 0.
+        Yields new token ids until an end-of-sequence token, `max_new_tokens` or the end of the context.
 
         Args:
             tokens (`list[int]`): the prompt.
-            max_new_tokens (`int`): the limit.
-            temperature (`float`, defaults to 0): divides the logits.
-            top_p (`float`, defaults to 1): draw from the fewest tokens whose probabilities reach this sum.
-            seed (`int`, *optional*): of the draw.
+            max_new_tokens (`int`): the maximum number of new tokens.
+            temperature (`float`, defaults to 0): divides the logits before sampling. 0 decodes greedily.
+            top_p (`float`, defaults to 1): sample from the smallest set of tokens whose probabilities sum to `top_p`.
+            seed (`int`, *optional*): seed of the sampling.
 
         Raises:
             ValueError: for a negative temperature or a `top_p` outside (0, 1].
         """
         if temperature < 0 or not 0 < top_p <= 1:
             raise ValueError(
-                f"temperature={temperature} and top_p={top_p} do not describe a draw. "
+                f"temperature={temperature} and top_p={top_p} cannot be sampled with. "
                 "Set temperature to 0 or more and top_p above 0 and at most 1."
             )
         generator = torch.Generator()
@@ -89,7 +89,7 @@ class LanguageModel(ABC):
             if token in self.eos_ids:
                 return
             yield token
-            # The token after the last position can still be read, but not fed.
+            # The token after the last position is yielded, but the cache has no room to run it.
             if remaining == 0 or position == self.max_seq_len:
                 return
             logits = self.forward([token], position)
@@ -97,7 +97,7 @@ class LanguageModel(ABC):
 
     def encode(self, prompt: str, chat: bool = False) -> list[int]:
         """
-        Token ids of a prompt, with one BOS in front; with `chat`, of the user's turn and the assistant's header.
+        Token ids of a prompt, starting with one BOS. With `chat`, the prompt is formatted as the user's message.
 
         Raises:
             ValueError: for `chat` without a chat template, as in a Base model.
@@ -115,15 +115,15 @@ class LanguageModel(ABC):
         )
 
     def decode(self, tokens: list[int]) -> str:
-        # The released tokenizer config asks for a clean-up that drops spaces before punctuation, also in code.
+        # The released tokenizer config enables a clean-up that removes spaces before punctuation, which damages code.
         return str(self.tokenizer.decode(tokens, skip_special_tokens=True, clean_up_tokenization_spaces=False))
 
     def stream(self, tokens: Iterable[int]) -> Iterator[str]:
-        """Yields for every token the text that it completes, which may be empty, and at the end the rest."""
+        """Yields the text that each token completes, which may be empty, and at the end the remaining text."""
         read, text = [], ""
         for token in tokens:
             read.append(token)
-            # Decoded as a whole: a character may span tokens, and until its last one the text ends in a replacement.
+            # Decode all tokens: a character may span several, and until its last one the text ends in U+FFFD.
             grown = self.decode(read)
             if grown.endswith("\ufffd"):
                 yield ""
@@ -139,10 +139,10 @@ class CheckpointModel(LanguageModel):
 
     Args:
         path (`str` or `Path`): checkpoint directory or Hub id.
-        dtype (`torch.dtype` or `str`, defaults to `"auto"`): of the weights that are not packed.
+        dtype (`torch.dtype` or `str`, defaults to `"auto"`): dtype of the weights that are not packed.
 
     Raises:
-        OSError: when there is no such checkpoint, or its licence has to be accepted first.
+        OSError: when there is no such checkpoint, or it is gated and its licence has not been accepted.
     """
 
     def __init__(self, path: str | Path, dtype: torch.dtype | str = "auto"):
@@ -155,9 +155,9 @@ class CheckpointModel(LanguageModel):
                 cause = cause.__cause__
             if cause is None:
                 raise
-            # transformers names the page, but neither the licence nor how to log in.
+            # The message of transformers mentions neither the licence nor how to log in.
             raise OSError(
-                f"{path} is gated: its files are given only to accounts that have accepted its licence. "
+                f"{path} is gated: only accounts that have accepted its licence can download it. "
                 f"Accept the licence at https://huggingface.co/{path}, then log in with `hf auth login`."
             ) from error
         self.max_seq_len = self.model.config.max_position_embeddings
@@ -178,14 +178,16 @@ class CheckpointModel(LanguageModel):
 
 class PteModel(LanguageModel):
     """
-    A `.pte` directory made by `mobilemoe export` or `optimum-cli export executorch`. The files are mapped, and locked
-    in memory where the system allows it: ExecuTorch's Python loader has no other way.
+    A `.pte` directory made by `mobilemoe export` or `optimum-cli export executorch`.
+
+    The files are memory-mapped, and locked in memory where the system allows it. ExecuTorch's Python loader has no
+    option to turn locking off.
 
     Args:
         path (`str` or `Path`): the directory.
 
     Raises:
-        ValueError: when the directory holds no whole program, or one of its operators is not in this runtime.
+        ValueError: when the program is missing or incomplete, or this runtime lacks one of its operators.
     """
 
     def __init__(self, path: str | Path):
@@ -198,7 +200,7 @@ class PteModel(LanguageModel):
         size = (path / PROGRAM_FILE).stat().st_size
         if size != report.pte_bytes:
             raise ValueError(
-                f"{path / PROGRAM_FILE} has {size} bytes, export.json says {report.pte_bytes}: it was cut off or "
+                f"{path / PROGRAM_FILE} has {size} bytes, export.json says {report.pte_bytes}: it is truncated or "
                 "belongs to another export. Copy the whole directory again."
             )
         runtime = Runtime.get()
@@ -213,12 +215,12 @@ class PteModel(LanguageModel):
         self.has_all_logits = report.all_logits
         self.max_seq_len = report.max_seq_len
         self.eos_ids = report.eos_ids
-        # A benchmark's program of random weights has none.
+        # A program with random weights, made for a benchmark, has no tokenizer.
         if (path / "tokenizer.json").is_file():
             self.tokenizer = cast(PreTrainedTokenizerBase, AutoTokenizer.from_pretrained(path))
 
     def _execute(self, tokens: torch.Tensor, start: int) -> torch.Tensor:
-        # Cloned: the runtime reuses its output memory in the next call.
+        # The runtime reuses the output memory in the next call, hence the clone.
         return self._method.execute((tokens, torch.tensor([start])))[0][0].clone()
 
     def _forward(self, tokens: torch.Tensor, start: int) -> torch.Tensor:
@@ -230,7 +232,10 @@ class PteModel(LanguageModel):
 
     def last_logits(self, tokens: list[int], start: int, num_positions: int) -> torch.Tensor:
         """
-        Feeds tokens behind `start` cached ones; FP32 logits of the last positions, `(num_positions, vocab)`.
+        Runs tokens after `start` cached ones and returns the FP32 logits of the last positions.
+
+        Returns:
+            `torch.Tensor` of shape `(num_positions, vocab)`.
 
         Raises:
             ValueError: as `forward`.
@@ -238,7 +243,7 @@ class PteModel(LanguageModel):
         self.check_positions(tokens, start)
         if self.has_all_logits:
             return self._execute(torch.tensor([tokens]), start)[-num_positions:]
-        # The program returns the last position only, so all but the first wanted one go in alone.
+        # The program returns the last position only: run up to the first wanted one, then token by token.
         first = len(tokens) - num_positions + 1
         logits = [self.forward(tokens[:first], start)]
         logits += [self.forward([token], start + first + i) for i, token in enumerate(tokens[first:])]
@@ -246,52 +251,52 @@ class PteModel(LanguageModel):
 
 
 def load_language_model(path: str | Path) -> LanguageModel:
-    """A `.pte` directory, or a checkpoint; raises as [`PteModel`] and [`CheckpointModel`]."""
+    """Loads a `.pte` directory or a checkpoint. Raises the errors of [`PteModel`] and [`CheckpointModel`]."""
     return PteModel(path) if is_pte(path) else CheckpointModel(path)
 
 
 def load_kernels() -> None:
     """
     Raises:
-        ValueError: when the operators of this package do not compile here.
+        ValueError: when the operators of this package do not compile on this machine.
     """
     try:
         load_executorch()
     except BuildError as error:
         raise ValueError(
             f"The program needs operators of this package, which are compiled on first use: {error} "
-            "Or export it again with --moe-op llama."
+            "Alternatively, export again with --moe-op llama."
         ) from error
 
 
 def check_operators(needed: list[str], available: set[str]) -> None:
     """
     Raises:
-        ValueError: naming the operators that a program needs and this runtime lacks.
+        ValueError: when this runtime lacks an operator of the program. The message lists all that are missing.
     """
     missing = sorted(set(needed) - set(available))
     if missing:
         raise ValueError(
             f"The program needs {', '.join(missing)}, which this ExecuTorch runtime lacks. Install executorch>=1.5.1 "
-            "from PyPI, or export again with the operators that this runtime has."
+            "from PyPI, or export again with operators that this runtime has."
         )
 
 
 def nucleus(probabilities: torch.Tensor, top_p: float) -> torch.Tensor:
-    """Zeroes all but the most probable tokens that together reach `top_p`; what is left is not rescaled."""
+    """Zeroes the probabilities of tokens outside the top-p set. The rest is not renormalised."""
     if top_p == 1:
         return probabilities
     ranked, order = probabilities.sort(descending=True)
-    # A token stays while those before it have not reached the sum, so the first always does.
+    # Keep a token while the sum of the more probable ones is below top_p; the first is always kept.
     dropped = order[ranked.cumsum(dim=-1) - ranked >= top_p]
     return probabilities.index_fill(-1, dropped, 0.0)
 
 
 def end_of_sequence_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[int]:
     """
-    Every id that ends a sequence: those of the loaded model, the tokenizer's own, and `<|eot|>`.
+    All end-of-sequence ids: those of the model's generation config, the tokenizer's, and `<|eot|>`.
 
-    A model that stops at `<|end_of_text|>` only runs past the end of its turn.
+    A chat model that stops only at `<|end_of_text|>` generates past the end of its turn.
     """
     ids = {*(model.generation_config.eos_token_id or []), tokenizer.eos_token_id, tokenizer.get_vocab().get("<|eot|>")}
     return sorted(token for token in ids if token is not None)

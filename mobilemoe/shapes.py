@@ -1,9 +1,9 @@
 """
-The built-in shapes: the paper's three sizes and the dense model that it compares them with; and the paper's numbers.
+The built-in shapes (the paper's three sizes and its dense baseline) and the paper's published measurements.
 
-As `.pte` programs all of them go through the same operators and the same runtime. The dense one is then a MobileMoE
-without routed experts, whose shared expert is its feed-forward: the matrices are those of MobileLLM-Pro, rotation and
-norm of its queries and keys are ours.
+As `.pte` programs, all shapes use the same operators and runtime. The dense baseline is exported as a MobileMoE
+without routed experts, whose shared expert is the feed-forward network. Its matrices have the sizes of MobileLLM-Pro;
+RoPE and the norm of queries and keys are those of MobileMoE.
 """
 
 from collections.abc import Iterator
@@ -20,7 +20,7 @@ from modeling_mobilemoe.configuration_mobilemoe import MobileMoEConfig
 def shapes() -> dict[str, PretrainedConfig]:
     medium: dict[str, Any] = {"hidden_size": 1024, "intermediate_size": 512, "intermediate_size_mlp": 2048}
     large: dict[str, Any] = {"hidden_size": 1280, "intermediate_size": 640, "intermediate_size_mlp": 2560}
-    # https://arxiv.org/abs/2511.06719. Its local attention is full attention here: the same up to 512 tokens.
+    # https://arxiv.org/abs/2511.06719. Its local attention is full attention here; the two are equal up to 512 tokens.
     dense: dict[str, Any] = {
         "hidden_size": 1280,
         "intermediate_size": 6144,
@@ -43,7 +43,7 @@ def shapes() -> dict[str, PretrainedConfig]:
 
 
 def program_config(config: PretrainedConfig) -> MobileMoEConfig:
-    """The shape as a MobileMoE; a dense one has its feed-forward as shared expert, and experts that are left out."""
+    """The config for export. A dense shape uses the shared expert as feed-forward; its routed experts are skipped."""
     if isinstance(config, MobileMoEConfig):
         return config
     return MobileMoEConfig(
@@ -62,12 +62,12 @@ def program_config(config: PretrainedConfig) -> MobileMoEConfig:
 
 @cache
 def published() -> dict:
-    """The parsed `published.yaml`, what the paper reports of speed and memory on phones; do not modify it."""
+    """The parsed `published.yaml`: speed and memory on phones, as the paper reports them. Do not modify it."""
     return yaml.safe_load(Path(__file__).with_name("published.yaml").read_text())
 
 
 def published_speeds() -> Iterator[tuple[str, str, int, dict[str, float]]]:
-    """Device, model, tokens, and what the paper measured there."""
+    """Yields device, model, tokens, and the speeds that the paper measured."""
     for device, tables in published()["devices"].items():
         rows: dict[tuple[str, int], dict[str, float]] = {}
         for key, factor, name in (

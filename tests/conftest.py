@@ -1,11 +1,11 @@
-"""Session fixtures: one tiny model with a fixed seed, its checkpoint directory, and the same in INT4."""
+"""Session fixtures: a tiny model with a fixed seed, its checkpoint, and INT4 and exported versions of it."""
 
 import os
 
 
-# Both are read when a library is imported, hence first. No test may reach the network.
+# Libraries read both when they are imported, so set them first. No test may reach the network.
 os.environ["HF_HUB_OFFLINE"] = "1"
-# Threads that spin while they wait make a tiny model ten times slower on a machine whose cores are shared.
+# Spinning threads make a tiny model ten times slower on a machine with shared cores.
 os.environ["OMP_WAIT_POLICY"] = "PASSIVE"
 
 import argparse
@@ -53,7 +53,7 @@ RELEASED_BLOCK = {
 
 @pytest.fixture(scope="session")
 def tiny_config() -> MobileMoEConfig:
-    """Do not modify it: models get a copy."""
+    """Do not modify it; pass a copy to models."""
     return MobileMoEConfig(
         vocab_size=512,
         hidden_size=64,
@@ -68,9 +68,9 @@ def tiny_config() -> MobileMoEConfig:
         max_position_embeddings=256,
         bos_token_id=0,
         eos_token_id=1,
-        # At the default 0.02 attention is close to uniform and routing to a tie, and a wrong rule would go unseen.
+        # At the default 0.02, attention is nearly uniform and routing nearly tied, which would hide wrong rules.
         initializer_range=0.2,
-        # At 8192 the stretched frequencies turn too little within a test's few tokens to tell them from none.
+        # At 8192, the scaled frequencies would have no visible effect within the few tokens of a test.
         rope_scaling={
             "rope_type": "llama3",
             "factor": 16,
@@ -82,7 +82,7 @@ def tiny_config() -> MobileMoEConfig:
 
 
 def build_tiny_model(config: MobileMoEConfig) -> MobileMoEForCausalLM:
-    """Norm weights and expert biases are random too: at one and zero they could be left out unnoticed."""
+    """Norm weights and expert biases are random too: at one and zero, leaving them out would not be detected."""
     torch.manual_seed(0)
     model = MobileMoEForCausalLM(copy.deepcopy(config)).eval()
     with torch.no_grad():
@@ -96,7 +96,7 @@ def build_tiny_model(config: MobileMoEConfig) -> MobileMoEForCausalLM:
 
 @pytest.fixture
 def tiny_model(tiny_config: MobileMoEConfig) -> MobileMoEForCausalLM:
-    """A fresh FP32 model in eval mode."""
+    """A new FP32 model in eval mode."""
     return build_tiny_model(tiny_config)
 
 
@@ -122,7 +122,7 @@ def int4_checkpoint(tiny_config: MobileMoEConfig, tmp_path_factory: pytest.TempP
 
 @pytest.fixture(scope="session")
 def tokenizer():
-    """512 tokens of the released shape: BOS is 496, the ends are 497 and 504."""
+    """512 tokens with the structure of the released tokenizer. BOS is 496, the end tokens are 497 and 504."""
     return train_tokenizer((inspect.getsource(module) for module in (argparse, inspect)), 512)
 
 
@@ -135,7 +135,7 @@ def chat_tokenizer(tokenizer):
 
 @pytest.fixture(scope="session")
 def base_checkpoint(tiny_config: MobileMoEConfig, tokenizer, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A full-precision checkpoint with a tokenizer and, as base models, no chat template."""
+    """A full-precision checkpoint with a tokenizer and, like base models, no chat template."""
     path = tmp_path_factory.mktemp("checkpoints") / "base"
     config = copy.deepcopy(tiny_config)
     config.bos_token_id, config.eos_token_id = 496, [497, 504]
@@ -145,7 +145,7 @@ def base_checkpoint(tiny_config: MobileMoEConfig, tokenizer, tmp_path_factory: p
 
 
 def train_on_source(model: MobileMoEForCausalLM, tokenizer, steps: int) -> MobileMoEForCausalLM:
-    """A few steps on the source of argparse, 8 windows of 64 tokens each."""
+    """Trains a few steps on the source of argparse, with batches of 8 windows of 64 tokens."""
     tokens = torch.tensor(tokenizer(inspect.getsource(argparse)).input_ids)
     generator = torch.Generator().manual_seed(2)
     optimizer = torch.optim.AdamW(model.train().parameters(), lr=3e-3)
@@ -160,7 +160,7 @@ def train_on_source(model: MobileMoEForCausalLM, tokenizer, steps: int) -> Mobil
 
 @pytest.fixture(scope="session")
 def trained_model(tiny_config: MobileMoEConfig, tokenizer) -> MobileMoEForCausalLM:
-    """Do not modify it: take a copy."""
+    """Do not modify it; use a copy."""
     config = copy.deepcopy(tiny_config)
     config.bos_token_id, config.eos_token_id = 496, [497, 504]
     return train_on_source(build_tiny_model(config), tokenizer, steps=100)
@@ -183,7 +183,7 @@ def text_checkpoint(trained_model, tokenizer, tmp_path_factory: pytest.TempPathF
 
 @pytest.fixture(scope="session")
 def qat_checkpoint(trained_model, tokenizer, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Trained for groups of experts along their input, packed so."""
+    """A packed INT4 checkpoint trained with QAT, with groups of expert weights along the input."""
     model = prepare(copy.deepcopy(trained_model), Int4Format("input"))
     path = tmp_path_factory.mktemp("checkpoints") / "qat"
     return save_with_tokenizer(convert(train_on_source(model, tokenizer, steps=30)), tokenizer, path)
@@ -191,7 +191,7 @@ def qat_checkpoint(trained_model, tokenizer, tmp_path_factory: pytest.TempPathFa
 
 @pytest.fixture(scope="session")
 def float_text_checkpoint(text_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The same in full precision."""
+    """`text_checkpoint` in full precision."""
     path = tmp_path_factory.mktemp("checkpoints") / "float"
     dequantize(AutoModelForCausalLM.from_pretrained(text_checkpoint, dtype=torch.float32)).save_pretrained(path)
     AutoTokenizer.from_pretrained(text_checkpoint).save_pretrained(path)
@@ -200,7 +200,7 @@ def float_text_checkpoint(text_checkpoint: Path, tmp_path_factory: pytest.TempPa
 
 @pytest.fixture(scope="session")
 def pte_directory(text_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Packed, with experts crossing to groups along the input in INT8; context 64."""
+    """A program with the stock operator: experts requantised to INT8 groups along the input; context 64."""
     output = tmp_path_factory.mktemp("export") / "pte"
     options = ["--max-seq-len", "64", "--moe-op", "llama"]
     main(["export", "--model", str(text_checkpoint), "--output", str(output), *options])
@@ -209,7 +209,7 @@ def pte_directory(text_checkpoint: Path, tmp_path_factory: pytest.TempPathFactor
 
 @pytest.fixture(scope="session")
 def kernel_pte(text_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A program that is made of our operators; context 64."""
+    """A program with our operators; context 64."""
     if shutil.which("c++") is None:
         pytest.skip("needs a C++ compiler")
     output = tmp_path_factory.mktemp("kernel") / "pte"
@@ -220,7 +220,7 @@ def kernel_pte(text_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) 
 
 @pytest.fixture(scope="session")
 def arm_runner(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
-    """The command that runs it; the libraries are those of executorch's own wheel for Arm."""
+    """The command that runs our runner, built for Arm with the libraries of executorch's Arm wheel, in QEMU."""
     compiler, emulator = "aarch64-linux-gnu-g++", shutil.which("qemu-aarch64") or shutil.which("qemu-aarch64-static")
     if shutil.which(compiler) is None or emulator is None:
         pytest.skip("needs g++-aarch64-linux-gnu and qemu-user")
@@ -243,7 +243,7 @@ def arm_runner(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
 
 @pytest.fixture(scope="module")
 def workspace(tokenizer, tmp_path_factory):
-    """A directory like the repository's root after the demo has made its data, only smaller. Of each test module."""
+    """A small copy of the repository root with the demo's data, one per test module."""
     root = tmp_path_factory.mktemp("workspace")
     data = root / "out/demo/data"
     data.mkdir(parents=True)
@@ -272,15 +272,15 @@ def workspace(tokenizer, tmp_path_factory):
 
 @pytest.fixture
 def wide_model():
-    """Makes random packed models in FP32 that are as wide as S, with fewer layers and tokens."""
+    """Creates random packed FP32 models with the width of S, fewer layers and a small vocabulary."""
 
     def make(num_layers: int) -> torch.nn.Module:
         model = random_packed_model(MobileMoEConfig(num_hidden_layers=num_layers, vocab_size=1024))
         generator = torch.Generator().manual_seed(1)
         for layer in model.model.layers:
-            # Not zero, or it could be missing unseen.
+            # Not zero, or leaving it out would not be detected.
             layer.feed_forward.expert_bias.uniform_(-0.3, 0.3, generator=generator)
-        # Packed models refuse `float`; what is packed keeps its type anyway.
+        # Packed models reject `.float()`; packed tensors keep their dtype anyway.
         return torch.nn.Module.float(model)
 
     return make

@@ -201,7 +201,7 @@ def test_worker_measures_the_prompt_and_every_token(text_checkpoint: Path):
             r"prompt_lengths=\[0\] must name lengths of 1 or more",
         ),
         (["--model", "S", "S"], "names one twice"),
-        (["--model", "S", "--prompt-file", "README.md"], "no tokenizer, so it reads no prompt file"),
+        (["--model", "S", "--prompt-file", "README.md"], "no tokenizer, so it cannot use a prompt file"),
         (["--model", "no/such"], "no/such"),
     ],
 )

@@ -224,11 +224,11 @@ LOADED = '{"event":"loaded","load_s":0.1,"context":64,"threads":2,"isa":"neon","
     ("script", "message"),
     [
         (f"echo '{LOADED}'; exit 139", "runner` failed on .* with status 139"),
-        (f"echo '{LOADED}'; echo '{{\"event\":\"meas'", "output was cut off or garbled"),
+        (f"echo '{LOADED}'; echo '{{\"event\":\"meas'", "output is truncated or garbled"),
         (f"echo '{LOADED}'", "stopped before the end of"),
         (
             """echo '{"event":"error","message":"no such operator"}'; exit 1""",
-            "The runner says of .*: no such operator",
+            "The runner failed on .*: no such operator",
         ),
         ("echo Segmentation fault >&2; exit 1", "Segmentation fault"),
     ],
@@ -312,12 +312,12 @@ def test_waiting_for_a_hot_phone_ends(phone: Device):
 
 
 def test_no_device_unauthorised_and_several(adb_server, tmp_path: Path, monkeypatch):
-    with pytest.raises(ValueError, match="No device is connected. Switch USB debugging on"):
+    with pytest.raises(ValueError, match="No device is connected. Enable USB debugging in"):
         bench_phone.find_device()
     first, second = (Device(tmp_path / name) for name in ("first", "second"))
     first.state = "unauthorized"
     connect(first, "unauthorized")
-    with pytest.raises(ValueError, match="is unauthorized. The phone has not allowed this computer. Unlock it"):
+    with pytest.raises(ValueError, match="is unauthorized. The phone has not authorised this computer. Unlock it"):
         bench_phone.find_device()
     connect(second)
     with pytest.raises(ValueError, match="2 devices are connected: .*Name one with --serial"):
@@ -334,7 +334,7 @@ def test_no_device_unauthorised_and_several(adb_server, tmp_path: Path, monkeypa
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--model", "x"], "runner_binary=None is no file, and runner='own' needs one"),
+        (["--model", "x"], "runner_binary=None is not a file, and runner='own' needs one"),
         (["--model", "x", "--runner", "minibench", "--runner-binary", "y"], "it takes neither runner_binary nor"),
         (["--model", "x", "--runner-binary", __file__, "--new-tokens", "0"], "new_tokens=0 leaves nothing to measure"),
         (["--model", "x", "--runner-binary", __file__, "--profile"], "--profile and --runtime are of this machine"),
@@ -347,7 +347,7 @@ def test_bad_requests_need_no_device(arguments: list[str], message: str):
 
 def test_requests_that_a_program_cannot_meet(phone: Device, kernel_pte: Path, text_checkpoint: Path):
     runner = ("--runner-binary", __file__)
-    with pytest.raises(SystemExit, match="holds no program: a phone runs a .pte. Make one: mobilemoe export"):
+    with pytest.raises(SystemExit, match="holds no program: a phone runs a .pte. Export one: mobilemoe export"):
         bench("--model", text_checkpoint, *runner)
     with pytest.raises(SystemExit, match="has a context of 64 tokens and 68 are needed. Give shorter prompt lengths"):
         bench("--model", kernel_pte, *runner, "--prompt-lengths", 64)

@@ -248,7 +248,7 @@ def test_results_of_another_model_are_refused(results, text_checkpoint, float_te
         (None, "There is no result"),
         ("{", "is not JSON"),
         ("[1]", "its content is [1], expected an object"),
-        ('{"benchmark": "law", "trials": 3}', "is no result. Name report.json of `mobilemoe eval`"),
+        ('{"benchmark": "law", "trials": 3}', "is not a result. Name report.json of `mobilemoe eval`"),
         ('{"benchmark": "host", "models": {}}', "does not hold a benchmark of models: the key prompt is missing"),
     ],
 )
@@ -265,7 +265,10 @@ def test_unknown_results_are_refused(content, message, tmp_path):
         ([], "needs the licence of your model, which only you can choose. Set --license"),
         (["--license", "apache2.0"], "Did you mean apache-2.0?"),
         (["--license", "other"], "that needs both of them"),
-        (["--license", "mit", "--license-name", "mine"], "belong to --license other"),
+        (
+            ["--license", "mit", "--license-name", "mine"],
+            "--license other needs both --license-name and --license-link",
+        ),
         (["--license", "mit", "--base-model", "you/one", "facebook/MobileMoE-S-SFT"], f"Set --license {META_LICENSE}"),
     ],
 )
@@ -305,7 +308,7 @@ def test_other_requests_that_cannot_be(text_checkpoint, tmp_path):
         output, "--model", text_checkpoint, "--license", "mit", "--recipe", ROOT / "recipes/accelerate/ddp.yaml"
     )
     own = ["--model", text_checkpoint, "--license", "mit"]
-    assert "is no id on the Hub" in failure(output, *own, "--base-model", "out/demo/3-sft")
+    assert "is not a Hub id" in failure(output, *own, "--base-model", "out/demo/3-sft")
     assert "holds no config.json with weights" in failure(output, "--model", ROOT / "recipes/tiny", "--license", "mit")
     assert f"Name the file, {tmp_path / 'README.md'}" in failure(tmp_path, "--model", "S")
     assert list(tmp_path.iterdir()) == []

@@ -408,7 +408,9 @@ def test_errors_name_what_to_do_before_anything_is_written(
     assert "no suite 'advance'. Choose one of: foundation, advanced" in message("--suite", "advance")
     assert "no task hellaswog. Choose from: bbh, gsm8k" in message("--tasks", "hellaswog")
     assert "limit=0 leaves nothing to run" in message("--limit", 0)
-    assert "nowhere is not a directory, and the Hub does not give it" in message("--tasks", "piqa", model="nowhere")
+    assert "nowhere is not a directory and cannot be downloaded from the Hub" in message(
+        "--tasks", "piqa", model="nowhere"
+    )
     assert "has neither model.pte nor config.json" in message("--tasks", "piqa", model=tmp_path)
     assert "no model 'XS'. Choose one of: S-Base" in message("--paper", "XS")
     code = message("--suite", "advanced", "--tasks", "humaneval", data=advanced_data)

@@ -241,7 +241,7 @@ def test_all_logits_in_one_call(evaluation_directory):
     assert together.shape == (37, 512)
     stepped = torch.stack([program.forward([token], position) for position, token in enumerate(tokens)])
     assert torch.cosine_similarity(together, stepped).median() > 0.999
-    with pytest.raises(ValueError, match="leave the context of 48 tokens"):
+    with pytest.raises(ValueError, match="exceed the context of 48 tokens"):
         program.all_logits([3] * 49)
 
 
@@ -255,7 +255,7 @@ def test_prefill_in_one_call_in_chunks_and_token_by_token(fixture, request):
         for start in range(0, len(tokens), chunk):
             logits = program.forward(tokens[start : start + chunk], start)
         torch.testing.assert_close(logits, whole, rtol=1e-3, atol=1e-3 * whole.abs().max().item())
-    with pytest.raises(ValueError, match=f"leave the context of {program.max_seq_len} tokens"):
+    with pytest.raises(ValueError, match=f"exceed the context of {program.max_seq_len} tokens"):
         program.forward([3], program.max_seq_len)
 
 
@@ -367,7 +367,7 @@ def test_shortest_context(text_checkpoint, tmp_path):
     assert torch.cosine_similarity(logits, stepped, 0) > 0.9999
     # The token after the last position can still be read.
     assert len(list(program.generate(tokens, 5))) <= 1
-    with pytest.raises(ValueError, match="leave the context of 8 tokens"):
+    with pytest.raises(ValueError, match="exceed the context of 8 tokens"):
         program.forward([3], 8)
 
 
@@ -401,7 +401,7 @@ def test_size_is_what_was_said_before(
         ({"weights": "bf16", "moe_op": "llama"}, "no packed experts"),
         ({"output_dir": "existing"}, "exists and would be overwritten"),
         ({"output_dir": "existing/file/out"}, "file is no directory one can write to"),
-        ({"model": "missing"}, "is not a directory, and the Hub does not give it"),
+        ({"model": "missing"}, "is not a directory and cannot be downloaded from the Hub"),
     ],
 )
 def test_requests_that_cannot_be_met_write_nothing(options, message, text_checkpoint, tmp_path):

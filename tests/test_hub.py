@@ -335,7 +335,7 @@ def test_gated_weights_say_to_accept_the_licence_and_to_log_in(hub, uploaded, tm
             assert "OSError: You are trying to access a gated repo" in error
             assert f"https://huggingface.co/meta/gated.\n{status} Client Error" in error
         message = (
-            "meta/gated is gated: its files are given only to accounts that have accepted its licence. Accept the "
+            "meta/gated is gated: only accounts that have accepted its licence can download it. Accept the "
             "licence at https://huggingface.co/meta/gated, then log in with `hf auth login`."
         )
         assert result[f"runtime {token}"] == f"OSError: {message}"

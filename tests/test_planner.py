@@ -131,12 +131,12 @@ def test_extrapolation_is_said():
     ("changes", "message"),
     [
         ({"memory": 1e6}, r"memory=0.001 GB holds no model: the smallest one .* needs 0.0\d+ GB.*Give more memory"),
-        ({"inference_flops": 1e6}, "inference_flops=1e.06 per token is less than the smallest model takes"),
+        ({"inference_flops": 1e6}, "inference_flops=1e.06 per token is less than the smallest model needs"),
         (
             {"device": Device(20e9, name="tablet"), "tokens_per_second": 1e5},
             r"tokens_per_second=1e\+05 is above what tablet can read: at 20 GB/s .* decodes \S+ tokens per second",
         ),
-        ({"tokens_per_second": 10}, "tokens_per_second=10 means nothing without a device"),
+        ({"tokens_per_second": 10}, "tokens_per_second=10 needs a device"),
         ({"memory": -1}, "memory=-1 cannot be met by any model. Set a positive number"),
         ({"tokens": -5e9}, "tokens=-5000000000.0 cannot be met"),
         ({"tokens": None, "flops": -1.0}, "flops=-1.0 cannot be met"),

@@ -35,7 +35,7 @@ def synthetic_table(monkeypatch):
 # Values of the formula with Table A.2, worked out by hand from the same secondary source.
 def test_effective_experts_of_the_paper():
     assert effective_experts(EXPANSIONS) == pytest.approx([1.000, 1.911, 3.581, 6.421, 10.681, 16.008], abs=5e-4)
-    with pytest.raises(ValueError, match="expansion=0.5 is less than a dense model has"):
+    with pytest.raises(ValueError, match="expansion=0.5 is below that of a dense model"):
         effective_experts(0.5)
 
 
@@ -178,7 +178,7 @@ def test_tables(tmp_path, synthetic_table):
     with pytest.raises(ValueError, match="has rows without 'active_parameters'. A table of runs needs"):
         read_table(tmp_path / "table.csv")
     (tmp_path / "table.csv").write_text("active_parameters,tokens,expansion,loss\n1,2,x,4\n")
-    with pytest.raises(ValueError, match="holds a value that is no number: .*'x'"):
+    with pytest.raises(ValueError, match="holds a value that is not a number: .*'x'"):
         read_table(tmp_path / "table.csv")
 
 

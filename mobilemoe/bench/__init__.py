@@ -1,1 +1,1 @@
-"""Speed and memory of models, on this machine and on a phone."""
+"""Benchmarks speed and memory of models, on this machine and on a phone."""

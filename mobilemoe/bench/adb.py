@@ -1,7 +1,7 @@
 """
-An Android device through the `adb` client: find it, run on it, copy what changed, read what it is and how hot.
+Controls an Android device through `adb`: runs commands, copies changed files, reads hardware and temperatures.
 
-Commands are lists of words. The device's shell gets them quoted, this machine's shell never sees them.
+Commands are lists of words, quoted for the device's shell. No shell runs on this machine.
 """
 
 import re
@@ -20,7 +20,7 @@ from ..results import PhoneCondition, PhoneFingerprint
 
 
 class DeviceLost(OSError):
-    """The connection to the device ended in the middle of something."""
+    """The connection to the device was lost during an operation."""
 
 
 class DeviceError(OSError):
@@ -29,14 +29,14 @@ class DeviceError(OSError):
 
 def find_device(serial: str | None = None) -> "Device":
     """
-    The device that is connected, or the one of several that `serial` names.
+    The connected device, or the one that `serial` names.
 
     Raises:
-        ValueError: without `adb`, without a device, with several, or with one that cannot be used yet.
+        ValueError: when `adb` is missing, or no device, several devices or one that is not ready is connected.
     """
     if shutil.which("adb") is None:
         raise ValueError(
-            "adb is not on the PATH, and a phone is reached through nothing else. Install Android's platform tools "
+            "adb is not on the PATH, and it is the only way to reach a phone. Install Android's platform tools "
             "(Debian: apt install adb)."
         )
     listed = subprocess.run(["adb", "devices"], capture_output=True, text=True)
@@ -47,8 +47,8 @@ def find_device(serial: str | None = None) -> "Device":
     if serial is None:
         if not devices:
             raise ValueError(
-                "No device is connected. Switch USB debugging on in the phone's developer options, connect it, and "
-                "look at `adb devices`; over the network, `adb connect ADDRESS` first."
+                "No device is connected. Enable USB debugging in the phone's developer options, connect it, and check "
+                "`adb devices`. Over the network, run `adb connect ADDRESS` first."
             )
         if len(devices) > 1:
             raise ValueError(f"{len(devices)} devices are connected: {', '.join(devices)}. Name one with --serial.")
@@ -58,8 +58,8 @@ def find_device(serial: str | None = None) -> "Device":
             f"serial={serial} is not connected; connected are: {', '.join(devices) or 'none'}. Name one of these."
         )
     remedies = {
-        "unauthorized": "The phone has not allowed this computer. Unlock it and accept the question on its screen",
-        "offline": "The phone does not answer. Reconnect it, or run `adb reconnect`",
+        "unauthorized": "The phone has not authorised this computer. Unlock it and accept the prompt on its screen",
+        "offline": "The phone does not respond. Reconnect it, or run `adb reconnect`",
         "no permissions": "This user may not open the USB device. Add the udev rules of Android's documentation",
     }
     state = devices[serial]
@@ -71,8 +71,10 @@ def find_device(serial: str | None = None) -> "Device":
 
 class Device:
     """
+    A connected Android device.
+
     Args:
-        serial (`str`): as in `adb devices`.
+        serial (`str`): its serial number, as listed by `adb devices`.
     """
 
     def __init__(self, serial: str):
@@ -89,7 +91,7 @@ class Device:
             )
         except subprocess.TimeoutExpired as error:
             raise DeviceLost(
-                f"{self.serial} did not answer for {timeout:.0f} s. Look at its cable and screen."
+                f"{self.serial} did not answer for {timeout:.0f} s. Check its cable and screen."
             ) from error
 
     def is_connected(self) -> bool:
@@ -107,10 +109,10 @@ class Device:
 
     def shell(self, *words: str, check: bool = True, timeout: float | None = 120) -> str:
         """
-        Output of a command on the device.
+        Runs a command on the device and returns its output.
 
         Raises:
-            DeviceLost: when the device does not answer or is gone.
+            DeviceLost: when the device does not answer or is disconnected.
             DeviceError: when the command fails and `check` is set.
         """
         result = self._adb("shell", shlex.join(words), timeout=timeout)
@@ -120,13 +122,13 @@ class Device:
 
     def lines(self, *words: str, directory: str) -> Iterator[str]:
         """
-        Runs a long command in a directory of the device and yields the lines of its output as they come.
+        Runs a long command in a directory of the device and streams the lines of its output.
 
         Raises:
-            DeviceLost, DeviceError: as [`shell`], when it ends in failure.
+            DeviceLost, DeviceError: as [`shell`], when the command fails.
         """
         command = f"cd {shlex.quote(directory)} && {shlex.join(words)}"
-        # What a program logs goes to a file: a second pipe could fill while the first one is read.
+        # stderr goes to a file: as a second pipe it could fill up and block while stdout is read.
         with tempfile.TemporaryFile("w+", errors="replace") as log:
             process = subprocess.Popen(
                 ["adb", "-s", self.serial, "shell", command],
@@ -153,12 +155,12 @@ class Device:
 
     def free_bytes(self, directory: str) -> int:
         rows = self.shell("df", "-k", directory).splitlines()
-        # The device name may stand on a line of its own.
+        # `df` may print the device name on a separate line.
         fields = " ".join(rows[1:]).split()
         return 1024 * int(fields[3])
 
     def checksums(self, directory: str) -> dict[str, str]:
-        """SHA-256 of the files below a directory, by their path in it."""
+        """SHA-256 of all files below a directory, by relative path."""
         listing = self.shell(
             "find", directory, "-type", "f", "-exec", "sha256sum", "{}", "+", check=False, timeout=600
         )
@@ -167,18 +169,18 @@ class Device:
 
     def push(self, files: dict[str, Path], directory: str) -> list[str]:
         """
-        Copies those files that the device does not have already, each under a temporary name until it is whole.
+        Copies the files that the device does not have yet. A file has a temporary name until its copy is complete.
 
         Args:
-            files (`dict[str, Path]`): by their path in the directory.
-            directory (`str`): on the device; made where it is missing.
+            files (`dict[str, Path]`): local files by their path in `directory`.
+            directory (`str`): directory on the device, created if missing.
 
         Returns:
-            `list[str]`: what was copied.
+            `list[str]`: names of the copied files.
 
         Raises:
-            ValueError: when the device has too little room, before anything is copied.
-            DeviceLost, DeviceError: when the copy fails; whole files stay, and the next call resumes after them.
+            ValueError: when the device has too little free space; nothing is copied then.
+            DeviceLost, DeviceError: when a copy fails. Completed files stay, and the next call resumes after them.
         """
         self.shell("mkdir", "-p", *sorted({str(Path(directory, name).parent) for name in files}))
         present = self.checksums(directory)
@@ -186,7 +188,7 @@ class Device:
         size, free = sum(path.stat().st_size for path in missing.values()), self.free_bytes(directory)
         if size > free:
             raise ValueError(
-                f"The device has {free / 1e6:,.0f} MB free in {directory} and {size / 1e6:,.0f} MB are to be copied. "
+                f"The device has {free / 1e6:,.0f} MB free in {directory} and {size / 1e6:,.0f} MB are needed. "
                 "Free space on it, or measure fewer models at once."
             )
         for name, path in tqdm(missing.items(), desc="push", leave=False, disable=len(missing) < 2):
@@ -204,7 +206,7 @@ class Device:
         return dict(re.findall(r"^\[(.+?)\]: \[(.*)\]", self.shell("getprop"), re.MULTILINE))
 
     def fingerprint(self) -> PhoneFingerprint:
-        """What the device is: model, SoC, clocks of its cores, memory, system, battery, heat."""
+        """Model, SoC, maximum clocks, memory, Android version, and the current condition of the device."""
         properties = self.properties()
         clocks = self.shell("sh", "-c", "cat /sys/devices/system/cpu/cpu*/cpufreq/cpuinfo_max_freq", check=False)
         memory = re.search(r"MemTotal:\s+(\d+)", self.shell("cat", "/proc/meminfo"))
@@ -221,7 +223,7 @@ class Device:
         )
 
     def condition(self) -> PhoneCondition:
-        """Battery, heat and clocks now."""
+        """Current battery level, temperatures and clocks."""
         battery = parse_battery(self.shell("dumpsys", "battery", check=False))
         thermal = re.search(r"Thermal Status: (\d+)", self.shell("dumpsys", "thermalservice", check=False))
         clocks = self.shell("sh", "-c", "cat /sys/devices/system/cpu/cpu*/cpufreq/scaling_cur_freq", check=False)
@@ -233,7 +235,7 @@ class Device:
 
 
 def parse_battery(text: str) -> dict:
-    """Of `dumpsys battery`, whose temperature is in tenths of a degree; `None` for what it does not say."""
+    """Parses `dumpsys battery`, which prints tenths of a degree. Missing values are `None`."""
     level = re.search(r"^\s*level: (\d+)", text, re.MULTILINE)
     temperature = re.search(r"^\s*temperature: (-?\d+)", text, re.MULTILINE)
     return {

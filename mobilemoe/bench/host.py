@@ -1,8 +1,9 @@
 """
-Speed and memory of models on this machine, interleaved: `mobilemoe bench --device host`.
+Benchmarks speed and memory of models on this machine: `mobilemoe bench --device host`.
 
-Every model runs in a process of its own (worker.py). A round takes every model through every prompt length, so that a
-machine that slows down slows all of them. Peak read bandwidth of the memory is measured in the same rounds.
+Every model runs in a separate process (worker.py). The models are interleaved: each round runs every model at every
+prompt length, so that a slow phase of the machine affects all models. Each round also measures the read bandwidth of
+the memory.
 """
 
 import json
@@ -27,14 +28,15 @@ from ..shapes import shapes
 
 class Worker:
     """
-    A model's process, see worker.py.
+    The process of a model, see worker.py.
 
     Args:
-        command (`list[str]`): that starts it.
+        command (`list[str]`): the command that starts it.
+        num_threads (`int`): OpenMP threads of the process.
 
     Raises:
-        ValueError: with what the process says is wrong.
-        ChildProcessError: when it ends without a word.
+        ValueError: when the process reports an error.
+        ChildProcessError: when the process ends without an answer.
     """
 
     def __init__(self, command: Sequence[str | Path], num_threads: int):
@@ -78,12 +80,12 @@ def worker_command(model: str | Path, num_threads: int) -> list[str]:
 
 
 def model_files(model: str | Path) -> list[Path]:
-    """The files that hold weights; none of a built-in shape."""
+    """The weight files of a model; empty for a built-in shape."""
     return [path for path in sorted(Path(model).glob("*")) if path.suffix in (".safetensors", ".pte", ".ptd")]
 
 
 def evict(files: list[Path]) -> bool:
-    """Drops files from the page cache, where the system has a way to."""
+    """Drops files from the page cache where the system supports it; returns whether any were dropped."""
     if not hasattr(os, "posix_fadvise"):
         return False
     for path in files:
@@ -95,7 +97,7 @@ def evict(files: list[Path]) -> bool:
 
 @dataclass
 class Times:
-    """Of one model and prompt length, a value per round: seconds to the first token, and decoded tokens per second."""
+    """Seconds to the first token and decoded tokens per second of a model at a prompt length, one value per round."""
 
     first_token: list[float] = field(default_factory=list)
     decode: list[float] = field(default_factory=list)
@@ -104,14 +106,14 @@ class Times:
 @dataclass(frozen=True)
 class Rounds:
     """
-    What every model is asked for.
+    What is measured of every model.
 
     Args:
-        prompt_lengths (`Sequence[int]`): in tokens; the lengths of the contexts that are decoded after, too.
-        new_tokens (`int`): to decode after each prompt, 1 or more.
-        repeats (`int`): rounds, after one that warms up.
-        num_threads (`int`): of each model.
-        text (`str`, *optional*): to take tokens from; random tokens when absent.
+        prompt_lengths (`Sequence[int]`): prompt lengths in tokens; decoding starts at these context lengths.
+        new_tokens (`int`): tokens to decode after each prompt, at least 1.
+        repeats (`int`): measured rounds; one warm-up round runs first.
+        num_threads (`int`): threads of each model.
+        text (`str`, *optional*): text for the prompts; random tokens by default.
     """
 
     prompt_lengths: Sequence[int]
@@ -137,11 +139,11 @@ def start_model(
     name: str, command: list[str], files: list[Path], rounds: Rounds
 ) -> tuple[Worker, dict[str, StartSeconds]]:
     """
-    A running process of a model, and how long it took to start: "cold", where its files can be dropped from memory,
-    and "warm".
+    Starts the process of a model and times the start: "warm" and, where files can be dropped from the page cache,
+    "cold".
 
     Raises:
-        ValueError: for a model that cannot be loaded or lacks the context.
+        ValueError: when the model cannot be loaded or its context is too short.
     """
     starts = {}
     for state in ("cold", "warm"):
@@ -167,8 +169,8 @@ def start_model(
 def run_rounds(
     workers: dict[str, Worker], models: dict[str, BenchmarkedModel], rounds: Rounds
 ) -> tuple[dict[tuple[str, int], Times], list[float]]:
-    """Times by model and prompt length, and the bytes per second that memory delivered in every round."""
-    # Larger than any cache; as FP64, few and wide additions for every byte.
+    """Runs all rounds; returns times by model and prompt length, and the read bandwidth in bytes/s of each round."""
+    # Larger than any cache. FP64 needs the fewest additions per byte.
     memory = torch.zeros(2**25, dtype=torch.float64)
     times = {(name, length): Times() for name in workers for length in rounds.prompt_lengths}
     rates = []
@@ -214,16 +216,16 @@ def run_benchmark(
     Measures models, interleaved.
 
     Args:
-        commands (`dict[str, list[str]]`): the command of each model's process by the model's name.
-        files (`dict[str, list[Path]]`): the weights of each; a model without files has no cold start.
+        commands (`dict[str, list[str]]`): by model name, the command that starts the model's process.
+        files (`dict[str, list[Path]]`): by model name, the weight files; a model without files has no cold start.
         prompt_lengths, new_tokens, repeats, num_threads: as in [`Rounds`].
-        prompt_file (`str` or `Path`, *optional*): text to take tokens from; random tokens when absent.
-        profile (`bool`, defaults to `False`): afterwards, time programs by operator.
-        command (`str`, *optional*): the command line that asked for this.
+        prompt_file (`str` or `Path`, *optional*): text for the prompts; random tokens by default.
+        profile (`bool`, defaults to `False`): also time `.pte` programs by operator, after the rounds.
+        command (`str`, *optional*): the command line, recorded in the result.
 
     Raises:
-        ValueError: for numbers that cannot be measured, or a model that cannot be loaded or lacks the context.
-        OSError: for a file that cannot be read, or a process that ends.
+        ValueError: for a number below 1, or a model that cannot be loaded or whose context is too short.
+        OSError: when a file cannot be read or a process ends.
     """
     text = None if prompt_file is None else Path(prompt_file).read_text()
     rounds = Rounds(prompt_lengths, new_tokens, repeats, num_threads, text)
@@ -276,8 +278,9 @@ def bench(
     command: str | None = None,
 ) -> Benchmark:
     """
-    As [`run_benchmark`], of checkpoints, directories with `model.pte`, and the shapes S, M, L and MobileLLM-Pro, which
-    are exported first, or packed models in PyTorch with `runtime="pytorch"`.
+    Runs [`run_benchmark`] on checkpoints, directories with `model.pte`, and the shapes S, M, L and MobileLLM-Pro.
+
+    Shapes get random weights. They are exported first, or run as packed models in PyTorch with `runtime="pytorch"`.
     """
     from ..export.random_program import random_packed_model, write_random_program
 
@@ -285,10 +288,10 @@ def bench(
         raise ValueError(f"models={list(models)} names one twice. Raise the repeats instead.")
     if prompt_file is not None and any(map(is_shape, models)):
         raise ValueError(
-            "A built-in shape has random weights and no tokenizer, so it reads no prompt file. Leave the file out for "
-            "random tokens, or name a checkpoint."
+            "A built-in shape has random weights and no tokenizer, so it cannot use a prompt file. Leave the file out "
+            "for random tokens, or name a checkpoint."
         )
-    # Before an export, which takes minutes.
+    # Checked before exporting, which takes minutes.
     context = Rounds(prompt_lengths, new_tokens, repeats, num_threads).context
     with tempfile.TemporaryDirectory() as directory:
         paths = {}
@@ -307,7 +310,7 @@ def bench(
                 write_random_program(config, path, context)
                 paths[name] = path
             elif config.model_type == "mobilemoe":
-                # As a checkpoint, so that loading it can be measured. The dense shape is not in a format that we load.
+                # Saved, so that loading is measured. There is no checkpoint format for the packed dense shape.
                 random_packed_model(config).save_pretrained(path)
                 paths[name] = path
         return run_benchmark(

@@ -1,8 +1,9 @@
 """
-Speed and memory of programs on an Android phone: `mobilemoe bench --device adb`.
+Benchmarks speed and memory of programs on an Android phone: `mobilemoe bench --device adb`.
 
-The result has the form of the host's (host.py), so that tables, pictures, cards and the planner read it; `phone` says
-which device it was and in what condition, before, while and after it ran. What runs there is in runners.py.
+The result has the same format as on the host (host.py), so tables, figures, cards and the planner can read it. Its
+field `phone` describes the device and its condition before, during and after the measurement. runners.py has the
+programs that run on the phone.
 """
 
 import tempfile
@@ -28,23 +29,23 @@ def bench_phone(models: Sequence[str], options: PhoneOptions, command: str | Non
     Measures `.pte` directories, interleaved, on the connected device.
 
     Args:
-        models (`Sequence[str]`): directories that `mobilemoe export` wrote, or S, M, L, MobileLLM-Pro: those shapes
-            with random weights, which are exported first.
+        models (`Sequence[str]`): directories that `mobilemoe export` wrote, or the shapes S, M, L and MobileLLM-Pro,
+            which are exported first with random weights.
         options (`PhoneOptions`): what to run.
-        command (`str`, *optional*): the command line that asked for this.
+        command (`str`, *optional*): the command line, recorded in the result.
 
     Returns:
-        `Benchmark`: as [`~bench.host.run_benchmark`] gives, with `phone`.
+        `Benchmark`: as from [`~bench.host.run_benchmark`], with `phone` set.
 
     Raises:
-        ValueError: for requests that cannot be met, before anything is copied.
-        OSError: when the device is lost, full, or a program fails there; what was copied whole stays for the next
-            run, everything else is removed.
+        ValueError: for invalid requests, before anything is copied.
+        OSError: when the device is lost or full, or a program fails on it. Completely copied files stay for the next
+            run; everything else is removed.
     """
     names = [Path(model).resolve().name for model in models]
     if len(set(names)) < len(names):
         raise ValueError(f"models={list(models)}: two have the same name. Rename a directory.")
-    # Found first: to export a shape takes minutes.
+    # Find the device first: exporting a shape takes minutes.
     device = find_device(options.serial)
     with tempfile.TemporaryDirectory() as scratch:
         programs = []
@@ -58,7 +59,7 @@ def bench_phone(models: Sequence[str], options: PhoneOptions, command: str | Non
 
 
 def run_programs(device: Device, programs: list[Program], options: PhoneOptions, command: str | None) -> Benchmark:
-    """What is left of [`bench_phone`] once there are programs."""
+    """The part of [`bench_phone`] after the exports."""
     for program in programs:
         if options.context > program.report.max_seq_len:
             raise ValueError(
@@ -104,7 +105,7 @@ def phone_machine(fingerprint: PhoneFingerprint, num_threads: int) -> BenchmarkM
 def copy_files(
     device: Device, programs: list[Program], options: PhoneOptions, inputs: dict[str, list[int] | str]
 ) -> list[str]:
-    """Puts the programs, our runner's inputs and the runner on the device; what it did not have yet."""
+    """Copies programs, inputs and the runner to the device; returns the names of the copied files."""
     files = {name: path for program in programs for name, path in program.files.items()}
     files |= {"runner": Path(options.runner_binary)} if options.runner_binary is not None else {}
     with tempfile.TemporaryDirectory() as scratch:
@@ -120,10 +121,10 @@ def copy_files(
 def run_rounds(
     device: Device, programs: list[Program], options: PhoneOptions, inputs: dict[str, list[int] | str]
 ) -> list[PhoneSample]:
-    """Every program once per round; the condition of the device while they ran."""
+    """Runs every program once per round; returns samples of the device's condition during the rounds."""
     run = {"own": run_own, "llama_main": run_llama_main, "minibench": run_minibench}[options.runner]
     with sampling(device) as samples:
-        # Round -1 is the cold start, and says nothing of speed.
+        # Round -1 measures the cold start, not the speed.
         for repeat in tqdm(range(-1, options.repeats), desc="rounds", leave=False):
             for program in programs[:: -1 if repeat % 2 else 1]:
                 cool_down(device, options)
@@ -132,7 +133,7 @@ def run_rounds(
 
 
 def cool_down(device: Device, options: PhoneOptions) -> None:
-    """Waits until the phone is cool, or as long as the options say."""
+    """Waits until the phone has cooled down, at most `options.cool_seconds`."""
     deadline = time.monotonic() + options.cool_seconds
     with tqdm(desc="cooling down", unit=" checks", leave=False, delay=2) as bar:
         while time.monotonic() < deadline:
@@ -147,7 +148,7 @@ def cool_down(device: Device, options: PhoneOptions) -> None:
 
 @contextmanager
 def sampling(device: Device, every_seconds: float = 5.0) -> Generator[list[PhoneSample]]:
-    """Temperatures and clocks over time, read beside what runs."""
+    """Samples temperatures and clocks in a background thread."""
     samples: list[PhoneSample] = []
     stop = threading.Event()
     started = time.monotonic()
@@ -170,7 +171,7 @@ def sampling(device: Device, every_seconds: float = 5.0) -> Generator[list[Phone
 
 
 def clean_up(device: Device, programs: list[Program], options: PhoneOptions, finished: bool) -> None:
-    """Removes what was copied; after a failure whole files stay, so that the next run resumes after them."""
+    """Removes the copied files. After a failure, complete files stay, and the next run resumes after them."""
     if options.runner == "minibench":
         device.shell("am", "force-stop", APP, check=False)
     if finished and not options.keep:

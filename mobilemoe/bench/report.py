@@ -1,4 +1,4 @@
-"""Tables and pictures of what `mobilemoe bench` measured."""
+"""Tables and figures of `mobilemoe bench`."""
 
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -19,7 +19,7 @@ MEASURES = {
 
 
 def tables(result: Benchmark, paper: bool = False) -> "list[Group]":
-    """Speeds with their spread; load times and memory; operators, where profiled; with `paper`, its phones."""
+    """Tables of speeds, load times and memory, of operators if profiled, and with `paper` of the paper's phones."""
     made = [speed_table(result), load_table(result)]
     for name, model in result.models.items():
         for length, times in (model.operator_ms or {}).items():
@@ -36,7 +36,7 @@ def paper_table(models: set[str]) -> "Group":
     for device, name, length, row in published_speeds():
         if name in models:
             speeds = (number(row[key]) if key in row else "" for key in MEASURES)
-            # A phone once.
+            # Print the name of a phone once.
             rows.append(("" if device == above else device, name, length, *speeds))
             above = device
     return table(("phone", "model", "context", *MEASURES.values()), rows, "Published by the paper")
@@ -53,11 +53,11 @@ def speed_table(result: Benchmark) -> "Group":
             share = row.decode_of_memory_limit
             rows.append(
                 (
-                    # Once per model.
+                    # Print the name of a model once.
                     "" if index else name,
                     length,
                     cell(row.prefill_tokens_per_s),
-                    # Its spread is that of the prefill.
+                    # No spread: it is that of the prefill.
                     "" if row.first_token_ms is None else number(row.first_token_ms.median),
                     cell(row.decode_tokens_per_s),
                     "" if share is None else f"{share:.0%}",
@@ -82,8 +82,8 @@ def load_table(result: Benchmark) -> "Group":
 
 def draw(result: Benchmark, path: str | Path, paper: bool = False) -> None:
     """
-    Writes prefill and decode rates by length, with their spread, as a picture; its suffix names the format. With
-    `paper`, those of the paper's phones for the same shapes are dashed lines.
+    Plots prefill and decode speeds over the length, with their spread, in the format of the file suffix. With `paper`,
+    the paper's speeds on phones are dashed lines.
     """
     panels = (
         ("prefill_tokens_per_s", "prompt, tokens", lambda row: row.prefill_tokens_per_s),
@@ -107,6 +107,6 @@ def draw(result: Benchmark, path: str | Path, paper: bool = False) -> None:
             axis.xaxis.set_major_formatter("{x:.0f}")
             axis.set_ylim(bottom=0)
             axis.set(xlabel=label, title=f"{key.split('_')[0]}, tokens/s")
-        # Decoding has all lines; of prefill some sources say nothing.
+        # Only the decode panel has all lines: some sources do not report prefill.
         axes[1].legend(loc="upper left", bbox_to_anchor=(1, 1))
         axes[0].figure.suptitle(f"{result.machine.cpu}, {result.machine.threads} threads")

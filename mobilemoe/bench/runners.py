@@ -1,6 +1,6 @@
 """
-What runs programs on a phone: our runner (kernels/README.md), which says most, ExecuTorch's `llama_main`, and its
-benchmark app.
+The runners of programs on a phone: our own (kernels/README.md), which reports the most, and ExecuTorch's `llama_main`
+and benchmark app.
 """
 
 import json
@@ -27,18 +27,18 @@ MOE_OPERATORS = ("mobilemoe::decoder_layer", "llama::quantized_moe_ffn")
 class PhoneOptions:
     """
     Args:
-        prompt_lengths (`Sequence[int]`): in tokens.
-        new_tokens (`int`): to decode after each prompt.
-        repeats (`int`): rounds, in which every model takes its turn.
-        num_threads (`int`): on the device; 4 as in the paper's measurements.
+        prompt_lengths (`Sequence[int]`): prompt lengths in tokens.
+        new_tokens (`int`): tokens to decode after each prompt.
+        repeats (`int`): rounds; each runs every model once.
+        num_threads (`int`): threads on the device; 4 as in the paper's measurements.
         runner (`str`): "own", "llama_main" or "minibench".
-        runner_binary (`str` or `Path`, *optional*): the runner for the device; not of the app, which is installed.
-        serial (`str`, *optional*): of one of several devices.
-        max_celsius (`float`): cool down to this battery temperature before every round.
-        cool_seconds (`float`): at most.
-        sustained_seconds (`int`): then decode for so long, to see the speed of a hot phone.
-        prompt_file (`str` or `Path`, *optional*): text to take tokens from; random tokens when absent.
-        keep (`bool`): leave models on the device, so that the next run need not copy them.
+        runner_binary (`str` or `Path`, *optional*): runner built for the device; "minibench" is installed instead.
+        serial (`str`, *optional*): serial number of the device, needed when several are connected.
+        max_celsius (`float`): before every run, wait until the battery has cooled down to this temperature.
+        cool_seconds (`float`): maximum time of this wait.
+        sustained_seconds (`int`): after the rounds, decode for this long to measure the speed of a hot phone.
+        prompt_file (`str` or `Path`, *optional*): text for the prompts; random tokens by default.
+        keep (`bool`): keep the models on the device, so that the next run need not copy them.
     """
 
     prompt_lengths: Sequence[int]
@@ -70,21 +70,21 @@ class PhoneOptions:
                 )
         elif self.runner_binary is None or not Path(self.runner_binary).is_file():
             raise ValueError(
-                f"runner_binary={self.runner_binary} is no file, and runner={self.runner!r} needs one that was built "
-                "for the phone. docs/phone.md says how to build it."
+                f"runner_binary={self.runner_binary} is not a file, and runner={self.runner!r} needs one built for "
+                "the phone. docs/phone.md says how to build it."
             )
         if self.sustained_seconds and self.runner != "own":
-            raise ValueError("sustained_seconds is something only our runner does. Set runner='own'.")
+            raise ValueError("sustained_seconds needs our own runner. Set runner='own'.")
 
     @property
     def context(self) -> int:
-        """Tokens that a program has to hold."""
+        """Context length that a program needs, in tokens."""
         return max(self.prompt_lengths) + self.new_tokens
 
 
 @dataclass
 class Program:
-    """A `.pte` directory, and what a benchmark has to know of it."""
+    """A `.pte` directory and its measurements."""
 
     name: str
     path: Path
@@ -100,7 +100,7 @@ class Program:
     def __post_init__(self) -> None:
         if not is_pte(self.path):
             raise ValueError(
-                f"{self.path} holds no program: a phone runs a .pte. Make one: mobilemoe export --model CHECKPOINT "
+                f"{self.path} holds no program: a phone runs a .pte. Export one: mobilemoe export --model CHECKPOINT "
                 "--output DIR"
             )
         self.report = read_export(self.path)
@@ -120,7 +120,7 @@ class Program:
             self.rows.setdefault(length, {}).setdefault(name, []).append(value)
 
     def moe_operator(self) -> str | None:
-        """Which operator computed the experts: what was seen to run, else what the export says."""
+        """The operator that computed the experts, as reported by the runner, otherwise by export.json."""
         if self.operators is None:
             return self.report.moe_op
         ran = [name for name in self.operators if name.rsplit(".", 1)[0] in MOE_OPERATORS]
@@ -150,14 +150,14 @@ class Program:
 
 
 def read_inputs(program: Program, options: PhoneOptions) -> list[int] | str:
-    """Token ids for our runner, text for the others."""
+    """The input of the runner: token ids for our own, text for the others."""
     count = options.context
-    # As many again, so that rounds begin at different places.
+    # Twice the context, so that rounds can start at different offsets.
     wanted = 2 * count
     if options.runner == "own" and options.prompt_file is None:
         return random_tokens(AutoConfig.from_pretrained(program.path).vocab_size, wanted, 0)
     if not (program.path / "tokenizer.json").is_file():
-        raise ValueError(f"{program.path} holds no tokenizer.json, so it reads no text. Leave the prompt file out.")
+        raise ValueError(f"{program.path} holds no tokenizer.json, so it cannot use a prompt file. Leave it out.")
     tokenizer = AutoTokenizer.from_pretrained(program.path)
     if options.prompt_file is None:
         raise ValueError(f"runner={options.runner!r} takes text. Give a prompt file.")
@@ -172,7 +172,7 @@ def read_inputs(program: Program, options: PhoneOptions) -> list[int] | str:
 
 
 def run_own(device: Device, program: Program, options: PhoneOptions, tokens: list[int], repeat: int) -> None:
-    """One process of our runner on `tokens.txt`, whose lines are read as they come."""
+    """Runs our runner once on `tokens.txt` and parses its JSON lines as they are printed."""
     lengths = options.prompt_lengths if repeat >= 0 else options.prompt_lengths[:1]
     command = ["../runner", "--model", "model.pte", "--tokens", "tokens.txt", "--new-tokens", str(options.new_tokens)]
     command += ["--prompt-lengths", ",".join(map(str, lengths)), "--threads", str(options.num_threads)]
@@ -189,9 +189,9 @@ def run_own(device: Device, program: Program, options: PhoneOptions, tokens: lis
         try:
             event = json.loads(line)
         except json.JSONDecodeError as error:
-            raise OSError(f"The runner's output was cut off or garbled: {line[:300]}") from error
+            raise OSError(f"The runner's output is truncated or garbled: {line[:300]}") from error
         if event["event"] == "error":
-            raise OSError(f"The runner says of {program.name}: {event['message']}")
+            raise OSError(f"The runner failed on {program.name}: {event['message']}")
         if event["event"] == "loaded":
             program.isa = event["isa"]
             program.starts.setdefault(state, StartSeconds(load=event["load_s"]))
@@ -218,10 +218,10 @@ def run_own(device: Device, program: Program, options: PhoneOptions, tokens: lis
 
 
 def run_llama_main(device: Device, program: Program, options: PhoneOptions, text: str, repeat: int) -> None:
-    """One process of ExecuTorch's `llama_main`; a shorter prompt is a part of the text."""
+    """Runs ExecuTorch's `llama_main` once per prompt length. Shorter prompts are prefixes of the text."""
     state = "cold" if repeat < 0 else "warm"
     for length in options.prompt_lengths[: 1 if repeat < 0 else None]:
-        # By characters: the runner counts the tokens, and its count is what is recorded.
+        # Cut by characters. The recorded length is the number of tokens that the runner reports.
         prompt = text[: max(1, len(text) * length // max(options.prompt_lengths))]
         command = ["../runner", "--model_path", "model.pte", "--tokenizer_path", "tokenizer.json", "--prompt", prompt]
         command += ["--temperature", "0", "--ignore_eos", "--cpu_threads", str(options.num_threads)]
@@ -244,10 +244,10 @@ def run_llama_main(device: Device, program: Program, options: PhoneOptions, text
 
 def run_minibench(device: Device, program: Program, options: PhoneOptions, text: str, repeat: int) -> None:
     """
-    One start of ExecuTorch's benchmark app, which measures decoding and loading alone.
+    Starts ExecuTorch's benchmark app once. It measures decoding and loading only.
 
-    It takes the first `.pte` of the directory, first runs it on inputs of its own, which is kept short here, and
-    crashes without a word below two of these.
+    The app runs the first `.pte` of the directory, at first on synthetic inputs. It gets two of these iterations: with
+    fewer it crashes without a message.
     """
     if repeat < 0:
         return
@@ -276,7 +276,7 @@ def run_minibench(device: Device, program: Program, options: PhoneOptions, text:
 
 
 def wait_for(read: Callable[[], str], ended: Callable[[], bool], what: str, seconds: float = 600.0) -> str:
-    """What `read` gives once it is a whole JSON list; fails when the process has ended without it."""
+    """Polls `read` until it returns a complete JSON list. Raises `OSError` if the process ends without one."""
     deadline = time.monotonic() + seconds
     while time.monotonic() < deadline:
         gone = ended()
@@ -284,17 +284,17 @@ def wait_for(read: Callable[[], str], ended: Callable[[], bool], what: str, seco
         if output.startswith("[") and output.endswith("]"):
             return output
         if gone:
-            raise OSError(f"It crashed: {what} left no result. `adb logcat -d` has its last words.")
+            raise OSError(f"It crashed: {what} left no result. See `adb logcat -d`.")
         time.sleep(0.5)
-    raise OSError(f"{what} was not done after {seconds:.0f} s.")
+    raise OSError(f"{what} did not finish within {seconds:.0f} s.")
 
 
 def parse_observer(text: str) -> dict:
     """
-    The measurements in the output of ExecuTorch's `llama_main` (extension/llm/runner/stats.h), times in seconds.
+    Parses the output of ExecuTorch's `llama_main` (extension/llm/runner/stats.h). Times are in seconds.
 
     Raises:
-        ValueError: when the line that starts with `PyTorchObserver` is missing, cut off, or without tokens.
+        ValueError: when the line that starts with `PyTorchObserver` is missing, truncated, or reports no tokens.
     """
     line = next((line for line in text.splitlines() if line.startswith("PyTorchObserver ")), None)
     if line is None:
@@ -322,10 +322,10 @@ def parse_observer(text: str) -> dict:
 
 def parse_minibench(text: str) -> dict:
     """
-    The metrics in `benchmark_results.json` of ExecuTorch's benchmark app, by their names.
+    Parses `benchmark_results.json` of ExecuTorch's benchmark app. Returns metrics by name.
 
     Raises:
-        ValueError: for a file that is cut off or no list of metrics.
+        ValueError: when the file is truncated or is not a list of metrics.
     """
     try:
         rows = json.loads(text)

@@ -1,10 +1,10 @@
 """
-One model in a process of its own, measured on request: python -m mobilemoe.bench.worker MODEL --threads N
+Measures one model in a separate process, on request: python -m mobilemoe.bench.worker MODEL --threads N
 
-A process per model keeps peak memory and load time apart, and lets models take turns. Requests are JSON lines on
-standard input, `{"prompt_length": 128, "new_tokens": 48, "seed": 0, "text": null}`; so are the answers on standard
-output: first what loading took, then of every request the seconds of the prompt and of each token after it. With
-`"profile": true` in it, a request asks where a program spends its time instead.
+With one process per model, peak memory and load time are those of this model, and models can be interleaved. Requests
+are JSON lines on standard input, `{"prompt_length": 128, "new_tokens": 48, "seed": 0, "text": null}`. Answers are JSON
+lines on standard output: first the load time, then for every request the seconds of the prompt and of each new token.
+A request with `"profile": true` returns the time by operator instead.
 """
 
 import argparse
@@ -34,7 +34,7 @@ from ..shapes import shapes
 
 
 class ModelWithoutText(CheckpointModel):
-    """A model in memory, token ids in and logits out."""
+    """A loaded model without a tokenizer."""
 
     def __init__(self, model: PreTrainedModel):
         self.model = model
@@ -44,7 +44,7 @@ class ModelWithoutText(CheckpointModel):
 
 
 def load(name: str) -> tuple[LanguageModel, PretrainedConfig]:
-    """A built-in shape in PyTorch, a directory with `model.pte`, or a checkpoint, in BF16."""
+    """Loads a built-in shape or a checkpoint in PyTorch, in BF16, or a directory with `model.pte`."""
     if is_shape(name):
         config = shapes()[name]
         return ModelWithoutText(random_packed_model(config)), config
@@ -58,7 +58,7 @@ def load(name: str) -> tuple[LanguageModel, PretrainedConfig]:
 
 
 def weight_bytes_per_token(model: nn.Module) -> int:
-    """Bytes of weights that decoding one token reads: all but the experts that it is not routed to."""
+    """Bytes of weights that decoding one token reads: all weights except those of unselected experts."""
     total = 0
     for module in model.modules():
         tensors = [*module._parameters.values(), *module._buffers.values()]
@@ -66,7 +66,7 @@ def weight_bytes_per_token(model: nn.Module) -> int:
         if isinstance(module, (Int4Experts, MobileMoEExperts)):
             size = size * model.config.num_experts_per_tok // module.num_experts
         total += size
-    # A tied full-precision head holds the embedding's parameter once more.
+    # A tied full-precision head shares the embedding's parameter; count it once.
     head, embedding = model.get_output_embeddings(), model.get_input_embeddings()
     if head._parameters.get("weight") is not None and head.weight is embedding.weight:
         total -= head.weight.numel() * head.weight.element_size()
@@ -74,13 +74,13 @@ def weight_bytes_per_token(model: nn.Module) -> int:
 
 
 def program_bytes_per_token(directory: str, config: MobileMoEConfig) -> int:
-    """As [`weight_bytes_per_token`], of a program with packed weights."""
+    """As [`weight_bytes_per_token`], for a program with packed weights."""
     report = read_export(directory)
     return int(weight_bytes_read(config, expert_bits=report.expert_bits, moe_op=report.moe_op))
 
 
 def cache_bits(directory: str) -> int:
-    """Bits of a key or value in the cache of a program."""
+    """Bits of an entry of a program's key-value cache."""
     return CACHE_BITS[read_export(directory).kv_cache]
 
 
@@ -89,7 +89,7 @@ def random_tokens(vocab_size: int, count: int, seed: int) -> list[int]:
 
 
 def choose_tokens(model: LanguageModel, vocab_size: int, count: int, seed: int, text: str | None) -> list[int]:
-    """Random ids, or a stretch of a text that begins elsewhere for every seed."""
+    """Random ids, or consecutive tokens of a text at an offset that depends on the seed."""
     if text is None:
         return random_tokens(vocab_size, count, seed)
     generator = torch.Generator().manual_seed(seed)
@@ -103,7 +103,7 @@ def choose_tokens(model: LanguageModel, vocab_size: int, count: int, seed: int, 
 
 
 def measure(model: LanguageModel, tokens: list[int], prompt_length: int) -> dict:
-    """Seconds of the prompt up to its first new token, and of every token that follows; those are given, not drawn."""
+    """Seconds to the first token, and of every following token. New tokens are given, not sampled."""
     seconds = []
     started = time.perf_counter()
     model.forward(tokens[:prompt_length], 0).argmax().item()
@@ -117,10 +117,10 @@ def measure(model: LanguageModel, tokens: list[int], prompt_length: int) -> dict
 
 def profile(directory: str, tokens: list[int], prompt_length: int) -> dict[str, dict[str, float]]:
     """
-    Milliseconds by operator, summed over the layers, of a prompt and of a token after it, from ExecuTorch's ETDump.
+    Milliseconds by operator, summed over the layers, of a prompt and of a decoded token, from ExecuTorch's ETDump.
 
-    Each is run in a program of its own, whose first run does not count. The token's cache has the prompt's length and
-    is empty, which costs the same.
+    Prefill and decode run in separate instances of the program; the first call of each is a warm-up. Decoding starts
+    at the prompt's length with an empty cache, which costs the same as a filled one.
     """
     import tempfile
 
@@ -140,7 +140,7 @@ def profile(directory: str, tokens: list[int], prompt_length: int) -> dict[str, 
             blocks = Inspector(etdump_path=str(dump)).event_blocks
         times[name] = {}
         for event in (event for block in blocks if block.name == "Execute" for event in block.events):
-            # A call of an operator also counts as one, without its name.
+            # Every operator call is recorded twice, once as an unnamed OPERATOR_CALL.
             if event.perf_data is not None and event.name != "OPERATOR_CALL":
                 operator = event.name.removeprefix("native_call_")
                 times[name][operator] = times[name].get(operator, 0.0) + event.perf_data.p50
@@ -161,14 +161,14 @@ def main() -> None:
     parser.add_argument("model")
     parser.add_argument("--threads", type=int, required=True)
     arguments = parser.parse_args()
-    # Libraries print; the answers keep a stream of their own.
+    # Libraries print to stdout: redirect it to stderr and keep the original stream for answers.
     answers = os.fdopen(os.dup(1), "w", buffering=1)
     os.dup2(2, 1)
     try:
         executorch = is_pte(arguments.model)
         set_threads(arguments.threads, executorch)
-        # Compiles them where that was not done yet, which is no part of loading. A program that needs them and cannot
-        # have them says so itself.
+        # Compile the kernels first if needed: that is not part of the load time. If it fails, a program that needs
+        # them raises the error below.
         if executorch:
             with suppress(kernels.BuildError):
                 kernels.load_executorch()

@@ -1,8 +1,8 @@
-"""Model cards: Hub metadata, and measured numbers with the command and machine of each.
+"""Writes model cards: Hub metadata, and measured results with their commands and machines.
 
     mobilemoe card --model out/demo/4-qat --license apache-2.0 --results out/eval out/pte bench.json --output README.md
 
-A number is read from a JSON that this package wrote about the same model, or is the paper's and says so.
+Numbers come from JSON files that this package wrote about the same model, or are marked as the paper's.
 """
 
 import difflib
@@ -29,8 +29,8 @@ from ..shapes import published, shapes
 STAGES = ("Base", "SFT", "QAT")
 META_LICENSE = "fair-noncommercial-research-license"
 META_MODELS = ("facebook/MobileMoE-", "ml-resources/MobileMoE-")
-# Of https://huggingface.co/docs/hub/repositories-licenses those for weights of one's own: `huggingface_hub` asks the
-# Hub at the upload and has no list. Anything else goes as `other`, with its name and link.
+# The identifiers of https://huggingface.co/docs/hub/repositories-licenses that suit model weights. `huggingface_hub`
+# has no list; the Hub validates at upload. For other licences use `other` with a name and a link.
 LICENSES = """apache-2.0 mit bsd-2-clause bsd-3-clause isc mpl-2.0 gpl-2.0 gpl-3.0 lgpl-3.0 agpl-3.0 cc0-1.0 cc-by-4.0
     cc-by-sa-4.0 cc-by-nc-4.0 cc-by-nd-4.0 cc-by-nc-sa-4.0 cc-by-nc-nd-4.0 openrail openrail++ bigcode-openrail-m
     odc-by cdla-permissive-2.0 openmdw-1.0 pddl unlicense unknown other fair-noncommercial-research-license""".split()
@@ -39,7 +39,7 @@ HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 
 @dataclass(frozen=True)
 class Subject:
-    """What a card is of: as given and as shown, its shape, and its directory or, for Meta's, its size: S, M or L."""
+    """The model of a card: its name as given and as shown, its config, and its directory or, for Meta's, its size."""
 
     given: str
     label: str
@@ -48,7 +48,7 @@ class Subject:
     size: str | None = None
 
     def stage(self, description: ModelDescription) -> str | None:
-        """Base, SFT or QAT, where a result is of that model of Meta's, or of a `.pte` of it."""
+        """Base, SFT or QAT, if a result is of that model of Meta's or of a `.pte` of it; otherwise `None`."""
         name = description.source.rpartition("/")[2]
         return next((stage for stage in STAGES if name == f"MobileMoE-{self.size}-{stage}"), None)
 
@@ -60,7 +60,7 @@ class Subject:
         return ours == other
 
     def check_result(self, path: str | Path, result: Benchmark | Check | Evaluation | Export) -> None:
-        """Raises `ValueError` for a result of another model."""
+        """Raises `ValueError` when a result is of another model."""
         target, what = self.given, "other weights or files, by their SHA-256,"
         if isinstance(result, Benchmark):
             what = "another shape"
@@ -68,7 +68,7 @@ class Subject:
         elif not self.size:
             belongs = result.is_of(self.directory)
         elif isinstance(result, Export):
-            raise ValueError(f"{path} is of certain weights, and {self.size} has none here. Leave it out.")
+            raise ValueError(f"{path} is of specific weights, and {self.size} is only a shape. Leave it out.")
         else:
             target, what = f"facebook/{self.label}-{{{','.join(STAGES)}}}", "another name or shape"
             belongs = bool(self.stage(result.description)) and self.has_shape_of(result.description.config)
@@ -80,13 +80,13 @@ class Subject:
 
 
 def read_subject(model: str, name: str | None) -> Subject:
-    """Raises `ValueError` when this is neither a checkpoint with weights nor S, M or L."""
+    """Finds the model of a card. Raises `ValueError` unless it is a checkpoint with weights, or S, M or L."""
     if artifacts.is_shape(model) and model in artifacts.SIZES:
         return Subject(model, f"MobileMoE-{model}", shapes()[model], size=model)
     directory = artifacts.local_checkpoint(model)
     if artifacts.is_pte(directory):
         raise ValueError(
-            f"{model} is an exported program, and a card is of a model. Name the checkpoint that it was made from "
+            f"{model} is an exported program, and a card is of a model. Name the checkpoint it was exported from "
             f"with --model, and {model} with --results."
         )
     if not artifacts.is_checkpoint(directory):
@@ -108,11 +108,11 @@ def write_card(
     **licence: str | None,
 ) -> Path:
     """
-    Writes a model card, whole or not at all. Arguments are the options of `mobilemoe card`; `licence` has `license`,
+    Writes a model card atomically. The arguments are the options of `mobilemoe card`; `licence` has `license`,
     `license_name` and `license_link`. Without `model`, the card is of the model that the results name.
 
     Raises:
-        ValueError: for a result that is unknown or of another model, a licence that is missing or cannot be, or an
+        ValueError: for a result that is unknown or of another model, a licence that is missing or not allowed, or an
             output that exists.
     """
     check_free(Path(output), overwrite)
@@ -159,47 +159,47 @@ def check_free(output: Path, overwrite: bool) -> None:
     if output.is_dir():
         raise ValueError(f"{output} is a directory. Name the file, {output / 'README.md'} for the Hub.")
     if output.exists() and not overwrite:
-        raise ValueError(f"{output} exists, and what was added to it by hand would be lost. Pass --overwrite.")
+        raise ValueError(f"{output} exists, and manual changes to it would be lost. Pass --overwrite.")
 
 
 def read_recipe(path: str | Path | None) -> dict:
     recipe = yaml.safe_load(Path(path).read_text()) if path else {"data": []}
     if not isinstance(recipe, dict) or not isinstance(recipe.get("data"), list):
-        raise ValueError(f"{path} has no list `data`, so it is no recipe. Name the YAML file of the training.")
+        raise ValueError(f"{path} has no list `data`, so it is not a recipe. Name the YAML of the training.")
     return recipe
 
 
 def check_license(
     origins: list[str], license: str | None = None, license_name: str | None = None, license_link: str | None = None
 ) -> None:
-    """Raises `ValueError` for a licence that is missing, unknown to the Hub, or not allowed by the origins."""
+    """Raises `ValueError` for a licence that is missing, unknown to the Hub, or not allowed by the base models."""
     if license is None:
         raise ValueError(
             "The card needs the licence of your model, which only you can choose. Set --license, as in --license "
-            f"apache-2.0; for what is made from Meta's weights it is {META_LICENSE}."
+            f"apache-2.0; models derived from Meta's weights need {META_LICENSE}."
         )
     if license not in LICENSES:
         hint = "".join(f"Did you mean {name}? " for name in difflib.get_close_matches(license, LICENSES, n=1))
         raise ValueError(
-            f"--license {license} is no licence for weights that the Hub knows. {hint}Set one of "
+            f"--license {license} is not a licence for weights that the Hub knows. {hint}Set one of "
             f"{', '.join(LICENSES)}; with other also --license-name and --license-link."
         )
     if [license == "other"] * 2 != [bool(license_name), bool(license_link)]:
         raise ValueError(
-            "--license-name and --license-link belong to --license other, and that needs both of them. Set all three, "
+            "--license other needs both --license-name and --license-link, and only other takes them. Set all three, "
             "or an identifier alone."
         )
     if license != META_LICENSE and origins:
         raise ValueError(
-            f"--license {license} cannot be: {', '.join(origins)} may be passed on, also changed, under Meta's "
-            f"licence only. Set --license {META_LICENSE}."
+            f"--license {license} is not allowed: {', '.join(origins)} and models derived from it may be distributed "
+            f"under Meta's licence only. Set --license {META_LICENSE}."
         )
 
 
 def metadata(subject: Subject, contents: dict, base_model: Sequence[str], recipe: dict, licence: dict):
-    """What the Hub reads. `datasets` are what a recipe names; Meta's own data is not public."""
+    """Metadata for the Hub. `datasets` are those of the recipe; Meta's own data is not public."""
     if bad := [origin for origin in base_model if not HUB_ID.fullmatch(origin)]:
-        raise ValueError(f"--base-model {bad[0]} is no id on the Hub. Give one as in you/model, or leave it out.")
+        raise ValueError(f"--base-model {bad[0]} is not a Hub id. Give one such as you/model, or leave it out.")
     packed, extra = subject.config.quantization is not None, ["executorch"] * bool(contents["exports"])
     paths = dict.fromkeys(source["path"] for source in recipe["data"])
     datasets = [path for path in paths if HUB_ID.fullmatch(path) and not Path(path).exists()]
@@ -208,7 +208,7 @@ def metadata(subject: Subject, contents: dict, base_model: Sequence[str], recipe
             task_type="text-generation",
             dataset_type=suite_file()["suites"][report.settings.suite]["tasks"][name]["dataset"],
             dataset_name=row.title,
-            # Two tasks of one repository are told apart by it.
+            # Distinguishes two tasks of the same repository.
             dataset_config=row.task,
             dataset_revision=row.data_revision,
             dataset_args={"num_few_shot": row.num_fewshot},
@@ -218,7 +218,7 @@ def metadata(subject: Subject, contents: dict, base_model: Sequence[str], recipe
         )
         for report in contents["evals"]
         for name, row in report.tasks.items()
-        # A score of the first documents only would stand beside others as if it were whole.
+        # A score on the first documents only would look like a score on the whole task.
         if report.settings.limit is None
     ]
     return ModelCardData(
@@ -241,7 +241,7 @@ def report_title(subject: Subject, report: Evaluation) -> str:
 
 
 def suite_scores(subject: Subject, suite: str, evals: Sequence[Evaluation]) -> tuple[dict[str, dict[str, str]], str]:
-    """Scores by column and task, the paper's of a size and then the measured ones; and the means over whole suites."""
+    """Scores by column and task, the paper's before the measured ones, and the means over complete suites."""
     tasks, columns = suite_file()["suites"][suite]["tasks"], {}
     keys = {name: name for name in tasks} | {"mean": suite}
     for stage in STAGES if subject.size else ():

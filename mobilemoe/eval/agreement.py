@@ -1,4 +1,4 @@
-"""Quick checks without benchmarks: bits per byte, agreement of two models, and which experts a domain uses."""
+"""Quick checks without benchmarks: bits per byte, agreement of two models, and expert utilisation by domain."""
 
 import json
 import math
@@ -17,12 +17,12 @@ from ..results import Check, ExpertUse, Machine, TextAgreement
 from ..runtime import CheckpointModel, LanguageModel, load_language_model
 
 
-# Tokens that a model sees at once, one BOS included; less where the context is shorter.
+# Tokens per window, including BOS. A shorter context limits it further.
 WINDOW = 512
 
 
 def text_windows(model: LanguageModel, text: str, max_tokens: int, window: int) -> Iterator[list[int]]:
-    """Token ids in windows that each begin with BOS; every other token of the text occurs once."""
+    """Yields the text as windows of token ids. Each starts with BOS; all other tokens occur once."""
     bos, *tokens = model.encode(text)
     tokens = tokens[:max_tokens]
     for start in range(0, len(tokens), window - 1):
@@ -33,28 +33,28 @@ def text_agreement(
     model: LanguageModel, reference: LanguageModel | None, text: str, max_tokens: int = 4096
 ) -> TextAgreement:
     """
-    Held-out loss of a model on a text, and how far it is from a reference.
+    Bits per byte of a model on a text, and its agreement with a reference model.
 
     Args:
         model (`LanguageModel`): a checkpoint or a `.pte`.
-        reference (`LanguageModel`, *optional*): with the same vocabulary.
-        text (`str`): read in windows of 512 tokens.
-        max_tokens (`int`, defaults to 4096): where to stop.
+        reference (`LanguageModel`, *optional*): a model with the same vocabulary.
+        text (`str`): text to score, in windows of 512 tokens.
+        max_tokens (`int`, defaults to 4096): number of tokens to score.
 
     Returns:
-        `TextAgreement`: `bits_per_byte` of the model; with a reference also its `reference_bits_per_byte`, `kl`, the
-        mean over positions of the divergence KL(reference || model) in nats, and `top1`, the share of positions where
-        both find the same token most probable.
+        `TextAgreement`: `bits_per_byte` of the model. With a reference also its `reference_bits_per_byte`; `kl`, the
+        divergence KL(reference || model) in nats, averaged over positions; and `top1`, the share of positions where
+        both models have the same most probable token.
 
     Raises:
-        ValueError: for an empty text or another vocabulary.
+        ValueError: when the text is empty or the tokenizers differ.
     """
     window = min(WINDOW, *(other.max_seq_len for other in (model, reference) if other is not None))
     windows = list(text_windows(model, text, max_tokens, window))
     if not windows:
         raise ValueError("The text is empty. Give one with at least one token.")
     if reference is not None and reference.encode(text) != model.encode(text):
-        raise ValueError("The two models cut the text into different tokens. Compare models with the same tokenizer.")
+        raise ValueError("The two models tokenize the text differently. Compare models with the same tokenizer.")
     loss = reference_loss = divergence = agreeing = num_tokens = num_bytes = 0
     for tokens in tqdm(windows, desc="windows"):
         targets = torch.tensor(tokens[1:])
@@ -77,11 +77,11 @@ def text_agreement(
 
 def token_routes(model: CheckpointModel, tokens: list[int]) -> tuple[torch.Tensor, torch.Tensor]:
     """
-    Which experts every token of a sequence visits.
+    The experts that each token of a sequence is routed to.
 
     Args:
         model (`CheckpointModel`): full-precision or packed INT4.
-        tokens (`list[int]`): read at once.
+        tokens (`list[int]`): one sequence, run in a single forward pass.
 
     Returns:
         Two tensors of shape `(layers, tokens, top_k)`: expert ids in the order of selection, and the weights of their
@@ -105,12 +105,12 @@ def token_routes(model: CheckpointModel, tokens: list[int]) -> tuple[torch.Tenso
 
 def expert_utilisation(model: CheckpointModel, text: str, max_tokens: int = 4096) -> ExpertUse:
     """
-    Which experts a text uses.
+    Expert utilisation on a text.
 
     Returns:
-        `ExpertUse`: `load`, per layer the share of assignments of every expert, `(layers, E)`; and per layer `used`,
-        the share of experts with any token, and `effective`, the exponential of the load's entropy over E: 1 when all
-        experts are used evenly, 1/E when only one is.
+        `ExpertUse`: `load` of shape `(layers, E)`, the share of assignments of each expert; and per layer `used`, the
+        share of experts with at least one token, and `effective`, the exponential of the load's entropy divided by E:
+        1 when all experts are used evenly, 1/E when only one is used.
     """
     config = model.model.config
     num_experts = config.num_local_experts
@@ -135,11 +135,11 @@ def check_models(
     command: str | None = None,
 ) -> Check:
     """
-    The checks for texts given as `DOMAIN=FILE`; expert utilisation for checkpoints only.
+    Runs the checks on texts given as `DOMAIN=FILE`. Expert utilisation is measured for checkpoints only.
 
     Raises:
-        ValueError: for a text in another form, or models that cannot be compared.
-        OSError: for a file that cannot be read.
+        ValueError: for a text that is not `DOMAIN=FILE`, or models that cannot be compared.
+        OSError: when a file cannot be read.
     """
     files = {}
     for text in texts:
@@ -167,7 +167,7 @@ def check_models(
 
 
 def check_lines(check: Check) -> Iterator[str]:
-    """A line per domain, with expert utilisation as the mean over layers."""
+    """One line per domain. Expert utilisation is averaged over layers."""
     for domain, row in check.domains.items():
         numbers = row.model_dump(exclude_unset=True, exclude={"experts"})
         if row.experts is not None:

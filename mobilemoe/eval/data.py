@@ -1,4 +1,4 @@
-"""What a benchmark suite needs: its settings in `suites.yaml`, its packages, and its data sets, pinned and offline."""
+"""The requirements of a benchmark suite: its packages, and its pinned data sets for offline use."""
 
 import contextlib
 import importlib.util
@@ -17,16 +17,16 @@ from .suites import select_tasks, suite_file
 logger = logging.getLogger(__name__)
 
 PUNKT = "tokenizers/punkt_tab"
-# The script behind the harness's two code tasks, a Space on the Hub; it is run, not only read.
+# The metric script of the harness's two code tasks, a Space on the Hub. It is executed.
 CODE_EVAL = "evaluate-metric/code_eval"
-# Of packages in a data directory.
+# Subdirectory of a data directory for Python packages.
 SITE = "python"
 
 
 def check_requirements(tasks: dict[str, dict], data_dir: Path | None) -> None:
     """
     Raises:
-        ValueError: naming the tasks whose packages are missing or of another release, and how to get them.
+        ValueError: when packages are missing or have another version. The message says how to install them.
     """
     problems = []
     for requirement, details in suite_file()["requirements"].items():
@@ -41,7 +41,7 @@ def check_requirements(tasks: dict[str, dict], data_dir: Path | None) -> None:
 
 
 def missing_packages(requirement: dict, data_dir: Path | None) -> list[str]:
-    """Packages of a release that a requirement asks for and neither the environment nor `data_dir` has."""
+    """Packages that a requirement pins and that neither the environment nor `data_dir` has in this version."""
     missing = []
     for package, release in requirement.get("beside", {}).items():
         record = f"{package.replace('-', '_')}-{release}.dist-info"
@@ -55,11 +55,11 @@ def missing_packages(requirement: dict, data_dir: Path | None) -> list[str]:
 
 def prepare_data(suite: str, data_dir: str | Path, names: list[str] | None = None) -> None:
     """
-    Downloads what a suite needs into `data_dir`, data sets at the pinned commits; what is there already stays.
+    Downloads the requirements of a suite into `data_dir`, data sets at their pinned commits. Complete ones are kept.
 
     Raises:
         ValueError: for an unknown suite or task.
-        OSError: where the Hub cannot be reached or a data set's terms have not been accepted.
+        OSError: when the Hub cannot be reached or the terms of a data set have not been accepted.
     """
     data_dir = Path(data_dir)
     tasks = select_tasks(suite, names)
@@ -85,12 +85,12 @@ def prepare_data(suite: str, data_dir: str | Path, names: list[str] | None = Non
         for package in missing_packages(suite_file()["requirements"][requirement], data_dir):
             options = ["install", "--quiet", "--no-deps", "--target", str(data_dir / SITE), package]
             if subprocess.run([sys.executable, "-m", "pip", *options]).returncode:
-                raise OSError(f"{package} could not be installed beside the data. Run: pip {' '.join(options)}")
+                raise OSError(f"{package} could not be installed with the data. Run: pip {' '.join(options)}")
             logger.info(package)
 
 
 def download(data_dir: Path, repo: str, kind: str, pin: dict) -> None:
-    """Downloads beside the final place, then renames: a directory with its record beside it is a whole one."""
+    """Downloads to a temporary directory and renames it. A directory with a record file beside it is complete."""
     from huggingface_hub import HfApi, snapshot_download
 
     api = HfApi()
@@ -117,8 +117,8 @@ def download(data_dir: Path, repo: str, kind: str, pin: dict) -> None:
 
 def trim_card(directory: Path) -> None:
     """
-    Takes the configurations whose files were not downloaded out of a data set's card: `datasets` opens those of the
-    first one that it names, whichever is asked for.
+    Removes configurations whose files were not downloaded from a data set's card: `datasets` opens the files of the
+    first configuration in the card, whichever one is requested.
     """
     from huggingface_hub import DatasetCard
 
@@ -128,7 +128,7 @@ def trim_card(directory: Path) -> None:
     configs = card.data.get("configs") or []
 
     def is_here(data_files: str | list) -> bool:
-        # A pattern, patterns, or a split with either.
+        # A pattern, a list of patterns, or a split with either.
         if isinstance(data_files, list):
             return any(map(is_here, data_files))
         return is_here(data_files["path"]) if isinstance(data_files, dict) else any(directory.glob(data_files))
@@ -144,7 +144,7 @@ def record_path(data_dir: Path, repo: str) -> Path:
 
 
 def write_record(data_dir: Path, repo: str, revision: str) -> None:
-    """Notes the commit and the sizes of a data set that lies complete in `data_dir / repo`."""
+    """Records the commit and file sizes of a completely downloaded data set in `data_dir / repo`."""
     files = {
         str(path.relative_to(data_dir / repo)): path.stat().st_size
         for path in sorted((data_dir / repo).rglob("*"))
@@ -154,7 +154,7 @@ def write_record(data_dir: Path, repo: str, revision: str) -> None:
 
 
 def data_problem(data_dir: Path, repo: str, revision: str | None) -> str | None:
-    """What is wrong with a data set in `data_dir`, or `None`."""
+    """Describes the problem with a data set in `data_dir`; `None` if it is complete."""
     record = record_path(data_dir, repo)
     if not record.is_file():
         return "is missing"
@@ -170,10 +170,10 @@ def data_problem(data_dir: Path, repo: str, revision: str | None) -> str | None:
 
 def check_data(suite: str, tasks: dict[str, dict], data_dir: Path) -> dict[str, str]:
     """
-    Returns the commit of every data set of the tasks.
+    Checks the data sets of the tasks and returns their commits.
 
     Raises:
-        ValueError: listing the data sets that are missing, damaged or of another revision.
+        ValueError: when data sets are missing, damaged or of another revision. The message lists them.
     """
     revisions, problems = {}, []
     needed = {task["dataset"]: suite_file()["datasets"][task["dataset"]]["revision"] for task in tasks.values()}

@@ -1,6 +1,6 @@
-"""The models that lm-evaluation-harness asks: a checkpoint in PyTorch, and a `.pte`. Greedy, one process.
+"""Models for lm-evaluation-harness: a checkpoint in PyTorch, and a `.pte`. Greedy decoding, one process.
 
-Both read a prompt's tokens once where requests share them: the choices of a question, or the examples in front of it.
+Both run tokens that requests share only once: the prompt of a multiple-choice question, or few-shot examples.
 """
 
 import copy
@@ -25,33 +25,35 @@ from transformers import DynamicCache
 from ..runtime import CheckpointModel, PteModel
 
 
-# (context and continuation as text, context tokens, continuation tokens), as TemplateLM hands them on.
+# (context and continuation as text, context tokens, continuation tokens), the format of TemplateLM.
 Request = tuple[tuple[str, str] | None, list[int], list[int]]
-# A prefix, and the continuations to score behind it with the number of their request.
+# A prefix, and the continuations to score after it, each with the index of its request.
 Group = tuple[tuple[int, ...], list[tuple[int, list[int]]]]
 
-# Prompts that begin with this many equal tokens may share few-shot examples, if there are enough of them.
+# Prompts share few-shot examples if at least MIN_SHARING_PROMPTS start with the same SHARED_HEAD tokens.
 SHARED_HEAD = 48
 MIN_SHARING_PROMPTS = 4
-# Cached tokens cost memory, fed ones also time.
+# Cached tokens allowed per token of a batch. They take memory, but no computation.
 CACHED_PER_FED_TOKEN = 8
-# FP32 logits of one piece of a batch.
+# Size of the FP32 logits that are computed at once.
 LOGITS_BYTES = 1 << 27
-# Stop sequences are looked for in the text of this many last tokens.
+# Stop sequences are searched in the text of this many last tokens.
 STOP_WINDOW = 32
 
 
 class CheckpointLM(HFLM):
     """
-    A checkpoint, full-precision or packed INT4. Prompts, truncation and generation are the harness's own; what differs
-    from its plain Hugging Face back-end is how log-likelihoods are computed. Requests with the same context feed it
-    once and their continuations behind it, prompts with the same few-shot examples feed those once, and the head runs
-    only at scored positions. Log-probabilities are FP32, as with `softmax_dtype=float32` in the harness.
+    A checkpoint, full-precision or packed INT4.
+
+    Prompts, truncation and generation are the harness's. Only log-likelihoods are computed differently from its
+    Hugging Face back-end: contexts shared by several requests run once, few-shot examples shared by several prompts
+    run once, and the head runs only at scored positions. Log-probabilities are FP32, as with `softmax_dtype=float32`
+    in the harness.
 
     Args:
-        checkpoint (`CheckpointModel`): the model, on the device where it shall run.
-        tokens_per_batch (`int`, *optional*): tokens to feed at once, 2,048 on a CPU and 65,536 on a GPU when absent.
-            The number of sequences follows from their lengths. Halved when the memory does not suffice.
+        checkpoint (`CheckpointModel`): the model, on the device where it runs.
+        tokens_per_batch (`int`, *optional*): maximum tokens per batch; by default 2,048 on a CPU and 65,536 on a GPU.
+            The number of sequences follows from their lengths. Halved when the device runs out of memory.
     """
 
     def __init__(self, checkpoint: CheckpointModel, tokens_per_batch: int | None = None):
@@ -65,7 +67,7 @@ class CheckpointLM(HFLM):
         continuations = defaultdict(list)
         for index, (_, context, continuation) in enumerate(requests):
             tokens = context + continuation
-            # The harness's rule: the last token is only predicted, and what does not fit is cut off on the left.
+            # As in the harness: the last token is only predicted, and long prompts are truncated on the left.
             self.num_truncated += len(tokens) > self.max_length + 1
             prefix = tokens[-(self.max_length + 1) :][: -len(continuation)]
             continuations[tuple(prefix)].append((index, continuation))
@@ -92,7 +94,7 @@ class CheckpointLM(HFLM):
         return [answers[index] for index in range(len(requests))]
 
     def _batch_size(self, groups: list[Group], num_shared: int) -> int:
-        """How many of the first groups go into one batch; prefixes are ordered from long to short."""
+        """Number of leading groups that fit into one batch. Prefixes are sorted from long to short."""
         prefix_length = len(groups[0][0]) - num_shared
         num_continuations = longest = 0
         for size, (_, continuations) in enumerate(groups, start=1):
@@ -115,16 +117,16 @@ class CheckpointLM(HFLM):
     def _score(
         self, groups: list[Group], num_shared: int, shared_cache: DynamicCache
     ) -> dict[int, tuple[float, bool]]:
-        """Log-likelihood of every continuation, and whether it is the greedy one, by number of request."""
+        """Log-likelihood of every continuation, and whether it is the greedy one, by request index."""
         cache = copy.deepcopy(shared_cache)
         if num_shared:
             cache.batch_repeat_interleave(len(groups))
-        # The rest of every prefix, (groups, T).
+        # The part of every prefix after the shared tokens, (groups, T).
         tokens, valid = pad_right([prefix[num_shared:] for prefix, _ in groups], self.device)
         mask = torch.cat([valid.new_ones(len(groups), num_shared), valid], dim=1)
         position = num_shared + torch.arange(tokens.shape[1], device=self.device).expand_as(tokens)
         hidden = self._hidden_states(tokens, mask, position, cache)
-        # The last token of a prefix predicts the first of each of its continuations, so its row has several targets.
+        # The last token of a prefix predicts the first token of all its continuations: its row has several targets.
         rows = [hidden[torch.arange(len(groups), device=self.device), valid.sum(dim=1) - 1]]  # (groups, H)
         scored = [
             (group, index, tokens) for group, (_, pairs) in enumerate(groups) for index, tokens in pairs
@@ -163,12 +165,12 @@ class CheckpointLM(HFLM):
     def _predict(
         self, rows: torch.Tensor, row_of_target: list[int], targets: list[int]
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """FP32 log-probability of every target, and whether it is the most probable token. Logits live in pieces."""
+        """FP32 log-probability of every target, and whether it is the most probable token; logits in chunks."""
         row_of_target, targets = torch.tensor(row_of_target), torch.tensor(targets)
         log_probs, greedy = torch.empty(len(targets)), torch.empty(len(targets), dtype=torch.bool)
         size = max(1, LOGITS_BYTES // (4 * self.config.vocab_size))
         for start in range(0, len(rows), size):
-            logits = self.model.lm_head(rows[start : start + size]).float()  # (piece, vocab)
+            logits = self.model.lm_head(rows[start : start + size]).float()  # (chunk, vocab)
             here = (row_of_target >= start) & (row_of_target < start + size)
             row, target = (row_of_target[here] - start).to(self.device), targets[here].to(self.device)
             log_probs[here] = (logits[row, target] - logits.logsumexp(dim=-1)[row]).cpu()
@@ -176,7 +178,7 @@ class CheckpointLM(HFLM):
         return log_probs, greedy
 
     def generate_until(self, requests: list[Instance], disable_tqdm: bool = False) -> list[str]:
-        """The harness's own generation, in batches of prompts of similar length."""
+        """Generates with the harness's own method, in batches of prompts of similar length."""
         lengths = [len(self.tok_encode(request.args[0])) for request in requests]
         limits = [normalize_gen_kwargs(request.args[1], self.max_gen_toks)["max_gen_toks"] for request in requests]
         self.num_truncated += sum(
@@ -205,7 +207,7 @@ class CheckpointLM(HFLM):
 
 
 def sharing_prompts(continuations: dict[tuple[int, ...], list]) -> Iterator[tuple[tuple[int, ...], list[Group]]]:
-    """Sets of prefixes with the tokens that all of a set begin with, from long to short; few-shot examples mostly."""
+    """Yields sets of prefixes, sorted from long to short, with the tokens that they share (few-shot examples)."""
     heads = Counter(prefix[:SHARED_HEAD] for prefix in continuations if len(prefix) > SHARED_HEAD)
 
     def key(prefix: tuple[int, ...]) -> tuple[int, ...]:
@@ -215,14 +217,14 @@ def sharing_prompts(continuations: dict[tuple[int, ...], list]) -> Iterator[tupl
     ordered = sorted(continuations, key=lambda prefix: (key(prefix), -len(prefix)))
     for head, prefixes in groupby(ordered, key):
         prefixes = list(prefixes)
-        # What the first and the last in lexicographic order share, all share. One token is left to predict from.
+        # All prefixes share what the lexicographically first and last share. Leave one token to predict from.
         shared = common_length(min(prefixes), max(prefixes)) if head else 0
         shared = min(shared, len(prefixes[-1]) - 1)
         yield prefixes[0][:shared], [(prefix, continuations[prefix]) for prefix in prefixes]
 
 
 def common_length(one, other) -> int:
-    """How many tokens two sequences share at their beginning."""
+    """Length of the common prefix of two sequences."""
     for length, (left, right) in enumerate(zip(one, other, strict=False)):
         if left != right:
             return length
@@ -239,17 +241,17 @@ def pad_right(sequences: list, device: torch.device) -> tuple[torch.Tensor, torc
 
 class PteLM(TemplateLM):
     """
-    A `.pte`, one sequence at a time. Prompts are encoded as the harness does it for a checkpoint.
+    A `.pte`, one sequence at a time. Prompts are encoded as the harness encodes them for a checkpoint.
 
-    Requests are taken in lexicographic order, and a request feeds only the tokens in which it differs from the one
-    before: the key-value cache still holds the others.
+    Requests run in lexicographic order. The key-value cache holds the previous sequence, so only the tokens after the
+    common prefix run again.
 
     Args:
-        model (`PteModel`): the program; with the logits of all positions a continuation is one call, else one per
-            token.
+        model (`PteModel`): the program. If it returns the logits of all positions, a continuation takes one call,
+            otherwise one call per token.
 
     Raises:
-        ValueError: for a request longer than the program's context, before the first request of its task runs.
+        ValueError: when a request exceeds the program's context, before the first request of the task runs.
     """
 
     def __init__(self, model: PteModel):
@@ -257,7 +259,7 @@ class PteLM(TemplateLM):
         self.pte = model
         self.tokenizer = model.tokenizer
         self.max_length = model.max_seq_len
-        # As in `CheckpointLM`: nothing is ever cut off or batched here.
+        # Attributes of `CheckpointLM`. A `.pte` never truncates or batches.
         self.num_truncated, self.tokens_per_batch = 0, None
         self._cached: list[int] = []
 
@@ -294,7 +296,7 @@ class PteLM(TemplateLM):
             )
 
     def _feed(self, tokens: list[int], num_scored: int) -> torch.Tensor:
-        """FP32 logits `(num_scored, vocab)` at the last positions of a sequence; what the cache holds is not fed."""
+        """FP32 logits `(num_scored, vocab)` at the last positions of a sequence. Cached tokens do not run again."""
         start = min(common_length(tokens, self._cached), len(tokens) - num_scored)
         self._cached = []
         logits = self.pte.last_logits(tokens[start:], start, num_scored)
@@ -314,7 +316,7 @@ class PteLM(TemplateLM):
             sorted(range(len(requests)), key=lambda index: inputs[index]), desc="log-likelihoods", disable=disable_tqdm
         ):
             text, _, continuation = requests[index]
-            # Choices of one token ask the same question.
+            # Choices of a single token share the same input.
             if previous != (inputs[index], len(continuation)):
                 log_probs = self._feed(inputs[index], len(continuation)).log_softmax(dim=-1)
                 previous = (inputs[index], len(continuation))
@@ -362,7 +364,7 @@ class PteLM(TemplateLM):
             token = self._feed(tokens, 1)[-1].argmax().item()
             if token in self.pte.eos_ids:
                 break
-            # A new list: the old one stays what the cache holds.
+            # A new list: `_cached` refers to the old one.
             tokens = [*tokens, token]
             tail = self.tokenizer.decode(tokens[len(prompt) :][-STOP_WINDOW:], skip_special_tokens=True)
             if any(sequence in tail for sequence in stop):

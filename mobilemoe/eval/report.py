@@ -1,4 +1,4 @@
-"""Reports side by side: a table with standard errors, differences and the paper's numbers, and a picture of it."""
+"""Compares evaluation reports: a table with standard errors, differences and the paper's scores, and a bar chart."""
 
 from collections import Counter
 from collections.abc import Iterable
@@ -17,10 +17,10 @@ if TYPE_CHECKING:
 
 def read_reports(paths: list[str | Path]) -> dict[str, Evaluation]:
     """
-    Reports by model name, from `report.json` files or the directories that hold them.
+    Reads reports from `report.json` files or their directories. Returns them by model name.
 
     Raises:
-        ValueError: for a missing report, or reports of different suites, limits or harness versions.
+        ValueError: when a report is missing, or suites, limits, harness versions or data differ.
     """
     reports = {}
     for path in map(Path, paths):
@@ -29,7 +29,7 @@ def read_reports(paths: list[str | Path]) -> dict[str, Evaluation]:
             raise ValueError(f"{path} holds no report.json. Make one: mobilemoe eval --model DIR --output {path}")
         report = Evaluation.load(file)
         if report.model.name in reports:
-            raise ValueError(f"Two of the reports are of {report.model.name}. Give each model once.")
+            raise ValueError(f"Two reports are of {report.model.name}. Give each model once.")
         reports[report.model.name] = report
     for key, read in {
         "suite": lambda report: report.settings.suite,
@@ -45,10 +45,10 @@ def read_reports(paths: list[str | Path]) -> dict[str, Evaluation]:
 
 def paper_scores(column: str | None) -> dict[str, float]:
     """
-    Percentages of one of the paper's models, by task, and by suite for its mean.
+    Scores of a model of the paper in percent, by task, with the mean under the name of the suite.
 
     Raises:
-        ValueError: for a model that the paper does not have.
+        ValueError: when the paper has no such model.
     """
     paper = suite_file()["paper"]
     if column is not None and column not in paper:
@@ -57,7 +57,7 @@ def paper_scores(column: str | None) -> dict[str, float]:
 
 
 def comparison(reports: dict[str, Evaluation], column: str | None, command: str | None = None) -> Comparison:
-    """Scores, and their differences to the first report, in percentage points; with the paper's where known."""
+    """Scores, differences to the first report in percentage points, and the paper's scores where known."""
     first, *others = reports
     suite = reports[first].settings.suite
     paper = paper_scores(column)
@@ -80,8 +80,9 @@ def comparison(reports: dict[str, Evaluation], column: str | None, command: str 
 
 def mean_score(results: Iterable[TaskResult]) -> Score | None:
     """
-    Mean over categories of the means over their tasks, as in the paper, and its standard error from theirs.
-    A task without a category is one of its own, so this is the plain mean of the foundation suite.
+    Macro average: the mean over categories of the mean over their tasks, as in the paper, with its standard error.
+
+    A task without a category counts as a category, so for the foundation suite this is the plain mean.
     """
     results = list(results)
     if not results:
@@ -102,7 +103,7 @@ def format_score(result: Score) -> str:
 
 
 def report_table(reports: dict[str, Evaluation], column: str | None = None) -> "Group":
-    """Percentages with standard errors; the difference to the first model behind every other one."""
+    """Scores in percent with standard errors; each model after the first is followed by the difference to it."""
     compared = comparison(reports, column)
     columns = ["task", "shots", "metric"]
     for number, model in enumerate(reports):
@@ -126,7 +127,7 @@ def report_table(reports: dict[str, Evaluation], column: str | None = None) -> "
 
 
 def plot_reports(reports: dict[str, Evaluation], path: Path, column: str | None = None) -> None:
-    """A group of bars per task, one bar per model, with standard errors; a mark for the paper's number."""
+    """Bar chart of the scores by task and model, with standard errors and a mark at the paper's score."""
     rows = comparison(reports, column).rows
     width = 0.8 / len(reports)
     with replace_file(path) as partial, picture(partial, (1.5 + 0.75 * len(rows), 4.5)) as (axis,):
@@ -151,10 +152,10 @@ def compare(
     paths: list[str | Path], output_dir: str | Path, column: str | None = None, command: str | None = None
 ) -> "Group":
     """
-    Writes `comparison.json` and `comparison.png`; differences are to the first report. Returns the table.
+    Writes `comparison.json` and `comparison.png` and returns the table. Differences are to the first report.
 
     Raises:
-        ValueError: for reports that cannot be compared.
+        ValueError: when the reports cannot be compared.
     """
     reports = read_reports(paths)
     comparison(reports, column, command).save(Path(output_dir) / "comparison.json")

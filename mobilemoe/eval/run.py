@@ -1,10 +1,10 @@
-"""The frozen benchmark suites on lm-evaluation-harness, for checkpoints (full-precision or INT4) and `.pte` alike.
+"""Runs frozen benchmark suites with lm-evaluation-harness, on checkpoints (full-precision or INT4) and `.pte`.
 
-    mobilemoe eval prepare --suite foundation --data-dir DATA       # once, with network
+    mobilemoe eval prepare --suite foundation --data-dir DATA       # once, with network access
     mobilemoe eval --model DIR --suite foundation --data-dir DATA --output OUT
     mobilemoe eval compare --results OUT-BF16 OUT-INT4 OUT-PTE --output OUT
 
-`suites.yaml` defines what a suite runs. Tasks, prompts, answers and metrics are the harness's own.
+`suites.yaml` defines the suites. Tasks, prompts, answers and metrics are those of the harness.
 """
 
 import contextlib
@@ -51,24 +51,24 @@ def evaluate(
     """
     Runs a suite and writes `report.json` and `report.png`.
 
-    Tasks run one after the other, each with the seeds set anew. A finished one is kept in `output_dir/tasks`, and a
-    second call with the same settings resumes after it.
+    Tasks run one after the other, and the seeds are reset before each. The results of finished tasks are kept in
+    `output_dir/tasks`; a second call with the same settings resumes after them.
 
     Args:
         model (`str` or `Path`): checkpoint directory, Hub id, or directory with `model.pte`.
-        suite (`str`): of `suites.yaml`.
-        output_dir (`str` or `Path`): for reports and finished tasks.
+        suite (`str`): a suite of `suites.yaml`.
+        output_dir (`str` or `Path`): directory for the report and the results of finished tasks.
         data_dir (`str` or `Path`, *optional*): made by `prepare_data`; without it the harness downloads the data.
-        tasks (`list[str]`, *optional*): only these of the suite.
-        limit (`int`, *optional*): only the first documents of each task, for a try.
-        dtype (`str`, defaults to `"auto"`): of a checkpoint's weights that are not packed.
-        tokens_per_batch (`int`, *optional*): see `CheckpointLM`; chosen by itself when absent.
-        run_unsafe_code (`bool`, defaults to `False`): run the tasks that execute what the model wrote.
-        command (`str`, *optional*): the command line that asked for this, for the JSON files.
+        tasks (`list[str]`, *optional*): run only these tasks of the suite.
+        limit (`int`, *optional*): run only the first documents of each task, for a quick test.
+        dtype (`str`, defaults to `"auto"`): dtype of a checkpoint's weights that are not packed.
+        tokens_per_batch (`int`, *optional*): see `CheckpointLM`.
+        run_unsafe_code (`bool`, defaults to `False`): run the tasks that execute code written by the model.
+        command (`str`, *optional*): the command line, recorded in the JSON files.
 
     Raises:
-        ValueError: for an unknown suite or task, a missing requirement, data that does not fit the suite, a model
-            that cannot run it, or an `output_dir` that holds results with other settings.
+        ValueError: for an unknown suite or task, a missing requirement, data that does not match the suite, a model
+            that cannot run it, or an `output_dir` with results of other settings.
     """
     check_numbers(limit, tokens_per_batch, dtype)
     selected, skipped = runnable_tasks(suite, tasks, run_unsafe_code)
@@ -118,10 +118,10 @@ def check_numbers(limit: int | None, tokens_per_batch: int | None, dtype: str) -
 
 def runnable_tasks(suite: str, names: list[str] | None, run_unsafe_code: bool) -> tuple[dict[str, dict], list[str]]:
     """
-    Settings by task, and the names of those that are left out because they execute code.
+    The settings by task, and the names of tasks that are skipped because they execute code.
 
     Raises:
-        ValueError: for an unknown suite or task, or one that executes code and was asked for by name.
+        ValueError: for an unknown suite or task, or when a task that executes code was requested by name.
     """
     selected = select_tasks(suite, names)
     skipped = [name for name, task in selected.items() if task.get("runs_code") and not run_unsafe_code]
@@ -138,7 +138,7 @@ def runnable_tasks(suite: str, names: list[str] | None, run_unsafe_code: bool) -
 
 
 def data_revisions(suite: str, tasks: dict[str, dict], data_dir: Path | None) -> dict[str, str | None]:
-    """The commit of every data set: of those in the data directory, or that the harness will download."""
+    """The commit of every data set, in the data directory or as the harness will download it."""
     check_requirements(tasks, data_dir)
     if data_dir is not None:
         return check_data(suite, tasks, data_dir)
@@ -169,10 +169,10 @@ def task_file(output_dir: str | Path, name: str) -> Path:
 
 def kept_results(output_dir: str | Path, fingerprints: dict[str, str]) -> dict[str, TaskResult]:
     """
-    Finished tasks of an earlier run.
+    Results of tasks that an earlier run finished.
 
     Raises:
-        ValueError: for a result of another model, other settings or other versions.
+        ValueError: when a result is of another model, other settings or other versions.
     """
     results = {}
     for name, expected in fingerprints.items():
@@ -189,10 +189,10 @@ def kept_results(output_dir: str | Path, fingerprints: dict[str, str]) -> dict[s
 
 
 def load_model(model: str | Path, dtype: str, tokens_per_batch: int | None, chat: bool):
-    """The harness's view of a checkpoint or a `.pte`."""
+    """Loads a checkpoint or a `.pte` as a model of the harness."""
     from .models import CheckpointLM, PteLM
 
-    # It warns of every model that is handed over instead of loaded.
+    # The harness warns about every model that it did not load itself.
     logging.getLogger("lm_eval").setLevel(logging.ERROR)
     if is_pte(model):
         if dtype != "auto":
@@ -200,7 +200,7 @@ def load_model(model: str | Path, dtype: str, tokens_per_batch: int | None, chat
         lm = PteLM(PteModel(model))
     else:
         checkpoint = CheckpointModel(model, dtype=DTYPES[dtype])
-        # A `.pte` of it stops at these; some of them only the tokenizer names.
+        # As an exported `.pte`: the generation config may lack end-of-sequence ids that the tokenizer has.
         checkpoint.model.generation_config.eos_token_id = checkpoint.eos_ids
         if torch.cuda.is_available():
             checkpoint.model.cuda()
@@ -214,7 +214,7 @@ def load_model(model: str | Path, dtype: str, tokens_per_batch: int | None, chat
 
 
 def group_file(name: str, task: dict, data_dir: Path | None) -> dict:
-    """A group of the harness with one member, its own task or group, and what the suite sets in it."""
+    """A harness group that contains only the given task or group and overrides its settings with the suite's."""
     group = {"group": f"suite_{name}", "task": [name], "num_fewshot": task["num_fewshot"][0]}
     if "generation_kwargs" in task:
         group["generation_kwargs"] = task["generation_kwargs"][0]
@@ -229,7 +229,7 @@ def group_file(name: str, task: dict, data_dir: Path | None) -> dict:
 def run_task(
     lm, task: dict, settings: EvaluationSettings, data_dir: Path | None, origin: dict[str, str | None]
 ) -> TaskResult:
-    """Runs one task or group of the harness; `origin` has the command, the fingerprint and the data's revision."""
+    """Runs a task or group of the harness. `origin` has the command, the fingerprint and the data revision."""
     import datasets
     import lm_eval
     from lm_eval.tasks import TaskManager
@@ -242,7 +242,7 @@ def run_task(
     with tempfile.TemporaryDirectory() as temporary, task_environment(task, data_dir):
         group = group_file(task["task"], task, data_dir)
         (Path(temporary) / "suite.yaml").write_text(yaml.safe_dump(group))
-        # Reading all of the harness's task files would take longer than many a task.
+        # Only this folder: reading all task files of the harness takes longer than some tasks run.
         manager = TaskManager(include_path=[folder, temporary], include_defaults=False)
         results = lm_eval.simple_evaluate(
             lm,
@@ -250,10 +250,10 @@ def run_task(
             task_manager=manager,
             limit=settings.limit,
             apply_chat_template=settings.apply_chat_template,
-            # Of a chat template only: examples are turns of their own. The harness's default, written out.
+            # Used with a chat template only. It is the harness's default, set explicitly.
             fewshot_as_multiturn=True,
             log_samples=False,
-            # Bootstrapped errors of the few metrics without a formula; the harness's default of 100,000 takes minutes.
+            # For standard errors of metrics without a formula. The harness's default of 100,000 takes minutes.
             bootstrap_iters=1000,
             confirm_run_unsafe_code=bool(task.get("runs_code")),
             random_seed=seeds["random"],
@@ -261,7 +261,7 @@ def run_task(
             torch_random_seed=seeds["torch"],
             fewshot_random_seed=seeds["fewshot"],
         )
-    # Members of a group, and groups of them.
+    # The members of a group, including nested groups.
     subtasks = set(results["results"]) - {task["task"], group["group"]}
     scores = results["results"][task["task"]]
     metric, _, chosen = task["metric"][0].partition(",")
@@ -292,10 +292,10 @@ def numbers(metrics: dict) -> dict[str, int | float]:
 
 @contextlib.contextmanager
 def task_environment(task: dict, data_dir: Path | None) -> Iterator[None]:
-    """Leads what tasks fetch or import by themselves into the data directory: a splitter, a metric, a package."""
+    """Makes tasks load NLTK data, the code metric and packages from the data directory."""
     with contextlib.ExitStack() as stack:
         if data_dir is not None and (data_dir / SITE).is_dir():
-            # In front: the environment may have another release of a package.
+            # First in the path: the environment may have another version of a package.
             sys.path.insert(0, str(data_dir / SITE))
             stack.callback(sys.path.remove, str(data_dir / SITE))
         if task.get("requires") == "ifeval" and data_dir is not None:
@@ -308,7 +308,7 @@ def task_environment(task: dict, data_dir: Path | None) -> Iterator[None]:
             os.environ["HF_ALLOW_CODE_EVAL"] = "1"
             stack.callback(restore_environment, "HF_ALLOW_CODE_EVAL", before)
             if data_dir is not None:
-                # `evaluate.load("code_eval")` takes a directory of that name before it asks the Hub.
+                # `evaluate.load("code_eval")` prefers a local directory of that name to the Hub.
                 stack.enter_context(contextlib.chdir((data_dir / CODE_EVAL).parent))
         yield
 

@@ -8,13 +8,13 @@ import yaml
 
 @cache
 def suite_file() -> dict:
-    """The parsed `suites.yaml`; do not modify it."""
+    """The parsed `suites.yaml`. Do not modify it."""
     return yaml.safe_load((Path(__file__).parent / "suites.yaml").read_text())
 
 
 def select_tasks(suite: str, names: list[str] | None = None) -> dict[str, dict]:
     """
-    Settings by task name, in the suite's order.
+    The settings of the selected tasks, in the order of the suite.
 
     Raises:
         ValueError: for an unknown suite or task.

@@ -18,15 +18,15 @@ from .program import ExportModel, ProgramOptions
 logger = logging.getLogger(__name__)
 
 EXPERTS_FILE = "experts"
-# Packages that decide what a program computes.
+# Packages whose versions affect what a program computes.
 VERSIONS = ("torch", "transformers", "torchao", "executorch")
-# Length of the example that a program is traced with, and the shortest context. `torch.export` takes a length for 2 or
-# more: in a context of 2 it would conclude that every call starts at position 0.
+# Length of the example input for tracing, and the shortest context. `torch.export` assumes dynamic sizes of at least
+# 2: in a context of 2 it would conclude that every call starts at position 0.
 TRACED_TOKENS = 8
 
 
 def metadata(config: MobileMoEConfig, options: ProgramOptions, eos_ids: list[int]) -> dict:
-    """Constant methods: ExecuTorch's runners read the first six, optimum-executorch the others."""
+    """Constant methods of the program. ExecuTorch's runners read the first six, optimum-executorch the others."""
     return {
         "get_max_seq_len": options.max_seq_len,
         "get_max_context_len": options.max_seq_len,
@@ -53,20 +53,20 @@ def lower(model: ExportModel, constant_methods: dict, experts_file: bool, stages
     unwrap_tensor_subclass(model)
     max_seq_len = model.options.max_seq_len
     dynamic_shapes = ({1: torch.export.Dim("length", min=1, max=max_seq_len)}, {})
-    # XNNPACK has BF16 kernels for few CPUs; ExecuTorch's own linear runs on all and reads the table as its head.
+    # XNNPACK has BF16 kernels for few CPUs. ExecuTorch's own linear runs on all and can share the tied embedding.
     bf16 = model.options.weights == "bf16"
-    # Our operators leave nothing to a delegate.
+    # With our operators there is nothing left to delegate.
     partitioner = [] if bf16 or model.on_kernels else [XnnpackPartitioner()]
     preserved = [torch.ops.aten.linear.default] if bf16 else []
     example = (torch.zeros((1, TRACED_TOKENS), dtype=torch.int64), torch.zeros(1, dtype=torch.int64))
     with torch.no_grad(), warnings.catch_warnings():
-        # ExecuTorch's own operators still use a check that torch calls deprecated, once per layer and pass.
+        # ExecuTorch's own operators use a deprecated torch check, which warns once per layer and pass.
         warnings.simplefilter("ignore", FutureWarning)
         with stages("trace"):
             exported = torch.export.export(model, example, dynamic_shapes=dynamic_shapes, strict=False)
         with stages("lower", f"{len(model.layers)} layers, up to 15 s each"):
-            # One partitioner for linears and elementwise work together: with two, as in ExecuTorch's llama example,
-            # every linear is a delegate of its own, which takes longer both here and when it runs.
+            # One partitioner for linears and elementwise operators. With two, as in ExecuTorch's llama example, every
+            # linear becomes a separate delegate, which is slower to lower and to run.
             edge = to_edge_transform_and_lower(
                 exported,
                 partitioner=partitioner,
@@ -93,13 +93,13 @@ def external_constant(node: torch.fx.Node) -> str | None:
 
 
 def program_operators(program) -> list[str]:
-    """Names of the operators that a runtime must have, delegated ones not among them."""
+    """Names of the operators that the runtime must provide, without delegated ones."""
     plan = program.executorch_program.execution_plan[0]
     return sorted(f"{operator.name}.{operator.overload}".rstrip(".") for operator in plan.operators)
 
 
 class Stages:
-    """Logs what is going on, and keeps the seconds of each stage."""
+    """Logs the progress of stages and records their seconds."""
 
     report_every = 30.0
 
@@ -112,7 +112,7 @@ class Stages:
         started, finished = time.perf_counter(), threading.Event()
 
         def report() -> None:
-            # torch.export and ExecuTorch take minutes and report nothing.
+            # torch.export and ExecuTorch take minutes and log no progress.
             while not finished.wait(self.report_every):
                 logger.info(
                     f"{name}: {time.perf_counter() - started:.0f} s so far, peak memory {peak_memory() / 1e9:.2f} GB"

@@ -1,4 +1,4 @@
-"""Expert weights in the layout of `llama::quantized_moe_ffn`: groups along the input, panels of eight rows."""
+"""Packs expert weights for `llama::quantized_moe_ffn`: groups along the input, panels of eight rows."""
 
 import torch
 from torch import nn
@@ -22,7 +22,7 @@ def pack_universal(quantized: torch.Tensor, scale: torch.Tensor, num_bits: int) 
 
     Returns:
         uint8 of shape `(E, bytes)`: a header of 16 int32, then for every panel of 8 rows and every group the integers,
-        8 FP32 scales and 8 int32 sums of integers.
+        8 FP32 scales and 8 int32 row sums of the integers.
     """
     num_experts, rows, columns = quantized.shape
     groups = scale.shape[-1]
@@ -47,15 +47,14 @@ def operator_rows(
     qweight: torch.Tensor, scale: torch.Tensor, group_dim: int, num_bits: int
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """
-    One expert of a checkpoint on the grid of the operator, which groups along the input.
+    Requantises one expert of a checkpoint for the operator, which needs groups along the input.
 
-    An expert grouped along its input goes through as it is: its integers fit both widths, its scales stay. From the
-    output axis the two grids do not meet, and the weights are rounded a second time: with 8 bits that costs next to
-    nothing, with 4 bits it is felt.
+    An expert with groups along the input is kept bit-exact at both widths. An expert with groups along the output is
+    dequantised and rounded a second time. The error of this rounding is negligible with 8 bits and noticeable with 4.
 
     Args:
         qweight (`torch.Tensor`): packed integers of shape `(in, out / 2)`.
-        scale (`torch.Tensor`): of shape `(in, out / 32)`, or `(in / 32, out)` with groups along the input.
+        scale (`torch.Tensor`): scales of shape `(in, out / 32)`, or `(in / 32, out)` with groups along the input.
         group_dim (`int`): -1 or -2, see [`Int4Experts`].
         num_bits (`int`): 4 or 8.
 
@@ -75,7 +74,7 @@ def operator_rows(
 
 
 def expand_rows(quantized: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
-    """The FP32 weights `(out, in)` that the operator computes with."""
+    """The FP32 weights `(out, in)` that the quantised rows represent."""
     return (quantized.float().unflatten(-1, (scale.shape[-1], -1)) * scale.unsqueeze(-1)).flatten(-2)
 
 
@@ -85,7 +84,7 @@ def pack_experts(experts: Int4Experts, num_bits: int) -> tuple[torch.Tensor, tor
 
     Returns:
         The packed gate and up rows and the packed down rows, each `(E, bytes)`; the sum of squares of the weights, and
-        that of what the second rounding changed in them (0 for a checkpoint with groups along the input).
+        the sum of squared errors of the second rounding. Both sums are 0 with groups along the input.
     """
     packed, signal, noise = [], 0.0, 0.0
     for qweight, weight_scale in (

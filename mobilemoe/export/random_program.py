@@ -17,7 +17,7 @@ from ..shapes import program_config
 
 
 def random_packed_model(config: PretrainedConfig, seed: int = 0) -> PreTrainedModel:
-    """A BF16 model of this shape with random INT4 weights, built packed: it never exists in full precision."""
+    """A BF16 model with random INT4 weights. It is created in packed form, never in full precision."""
     block = MobileMoEInt4Config(**INT4_BLOCK)
     if isinstance(config, MobileMoEConfig):
         config.quantization, config.quantization_config = dict(INT4_BLOCK), block
@@ -26,19 +26,19 @@ def random_packed_model(config: PretrainedConfig, seed: int = 0) -> PreTrainedMo
         model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
         quantizer._process_model_before_weight_loading(model)
     model.to_empty(device="cpu")
-    # What `from_pretrained` keeps in FP32.
+    # `from_pretrained` keeps these in FP32.
     for module in model.modules():
         if isinstance(module, Int4FeedForward):
             module.router.float()
             module.expert_bias = module.expert_bias.float()
-    # Its frequencies are no weights, so they are computed again.
+    # The frequencies are not in the state dict: compute them again after `to_empty`.
     model.model.rotary_emb = type(model.model.rotary_emb)(config)
     generator = torch.Generator().manual_seed(seed)
     for name, tensor in model.state_dict().items():
         if tensor.dtype == torch.uint8:
             tensor.random_(generator=generator)
         elif name.endswith("scale"):
-            # Of weights with the standard deviation 0.02, as initialised.
+            # The scales of weights with the initial standard deviation of 0.02.
             tensor.uniform_(0.003, 0.006, generator=generator)
         elif name.endswith("norm.weight"):
             tensor.fill_(1)
@@ -54,10 +54,10 @@ def write_random_program(
     config: PretrainedConfig, directory: str | Path, max_seq_len: int, kv_cache: str = DEFAULT_CACHE
 ) -> None:
     """
-    A directory with `model.pte` of this shape, as [`PteModel`] reads it but for the tokenizer.
+    Writes a directory with `model.pte` that [`PteModel`] can read. It has no tokenizer.
 
     Raises:
-        BuildError: when the operators do not compile here.
+        BuildError: when the operators do not compile on this machine.
     """
     from modeling_mobilemoe.kernels import load_executorch
     from modeling_mobilemoe.kernels.modules import MoEFFN

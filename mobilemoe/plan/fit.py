@@ -1,4 +1,4 @@
-"""The fit of the scaling law to any table of runs, with intervals and held-out error."""
+"""Fits the scaling law to a table of runs, with intervals and held-out error."""
 
 import csv
 import dataclasses
@@ -14,15 +14,15 @@ import numpy as np
 from .law import COEFFICIENTS, COLUMNS, ScalingLaw, effective_experts
 
 
-# Places of A, B and c, which are fitted as logarithms.
+# Indices of A, B and c, which are fitted as logarithms.
 LOGARITHMIC = [0, 4, 8]
-# Iterations of the solver. Most starts need fewer than fifty; flat valleys take what they get.
+# Maximum solver iterations. Most starts need fewer than 50; those in flat valleys stop at the maximum.
 MAX_ITERATIONS = 100
-# Shares of the lowest loss at which the constant c is held while the search begins.
+# Values of the constant c, as shares of the lowest loss, at which it is fixed in the first phase of the search.
 C_SHARES = (0.05, 0.2, 0.35, 0.5, 0.6, 0.7, 0.78, 0.84, 0.88, 0.92, 0.95, 0.98)
-# Best starts that every resampled fit begins from.
+# Number of local minima from which every resampled fit starts.
 NUM_VALLEYS = 3
-# Values of a coefficient, each way, at which its profile is taken.
+# Profile points of a coefficient in each direction.
 PROFILE_STEPS = 36
 
 
@@ -32,13 +32,14 @@ class LawFit:
     A law fitted to a table, with its uncertainty.
 
     Args:
-        law (`ScalingLaw`): the estimate.
+        law (`ScalingLaw`): the law with the estimated coefficients.
         samples (`np.ndarray` of shape `(bootstrap, 9)`): coefficients refitted to resampled residuals, in the order of
             `COEFFICIENTS`.
         residuals (`np.ndarray` of shape `(rows,)`): log of predicted over measured loss.
-        profile (`np.ndarray` of shape `(9, 2, 2, steps)`): per coefficient, downwards and upwards, values outwards
-            from the estimate (ln A, ln B, ln c) and the likelihood-ratio statistic of the best fit with that value.
-        excess (`np.ndarray` of shape `(bootstrap,)`): that statistic of the estimate itself in each resampled table.
+        profile (`np.ndarray` of shape `(9, 2, 2, steps)`): per coefficient and direction (down, up), the values going
+            outwards from the estimate (logarithms for A, B and c), and the likelihood-ratio statistic of the best fit
+            with the coefficient fixed at that value. `None` without resampling.
+        excess (`np.ndarray` of shape `(bootstrap,)`): that statistic for the estimate itself in each resampled table.
     """
 
     law: ScalingLaw
@@ -49,25 +50,25 @@ class LawFit:
 
     def intervals(self, level: float = 0.95, joint: bool = False) -> dict[str, tuple[float, float]]:
         """
-        Interval of each coefficient: all values at which the other eight can still explain the table.
+        Profile-likelihood interval of each coefficient.
 
-        Profile intervals, by the likelihood ratio: along the curved valleys of this form, percentiles of the resampled
-        coefficients cover too little. An end that the table does not determine is infinite, or zero for A, B and c.
+        Percentiles of the resampled coefficients would be too narrow, since the minimum lies in a curved valley. An
+        end that the table does not determine is infinite, or zero for A, B and c.
 
         Args:
-            level (`float`, defaults to 0.95): of confidence.
-            joint (`bool`, defaults to `False`): wider intervals, which hold all nine coefficients at once; their
-                threshold is that of the resampled fits.
+            level (`float`, defaults to 0.95): confidence level.
+            joint (`bool`, defaults to `False`): wider intervals that cover all nine coefficients at once, with the
+                threshold taken from the resampled fits.
 
         Raises:
             ValueError: for a fit without resampling.
         """
         if self.profile is None:
-            raise ValueError("This law was fitted with bootstrap=0, which leaves out all intervals. Set 200, say.")
+            raise ValueError("This law was fitted with bootstrap=0, which computes no intervals. Set 200, say.")
         if joint:
             limit = float(np.quantile(self.excess, level))
         else:
-            # Student's t from the normal quantile, for the few runs of a table.
+            # Quantile of Student's t, expanded from the normal quantile, since a table has few runs.
             z, freedom = NormalDist().inv_cdf((1 + level) / 2), max(1, len(self.residuals) - len(COEFFICIENTS))
             limit = (z + (z**3 + z) / (4 * freedom)) ** 2
         result = {}
@@ -79,10 +80,10 @@ class LawFit:
     def loss_interval(
         self, active_parameters, tokens, expansion, level: float = 0.95
     ) -> tuple[np.ndarray, np.ndarray]:
-        """Interval of the predicted mean loss, without the noise of a single run. Broadcasts as `ScalingLaw.loss`."""
+        """Interval of the expected loss, without the noise of a single run. Broadcasts as `ScalingLaw.loss`."""
         named = [dict(zip(COEFFICIENTS, sample, strict=True)) for sample in self.samples]
         laws = [dataclasses.replace(self.law, **coefficients) for coefficients in named]
-        # Coefficients that the table does not determine may leave the range of floats: such a loss has no bound.
+        # Undetermined coefficients may overflow: such a loss is unbounded.
         with np.errstate(over="ignore", invalid="ignore"):
             losses = np.array([law.loss(active_parameters, tokens, expansion) for law in laws])
         losses = np.where(np.isnan(losses), np.inf, losses)
@@ -90,12 +91,12 @@ class LawFit:
 
 
 def _crossing(values: np.ndarray, statistics: np.ndarray, limit: float) -> float:
-    """Where a profile leaves the confidence region for good, going outwards; infinite where it never does."""
+    """The outermost value at which a profile crosses `limit`; infinite if it ends below it."""
     inside = np.flatnonzero(statistics <= limit)
     last = inside[-1] if len(inside) else 0
     if last == len(values) - 1:
         return math.copysign(math.inf, values[-1] - values[0])
-    # Roots are nearly straight where the statistic itself is a parabola.
+    # Interpolate the square root, which is nearly linear where the statistic is a parabola.
     first, second = np.sqrt(np.maximum(statistics[last : last + 2], 0))
     share = (math.sqrt(limit) - first) / (second - first)
     return float(values[last] + share * (values[last + 1] - values[last]))
@@ -103,14 +104,14 @@ def _crossing(values: np.ndarray, statistics: np.ndarray, limit: float) -> float
 
 def read_table(path: str | Path, **conditions) -> dict[str, np.ndarray]:
     """
-    The columns `active_parameters`, `tokens`, `expansion` and `loss` of a table of runs, `.jsonl` or `.csv`.
+    Reads the columns `active_parameters`, `tokens`, `expansion` and `loss` of a table of runs.
 
     Args:
-        path (`str` or `Path`): the file. Other columns are ignored.
-        conditions: `column=value`, which rows to take.
+        path (`str` or `Path`): a `.jsonl` or `.csv` file. Other columns are ignored.
+        conditions: `column=value`; only rows that match are read.
 
     Raises:
-        ValueError: for a missing column or a value that is no number.
+        ValueError: for a missing column or a value that is not a number.
     """
     path = Path(path)
     with path.open(newline="") as file:
@@ -125,15 +126,15 @@ def read_table(path: str | Path, **conditions) -> dict[str, np.ndarray]:
     try:
         return {name: np.array([float(row[name]) for row in rows]) for name in COLUMNS}
     except (TypeError, ValueError) as error:
-        raise ValueError(f"{path} holds a value that is no number: {error}. Correct that row.") from error
+        raise ValueError(f"{path} holds a value that is not a number: {error}. Correct that row.") from error
 
 
 def check_table(table: dict[str, np.ndarray]) -> None:
     """
-    Refuses a table that cannot determine nine coefficients.
+    Checks that a table can determine nine coefficients.
 
     Raises:
-        ValueError: that says which runs are missing.
+        ValueError: when it cannot. The message says which runs are missing.
     """
     values = np.stack([np.asarray(table[name], dtype=np.float64) for name in COLUMNS], axis=1)
     if not (np.isfinite(values) & (values > 0)).all():
@@ -169,37 +170,38 @@ def fit_law(
     """
     Fits the joint law: Huber loss on log losses, 96 starts, and a bootstrap of the residuals.
 
-    A residual counts squared up to 1.345 robust standard deviations of the residuals, and linearly beyond.
+    The Huber loss is squared up to 1.345 robust standard deviations of the residuals and linear beyond.
 
     Args:
         table (`dict` of `np.ndarray`, shape `(rows,)`): the columns of [`read_table`].
-        bootstrap (`int`, defaults to 200): resampled fits.
-        seed (`int`, defaults to 0): of the resampling.
-        unit (`float`, defaults to 1e9): of the coefficients.
+        bootstrap (`int`, defaults to 200): number of resampled fits.
+        seed (`int`, defaults to 0): seed of the resampling.
+        unit (`float`, defaults to 1e9): unit of N and D for the coefficients.
+        e_start, e_max (`float`): see [`effective_experts`].
 
     Raises:
-        ValueError: for a table with too few points, or values that are not positive.
+        ValueError: when the table has too few points or values that are not positive.
     """
     check_table(table)
     n, d, expansion, loss = (np.asarray(table[name], dtype=np.float64) for name in COLUMNS)
     log_e = np.log(effective_experts(expansion, e_start, e_max))
-    # Around the middle of the table the coefficients are least correlated.
+    # Centre N and D: around the middle of the table the coefficients are least correlated.
     middle = np.exp([np.log(n).mean(), np.log(d).mean()])
     design = _Design(log_e, np.log(n / middle[0]), np.log(d / middle[1]))
     target = np.log(loss)
     found, cost = design.search(loss, target)
-    # Valleys apart: a resampled fit goes down each of them, or the intervals would know of one only.
+    # Distinct minima. Resampled fits start from each, or the intervals would cover only one of them.
     apart = np.concatenate([[True], np.diff(cost) > 1e-3 * cost[0]])
     valleys = found[apart][:NUM_VALLEYS]
     residuals = design.predict(valleys[:1])[0][0] - target
-    # Twice: the first width is that of residuals from a nearly absolute loss.
+    # Twice: the first residuals come from a nearly absolute loss.
     for _ in range(2):
         delta = max(1.345 * 1.4826 * float(np.median(np.abs(residuals))), 1e-9)
         valleys, cost = design.minimize(valleys, np.broadcast_to(target, (len(valleys), len(target))), delta)
         valleys = valleys[np.argsort(cost)]
         residuals = design.predict(valleys[:1])[0][0] - target
-    # What a cost is worth: 2 (cost - lowest cost) * scale is chi-squared, as in a likelihood-ratio test. In its robust
-    # form, with Huber's correction for the number of coefficients (Robust Statistics, 1981).
+    # 2 (cost - lowest cost) * scale is chi-squared distributed, as in a likelihood-ratio test. This is the robust form
+    # with Huber's correction for the number of coefficients (Robust Statistics, 1981).
     freedom = max(1, len(loss) - len(COEFFICIENTS))
     squared = float(np.mean(np.abs(residuals) <= delta))
     correction = 1 + len(COEFFICIENTS) / len(loss) * (1 - squared) / squared
@@ -207,7 +209,7 @@ def fit_law(
     scale = squared / max(variance, 1e-300) / correction**2
 
     rng = np.random.default_rng(seed)
-    # As wide as the noise was before nine coefficients were fitted to it.
+    # Rescaled to the noise level before nine coefficients were fitted.
     noise = (residuals - residuals.mean()) * math.sqrt(len(loss) / freedom)
     resampled = (target + residuals) + rng.choice(noise, (bootstrap, len(loss)))
     fits = [design.minimize(np.broadcast_to(start, (bootstrap, len(start))), resampled, delta) for start in valleys]
@@ -229,23 +231,23 @@ def fit_law(
 
 
 def _unit_map(middle: np.ndarray) -> np.ndarray:
-    """`(9, 9)`: ln A, ..., ln c of `N / middle[0]` and `D / middle[1]` to those of N and D; the form is the same."""
+    """`(9, 9)` matrix from the coefficients for `N / middle[0]` and `D / middle[1]` to those for N and D."""
     matrix = np.eye(len(COEFFICIENTS))
     for first, log_middle in zip((0, 4), np.log(middle), strict=True):
-        # A N^alpha and Ê^delta N^(gamma ln Ê).
+        # In A N^alpha and in Ê^delta N^(gamma ln Ê).
         matrix[first, first + 2] = matrix[first + 1, first + 3] = -log_middle
     return matrix
 
 
 def _exponentiate(theta: np.ndarray) -> np.ndarray:
-    """Coefficients `(..., 9)` of ln A, delta, ..., ln B, ..., ln c."""
+    """Coefficients `(..., 9)` from theta, which has ln A, ln B and ln c."""
     theta = theta.copy()
     theta[..., LOGARITHMIC] = np.exp(theta[..., LOGARITHMIC])
     return theta
 
 
 class _Design:
-    """The table in logarithms, each `(rows,)`, and the solver. `theta` is `(fits, 9)`, with ln A, ln B and ln c."""
+    """The logarithms of a table, `(rows,)` each, and the solver. `theta` is `(fits, 9)` with ln A, ln B and ln c."""
 
     def __init__(self, log_e: np.ndarray, log_n: np.ndarray, log_d: np.ndarray):
         ones = np.ones_like(log_e)
@@ -270,10 +272,11 @@ class _Design:
 
     def search(self, loss: np.ndarray, target: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """
-        Minima from many starts, best first: `(12, 9)` and their costs.
+        Searches minima from many starts. Returns `(12, 9)` coefficients, best first, and their costs.
 
-        The valley of this form runs along c, which trades against A and alpha, and a descent along it takes for ever.
-        So c is held at twelve shares of the lowest loss first, with eight starts at each, and set free from the best.
+        The minimum lies in a valley along c, which trades off against A and alpha, and descending along it converges
+        slowly. So c is first fixed at twelve shares of the lowest loss, with eight starts each. The best start of each
+        share is then refined with c free.
         """
         rows = []
         for share in C_SHARES:
@@ -294,11 +297,11 @@ class _Design:
     def profile(
         self, valleys: np.ndarray, target: np.ndarray, delta: float, to_units: np.ndarray, scale: float
     ) -> np.ndarray:
-        """That of [`LawFit`]: every coefficient held at values ever further away, the rest fitted."""
+        """`LawFit.profile`: each coefficient is fixed at values further and further out, and the rest is refitted."""
         lowest = _huber(self.predict(valleys[:1])[0] - target, delta)[0]
-        # What leaves a coefficient as it is: the null space of its row.
+        # Directions that keep a coefficient fixed: the null space of its row.
         null_spaces = np.stack([np.linalg.svd(row[None])[2][1:].T for row in to_units])  # (coefficients, 9, 8)
-        # One chain per coefficient, way and valley; each fit starts where the one before it points.
+        # One chain per coefficient, direction and minimum; each fit starts from an extrapolation of the previous one.
         coefficient, way, start = (index.ravel() for index in np.indices((len(to_units), 2, len(valleys))))
         rows, basis, sign = to_units[coefficient], null_spaces[coefficient], np.where(way, 1.0, -1.0)
         targets = np.broadcast_to(target, (len(rows), len(target)))
@@ -312,8 +315,8 @@ class _Design:
                 covariance = np.linalg.pinv(curvature, rcond=1e-12, hermitian=True)
                 direction = np.einsum("cpq,cq->cp", covariance, rows)
                 error = np.sqrt(np.einsum("cp,cp->c", direction, rows))
-                # A third of a local standard error, along the valley, where it is straight for so far; the chain of
-                # the best minimum sets the pace of all.
+                # About a third of a local standard error along the valley, less where the valley is curved. The chain
+                # of the best minimum sets the step of all chains.
                 straight = 0.25 * error**2 / np.abs(direction).max(axis=1)
                 moved = (sign * np.minimum(0.35 * error, straight)).reshape(shape)[..., :1]
                 goal = values[-1][..., None] + np.broadcast_to(moved, shape)
@@ -336,13 +339,13 @@ class _Design:
         self, theta: np.ndarray, target: np.ndarray, delta: float, basis: np.ndarray | None = None
     ) -> tuple[np.ndarray, np.ndarray]:
         """
-        Levenberg-Marquardt with Huber weights, many fits at a time.
+        Levenberg-Marquardt with Huber weights, batched over fits.
 
         Args:
-            theta (`np.ndarray` of shape `(fits, 9)`): where each begins.
+            theta (`np.ndarray` of shape `(fits, 9)`): starting points.
             target (`np.ndarray` of shape `(fits, rows)`): log losses.
-            delta (`float`): where the loss turns from squared to absolute.
-            basis (`np.ndarray` of shape `(fits, 9, directions)`, *optional*): in which each fit may move.
+            delta (`float`): residual at which the loss changes from squared to linear.
+            basis (`np.ndarray` of shape `(fits, 9, directions)`, *optional*): directions in which each fit may move.
 
         Returns:
             The coefficients `(fits, 9)` and the costs `(fits,)`.
@@ -352,7 +355,7 @@ class _Design:
             basis = np.broadcast_to(np.eye(theta.shape[1]), (len(theta), theta.shape[1], theta.shape[1]))
         predicted, jacobian = self.predict(theta)
         cost = _huber(predicted - target, delta)
-        # Fits that still move.
+        # Fits that have not converged.
         active = np.arange(len(theta))
         for _ in range(MAX_ITERATIONS):
             residuals = predicted[active] - target[active]
@@ -387,10 +390,13 @@ def _huber(residuals: np.ndarray, delta: float) -> np.ndarray:
 
 def heldout_error(table: dict[str, np.ndarray], **fit_arguments) -> float:
     """
-    Root mean square error, nats per token, on the runs with the most tokens of a law fitted to all others.
+    Held-out error of the law: fitted to all runs but those with the most tokens, evaluated on these.
+
+    Returns:
+        Root mean square error in nats per token.
 
     Raises:
-        ValueError: when the others are too few.
+        ValueError: when the remaining runs are too few.
     """
     last = np.asarray(table["tokens"]) == max(table["tokens"])
     fit = fit_law({name: np.asarray(table[name])[~last] for name in COLUMNS}, bootstrap=0, **fit_arguments)

@@ -1,13 +1,13 @@
-"""The on-device scaling law of the paper: its formula and its published coefficients.
+"""The paper's on-device scaling law: the formula and the published coefficients.
 
     L(N, D, E) = A Ê^delta N^(alpha + gamma ln Ê) + B Ê^omega D^(beta + zeta ln Ê) + c            (paper, equation 1)
 
-N are active parameters and D training tokens, both in units of `unit` (billions in the paper), E is the expert
-expansion, and Ê its saturating transform (Clark et al., arXiv 2202.01169). A loss is in nats per token of the text and
-the tokenizer that the runs had, so losses of different laws do not compare.
+N is the number of active parameters and D the number of training tokens, both in units of `unit` (billions in the
+paper). E is the expert expansion and Ê its saturating transform (Clark et al., arXiv 2202.01169). Losses are in nats
+per token on the data and tokenizer of the fitted runs, so losses of different laws are not comparable.
 
-The published form has no term for granularity and the shared expert: the paper fits them apart, and of those fits only
-two numbers are known here (docs/scaling.md). Both change neither N nor the total parameters.
+The published form has no term for granularity and the shared expert. The paper fits them separately, and only two
+numbers of those fits are known here (docs/scaling.md). Neither choice changes N or the total number of parameters.
 """
 
 from dataclasses import dataclass, field
@@ -21,7 +21,7 @@ COLUMNS = ("active_parameters", "tokens", "expansion", "loss")
 
 def effective_experts(expansion, e_start: float = 1.0, e_max: float = 32.0) -> np.ndarray:
     """
-    Ê of the expert expansion E: 1 for a dense model, and never above `e_max`.
+    The saturating transform Ê of the expert expansion E: 1 for a dense model, at most `e_max`.
 
     `1 / Ê = 1 / (E - 1 + (1 / e_start - 1 / e_max)^-1) + 1 / e_max`. The paper fixes e_start = 1 and e_max = 32.
 
@@ -30,19 +30,20 @@ def effective_experts(expansion, e_start: float = 1.0, e_max: float = 32.0) -> n
     """
     expansion = np.asarray(expansion, dtype=np.float64)
     if not (expansion >= 1).all():
-        raise ValueError(f"expansion={expansion.min()} is less than a dense model has. Set 1 (dense) or more.")
+        raise ValueError(f"expansion={expansion.min()} is below that of a dense model. Set 1 (dense) or more.")
     return 1 / (1 / (expansion - 1 + 1 / (1 / e_start - 1 / e_max)) + 1 / e_max)
 
 
 @dataclass(frozen=True)
 class ScalingLaw:
     """
-    The joint law with its coefficients; all arguments and results broadcast as in numpy.
+    The joint law with its coefficients. Arguments and results broadcast as in numpy.
 
     Args:
-        A, delta, alpha, gamma, B, omega, beta, zeta, c (`float`): of the formula above.
-        rmse (`float`): root mean square error of the loss in the fit, nats per token.
-        unit (`float`, defaults to 1e9): parameters and tokens are counted in these.
+        A, delta, alpha, gamma, B, omega, beta, zeta, c (`float`): the coefficients of the formula above.
+        rmse (`float`): root mean square error of the fit, in nats per token.
+        unit (`float`, defaults to 1e9): unit of N and D in the formula.
+        e_start, e_max (`float`): see [`effective_experts`].
         ranges (`dict`): smallest and largest active parameters, tokens and expansion of the fitted runs.
     """
 
@@ -63,10 +64,10 @@ class ScalingLaw:
 
     def loss(self, active_parameters, tokens, expansion) -> np.ndarray:
         """
-        Predicted loss in nats per token. Parameters and tokens are plain counts.
+        Predicted loss in nats per token. Parameters and tokens are plain counts, not in units of `unit`.
 
         Raises:
-            ValueError: for a count that is not positive, or an expansion below 1.
+            ValueError: when a count is not positive or an expansion is below 1.
         """
         values = {"active_parameters": active_parameters, "tokens": tokens}
         for name, value in values.items():
@@ -79,9 +80,9 @@ class ScalingLaw:
         return by_size + by_data + self.c
 
     def outside(self, active_parameters: float, tokens: float, expansion: float) -> list[str]:
-        """In words, what of a point lies outside the fitted runs, where the law only extrapolates."""
+        """Describes in which quantities a point lies outside the range of the fitted runs, so the law extrapolates."""
         point = {"active_parameters": active_parameters, "tokens": tokens, "expansion": expansion}
-        # A tenth: the paper's sizes are quoted as 0.3, 0.5 and 0.9 billion and are 0.272, 0.528 and 0.922.
+        # 10 % tolerance: the paper quotes sizes of 0.272, 0.528 and 0.922 billion as 0.3, 0.5 and 0.9.
         return [
             f"{name} {point[name]:.3g} is outside the fitted {low:.3g} to {high:.3g}"
             for name, (low, high) in self.ranges.items()
@@ -89,9 +90,9 @@ class ScalingLaw:
         ]
 
 
-# Table A.2, the sweep over E, from a secondary source, which does not state the units: with billions, and only so, the
-# formula behaves as the paper describes. N counts the tied embedding: the sizes of the grid, 0.3, 0.5 and 0.9 billion,
-# are those of S, M and L with it.
+# Table A.2, the sweep over E, from a secondary source that does not state the units. Only with billions does the
+# formula behave as the paper describes. N includes the tied embedding: the grid's sizes of 0.3, 0.5 and 0.9 billion
+# match S, M and L only with it.
 PAPER_LAW = ScalingLaw(
     A=0.2388,
     delta=0.0906,

@@ -1,7 +1,7 @@
-"""The best model for a device: every shape of the family within the limits, by the loss that a scaling law predicts.
+"""Finds the best model for a device: the shape within the limits with the lowest loss predicted by a scaling law.
 
-A search over width, depth and expert expansion E. Granularity and the shared expert are not searched: the law has no
-term for them, so they are the paper's (8 and one), and the plan shows what the alternatives would change.
+The search covers width, depth and expert expansion E. Granularity and the number of shared experts are fixed to the
+paper's values (8 and 1), since the law has no term for them. The plan shows what other granularities would change.
 """
 
 import dataclasses
@@ -28,35 +28,35 @@ from .fit import LawFit
 from .law import PAPER_GRID, PAPER_LAW, ScalingLaw
 
 
-# The paper's choice among expansions that its law cannot tell apart, and the rest of its design.
+# The paper's choice of E, among values that the law cannot distinguish, and of the granularity.
 PAPER_EXPANSION, PAPER_GRANULARITY = 8, 8
-# Routed units of a token that the shared expert takes the place of, of 8 (paper).
+# Of the 8 active units per token, the number that the shared expert replaces (paper).
 SHARED_UNITS = 4
-# "d_model / n_l about 40": 38.4, 39.4 and 40 in S, M and L.
+# "d_model / n_l about 40" (paper): 38.4, 39.4 and 40 in S, M and L.
 PAPER_ASPECT, ASPECTS = 40, (32, 48)
 WIDTHS = (64, 96, 128, 192, *range(256, 2049, 128))
-# Prompt of the prefill figures.
+# Prompt length of the prefill time.
 PROMPT_TOKENS = 512
 
 
 @dataclass(frozen=True)
 class Request:
     """
-    What is asked for. Exactly one of `tokens` and `flops`.
+    The limits and budgets of a plan. Exactly one of `tokens` and `flops` must be set.
 
     Args:
-        memory (`float`): bytes for the weights and the key-value cache of the exported program.
+        memory (`float`): limit in bytes for the weights and the key-value cache of the exported program.
         context (`int`, defaults to 8192): tokens that the cache holds.
         tokens (`float`, *optional*): training tokens.
         flops (`float`, *optional*): training FLOPs, `6 N_act D`.
-        inference_flops (`float`, *optional*): most FLOPs per token, `2 N_act`.
-        tokens_per_second (`float`, *optional*): least decode speed at the full context; needs a device.
-        device (`Device`, *optional*): what speed is predicted with.
-        kv_bits (`int`, defaults to 8): of a cache entry, as in the programs of this package and in the paper.
-        vocab_size (`int`, defaults to 128256): of the tokenizer.
+        inference_flops (`float`, *optional*): maximum FLOPs per token, `2 N_act`.
+        tokens_per_second (`float`, *optional*): minimum decode speed at the full context; needs `device`.
+        device (`Device`, *optional*): the device for which speeds are predicted.
+        kv_bits (`int`, defaults to 8): bits of a cache entry, 8 in the programs of this package and in the paper.
+        vocab_size (`int`, defaults to 128256): vocabulary size of the tokenizer.
 
     Raises:
-        ValueError: for a value that is not positive, or combinations that say too little or too much.
+        ValueError: for a value that is not positive, or a combination that is incomplete or contradictory.
     """
 
     memory: float
@@ -80,14 +80,14 @@ class Request:
             )
         if self.tokens_per_second is not None and self.device is None:
             raise ValueError(
-                f"tokens_per_second={self.tokens_per_second} means nothing without a device. Give its bandwidth, or "
+                f"tokens_per_second={self.tokens_per_second} needs a device. Give its bandwidth, or "
                 "measurements of it."
             )
 
 
 @dataclass(frozen=True)
 class Candidate:
-    """One shape, its costs, its predicted loss, the limits that it breaks, and why it won or lost."""
+    """A shape with its costs, its predicted loss, the limits that it exceeds, and the verdict on it."""
 
     config: MobileMoEConfig
     expansion: int
@@ -124,19 +124,20 @@ class Candidate:
 @dataclass(frozen=True)
 class Plan:
     """
-    The answer.
+    The result of [`plan`].
 
     Args:
-        request (`Request`): the question.
-        law (`ScalingLaw`): what predicted.
-        fit (`LawFit`, *optional*): where that law is one of the user's own runs.
+        request (`Request`): the limits and budgets.
+        law (`ScalingLaw`): the law that predicted the losses.
+        fit (`LawFit`, *optional*): set if the law was fitted to the user's own runs.
         best (`Candidate`): the chosen shape.
-        loss_interval (`tuple[float, float]`): 95 %: of the prediction by the resampled fits of a table; with the
-            published law, whose coefficients have no published errors, of a run around it by the law's own residuals.
-        per_expansion (`list[Candidate]`): the best shape of every E that fits, by E.
-        runners_up (`list[Candidate]`): the next shapes of the chosen E, by loss.
-        candidates (`list[Candidate]`): all shapes that were looked at.
-        warnings (`list[str]`): where the law only extrapolates.
+        loss_interval (`tuple[float, float]`): 95 % interval. With a fitted law it is the interval of the expected loss
+            from the resampled fits. The published law has no errors of its coefficients, so there it is the interval
+            of a single run from the law's RMSE.
+        per_expansion (`list[Candidate]`): the best shape within the limits for every E, sorted by E.
+        runners_up (`list[Candidate]`): the next best shapes of the chosen E, sorted by loss.
+        candidates (`list[Candidate]`): all shapes of the search.
+        warnings (`list[str]`): quantities in which the law extrapolates.
     """
 
     request: Request
@@ -151,11 +152,11 @@ class Plan:
 
     @property
     def granularities(self) -> list[dict]:
-        """What another granularity would change. Active and total parameters and bytes stay, and so does the law."""
+        """The effect of other granularities. Parameters, bytes and the predicted loss do not depend on it."""
         config, rows = self.best.config, []
         dense_width = 4 * config.hidden_size
         for granularity in GRANULARITY_FINDINGS:
-            # The shared expert keeps its share of half the active units.
+            # The shared expert replaces half of the active units.
             top_k = granularity // 2
             experts = granularity * self.best.expansion - top_k
             rows.append(
@@ -197,7 +198,7 @@ class Plan:
 
     @property
     def intervals(self) -> dict:
-        """Of a fitted law's coefficients, 95 %; `None` for an end that the runs do not determine."""
+        """95 % intervals of a fitted law's coefficients; `None` for an end that the runs do not determine."""
         if self.fit is None:
             return {}
         finite = {name: [e if math.isfinite(e) else None for e in ends] for name, ends in self.fit.intervals().items()}
@@ -205,18 +206,18 @@ class Plan:
 
     @property
     def prefill_seconds(self) -> float | None:
-        """Of a prompt of 512 tokens, or of the context where that is shorter."""
+        """Seconds to process a prompt of 512 tokens, or of the context length if that is shorter."""
         device = self.request.device
         return device and device.prefill_seconds(self.best.config, min(PROMPT_TOKENS, self.request.context))
 
     def save(self, directory: str | Path) -> None:
-        """Writes `config.json`, which the recipes train from, and `plan.json`."""
+        """Writes `config.json`, which the recipes can train from, and `plan.json`."""
         with replace_when_complete(directory) as partial:
             (partial / "config.json").write_text(self.best.config.to_json_string())
             (partial / "plan.json").write_text(json.dumps(self.as_json, indent=2) + "\n")
 
 
-# Finding 2 of the paper, as far as it is known here: losses per granularity are not published.
+# Finding 2 of the paper. Losses per granularity are not published.
 GRANULARITY_FINDINGS = {
     4: "higher loss than 8 (how much is not published)",
     8: "the paper's choice",
@@ -224,19 +225,20 @@ GRANULARITY_FINDINGS = {
 }
 
 
-# Read-only: a plan looks at a thousand of them, and checking one takes two milliseconds.
+# Cached, so do not modify the result: a plan needs about a thousand configs, and validating one takes 2 ms.
 @functools.cache
 def shape_config(
     hidden_size: int, num_hidden_layers: int, expansion: int, vocab_size: int = 128256, context: int = 8192
 ) -> MobileMoEConfig:
     """
-    The configuration of a width, a depth and an E: granularity 8, one shared expert, as S, M and L (paper, 2.4).
+    The config for a width, a depth and an E, with granularity 8 and one shared expert as in S, M and L (paper, 2.4).
 
-    8E units of an eighth of the dense width `4 hidden_size`, of which a token would take 8; a shared expert of four
-    units' width stands for four of them. Heads are 64 wide where the width allows it, four of keys and values.
+    There are 8E units, each an eighth of the dense width `4 hidden_size`, and 8 are active per token. A shared expert
+    of four units' width replaces four of them. The head size is as close to 64 as the width allows, with four
+    key-value heads.
     """
     unit = 4 * hidden_size // PAPER_GRANULARITY
-    # A multiple of the four key-value heads that divides the width into even heads, nearest to 64.
+    # A multiple of the four key-value heads that gives an even head size, as close to 64 as possible.
     heads = min(
         (count for count in range(4, hidden_size // 8, 4) if hidden_size % (2 * count) == 0),
         key=lambda count: abs(math.log(hidden_size / count / 64)),
@@ -263,17 +265,17 @@ def plan(request: Request, law: ScalingLaw | LawFit = PAPER_LAW) -> Plan:
     """
     Chooses width, depth and E.
 
-    Among shapes within the limits the lowest predicted loss wins, with two exceptions, both below what the law can
-    tell. Where the best shapes of several E lie within the law's RMSE of each other, E = 8 goes first: the paper calls
-    4 to 8 the sweet spot, chose 8, and trained S, M and L with it; without 8 among them, the least memory. And shapes
-    within a tenth of the RMSE of the best are ordered by how near width / depth is to the paper's 40.
+    The shape with the lowest predicted loss within the limits is chosen, with two tie-breaks for differences below the
+    law's error. First, if the best shapes of several E are within the law's RMSE, E = 8 is preferred, since the paper
+    calls 4 to 8 the sweet spot and trained S, M and L with 8; if 8 is not among them, the one with the least memory.
+    Second, among shapes within a tenth of the RMSE, the one with width / depth closest to the paper's 40 is chosen.
 
     Args:
         request (`Request`): limits and budgets.
-        law (`ScalingLaw` or `LawFit`, defaults to the paper's): what predicts; a fit brings its own intervals.
+        law (`ScalingLaw` or `LawFit`, defaults to the paper's): predicts the losses; a fit also gives intervals.
 
     Raises:
-        ValueError: when no shape is within the limits; it says what would be.
+        ValueError: when no shape is within the limits. The message says what would fit.
     """
     fit = law if isinstance(law, LawFit) else None
     law = fit.law if fit else law
@@ -318,7 +320,7 @@ def plan(request: Request, law: ScalingLaw | LawFit = PAPER_LAW) -> Plan:
 
 
 def evaluate(config: MobileMoEConfig, expansion: int, request: Request, law: ScalingLaw) -> Candidate:
-    """What a shape costs, and which limits it breaks."""
+    """Computes the costs and the predicted loss of a shape, and the limits that it exceeds."""
     active = config.num_active_parameters
     memory = memory_bytes(config, request.context, request.kv_bits)
     tokens = request.tokens if request.flops is None else request.flops / (6 * active)
@@ -339,7 +341,7 @@ def aspect(shape: Candidate) -> float:
 
 
 def verdict(shape: Candidate, best: Candidate, lowest: float, rmse: float) -> str:
-    """Why a shape within all limits won or lost."""
+    """Explains why a shape within all limits was chosen or not."""
     if shape.config is best.config:
         if best.loss > lowest + rmse / 10:
             return f"chosen: E = {best.expansion}, within the law's error ({rmse:.2g}) of the lowest loss"
@@ -357,7 +359,7 @@ def verdict(shape: Candidate, best: Candidate, lowest: float, rmse: float) -> st
 
 
 def explain_nothing_fits(shapes: list[Candidate], request: Request) -> str:
-    """Which limit excludes every shape, or that only all of them together do, and what would fit."""
+    """Explains which limit, or combination of limits, excludes every shape, and what would fit."""
     smallest = min(shapes, key=lambda shape: shape.memory)
     if smallest.memory > request.memory:
         cache = kv_cache_bytes(smallest.config, request.context, request.kv_bits)
@@ -370,7 +372,7 @@ def explain_nothing_fits(shapes: list[Candidate], request: Request) -> str:
         least = min(shapes, key=lambda shape: shape.config.num_active_parameters)
         if inference_flops(least.config) > request.inference_flops:
             return (
-                f"inference_flops={request.inference_flops:.3g} per token is less than the smallest model takes: "
+                f"inference_flops={request.inference_flops:.3g} per token is less than the smallest model needs: "
                 f"{inference_flops(least.config):.3g} ({describe(least)}). Set that or more, or a smaller vocabulary."
             )
     if request.tokens_per_second is not None:

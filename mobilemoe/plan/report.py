@@ -1,4 +1,4 @@
-"""What a plan and a fitted law look like: tables, the sentence that says why, pictures."""
+"""Output of a plan and of a fitted law: tables, a summary sentence, figures."""
 
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 
 def plan_report(result: Plan) -> "list[str | Group]":
-    """Why this shape, as a sentence; the best shape of every E as a table; where the law extrapolates."""
+    """A sentence on why this shape was chosen, a table of the best shape of every E, and extrapolation warnings."""
     parts = [why(result), plan_table(result)]
     if result.warnings:
         parts.append(f"The law extrapolates: {'; '.join(result.warnings)}.")
@@ -75,7 +75,7 @@ def plan_table(result: Plan) -> "Group":
 
 
 def plot_plan(result: Plan, path: str | Path) -> None:
-    """Predicted loss of all shapes over their memory, one colour per E, the limit and the choice marked."""
+    """Plots predicted loss over memory for all shapes, coloured by E, with the memory limit and the chosen shape."""
     best, (low, high) = result.best, result.loss_interval
     with picture(path, (7.5, 4.5)) as (axis,):
         for color, expansion in enumerate(PAPER_GRID["expansion"]):
@@ -100,7 +100,7 @@ def plot_plan(result: Plan, path: str | Path) -> None:
 
 
 def fit_rows(fit: LawFit) -> list[tuple[str, str, str]]:
-    """Coefficient, estimate and interval."""
+    """Rows of coefficient, estimate and interval."""
     return [
         (name, f"{fit.law.__dict__[name]:.4g}", f"{low:.4g} to {high:.4g}")
         for name, (low, high) in fit.intervals().items()
@@ -108,7 +108,7 @@ def fit_rows(fit: LawFit) -> list[tuple[str, str, str]]:
 
 
 def fit_sentences(fit: LawFit, runs: dict[str, np.ndarray]) -> tuple[str, str]:
-    """What was fitted, and how well."""
+    """Sentences on what was fitted and on the errors of the fit."""
     try:
         heldout = f"{heldout_error(runs, unit=fit.law.unit, e_start=fit.law.e_start, e_max=fit.law.e_max):.4f}"
     except ValueError:
@@ -124,13 +124,13 @@ def fit_table(fit: LawFit, runs: dict[str, np.ndarray]) -> "Group":
 
 
 def describe_fit(fit: LawFit, runs: dict[str, np.ndarray]) -> str:
-    """[`fit_table`] as Markdown, for a document."""
+    """[`fit_table`] as Markdown."""
     title, error = fit_sentences(fit, runs)
     return f"{title}\n\n{markdown(('coefficient', 'estimate', 'interval'), fit_rows(fit))}\n\n{error}"
 
 
 def plot_fit(fit: LawFit, runs: dict[str, np.ndarray], path: str | Path) -> None:
-    """Measured losses over E with the fitted curves and their 95 % intervals, one panel per size."""
+    """Plots measured losses over E with the fitted curves and their 95 % intervals, one panel per size."""
     sizes = _sizes(runs)
     expansions = sorted(set(runs["expansion"]))
     curve = np.geomspace(1, expansions[-1], 60)
@@ -152,7 +152,7 @@ def plot_fit(fit: LawFit, runs: dict[str, np.ndarray], path: str | Path) -> None
 
 
 def _sizes(runs: dict[str, np.ndarray]) -> list[np.ndarray]:
-    """Rows of the same size, as masks: the router's rows let active parameters differ a little with E."""
+    """Masks of the rows of each size. Router weights make active parameters vary slightly with E."""
     order = np.sort(np.unique(runs["active_parameters"]))
     groups = np.split(order, np.flatnonzero(order[1:] > 1.2 * order[:-1]) + 1)
     return [np.isin(runs["active_parameters"], group) for group in groups]
