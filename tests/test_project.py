@@ -51,3 +51,7 @@ def test_every_page_of_the_site_exists():
 
 def test_the_type_checker_reads_files_that_exist():
     assert [name for name in PROJECT["tool"]["ty"]["src"]["include"] if not (ROOT / name).is_file()] == []
+
+
+def test_readme_stays_short():
+    assert len((ROOT / "README.md").read_text().splitlines()) <= 150
