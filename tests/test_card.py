@@ -236,7 +236,7 @@ def test_results_of_another_model_are_refused(results, text_checkpoint, float_te
     (tmp_path / "export.json").write_text(json.dumps(export))
     message = failure(output, "--model", text_checkpoint, "--license", "mit", "--results", tmp_path / "export.json")
     assert "is of elsewhere, which has other weights" in message
-    assert "S has none here. Leave it out" in failure(output, "--model", "S", "--results", tmp_path / "export.json")
+    assert "S is only a shape. Leave it out" in failure(output, "--model", "S", "--results", tmp_path / "export.json")
     two = [results["eval"], tmp_path / "export.json"]
     assert "Say with --model which one" in failure(output, "--license", "mit", "--results", *two)
     assert not output.exists()
@@ -264,7 +264,7 @@ def test_unknown_results_are_refused(content, message, tmp_path):
     [
         ([], "needs the licence of your model, which only you can choose. Set --license"),
         (["--license", "apache2.0"], "Did you mean apache-2.0?"),
-        (["--license", "other"], "that needs both of them"),
+        (["--license", "other"], "needs both --license-name and --license-link"),
         (
             ["--license", "mit", "--license-name", "mine"],
             "--license other needs both --license-name and --license-link",
@@ -304,7 +304,7 @@ def test_a_model_that_cannot_be_packed_has_a_card(tiny_config, tmp_path):
 def test_other_requests_that_cannot_be(text_checkpoint, tmp_path):
     output = tmp_path / "card.md"
     assert "Leave them out" in failure(output, "--model", "S", "--license", "mit")
-    assert "is no recipe" in failure(
+    assert "is not a recipe" in failure(
         output, "--model", text_checkpoint, "--license", "mit", "--recipe", ROOT / "recipes/accelerate/ddp.yaml"
     )
     own = ["--model", text_checkpoint, "--license", "mit"]
