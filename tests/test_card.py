@@ -147,9 +147,7 @@ def test_results_of_the_right_shape_enter_the_card_of_a_size(tmp_path):
     assert f"Median (10-90 %); {source}" in text
     assert "S, MobileLLM-Pro: random weights of that shape." in text
     message = failure(tmp_path / "other.md", "--model", "M", "--results", tmp_path / "bench.json")
-    assert (
-        "bench.json is of S, which has another shape than M. Write a separate card for it, or measure that" in message
-    )
+    assert "bench.json is of S, which has another shape than M. Write a separate card, or measure that" in message
     assert not (tmp_path / "other.md").exists()
 
 
