@@ -231,7 +231,7 @@ def test_results_of_another_model_are_refused(results, text_checkpoint, float_te
             in message
         )
         message = failure(output, "--model", "S", "--results", result)
-        assert "another name or shape than facebook/MobileMoE-S-{Base,SFT,QAT}. Give it a card of its own," in message
+        assert "another name or shape than facebook/MobileMoE-S-{Base,SFT,QAT}. Write a separate card," in message
     export = EXPORT | {"weights_sha256": {"model.safetensors": "0" * 64}, "model": "elsewhere"}
     (tmp_path / "export.json").write_text(json.dumps(export))
     message = failure(output, "--model", text_checkpoint, "--license", "mit", "--results", tmp_path / "export.json")
