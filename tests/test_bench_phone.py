@@ -212,7 +212,7 @@ def test_a_full_device_is_an_error(phone: Device, kernel_pte: Path):
     assert left_behind(phone) == [f"{kernel_pte.name}/model.pte", f"{kernel_pte.name}/tokenizer.json"]
     phone.full_after, phone.pushed = None, []
     phone.script("df", 'printf "Filesystem 1K-blocks Used Available Use%% Mounted on\\n/dev/x 9 9 100 99%% /data\\n"')
-    with pytest.raises(SystemExit, match="The device has 0 MB free in /data/local/tmp/mobilemoe and .* are to be cop"):
+    with pytest.raises(SystemExit, match="The device has 0 MB free in /data/local/tmp/mobilemoe and .* are needed"):
         bench(*options)
     assert phone.pushed == []
 

@@ -147,7 +147,7 @@ def test_results_of_the_right_shape_enter_the_card_of_a_size(tmp_path):
     assert f"Median (10-90 %); {source}" in text
     assert "S, MobileLLM-Pro: random weights of that shape." in text
     message = failure(tmp_path / "other.md", "--model", "M", "--results", tmp_path / "bench.json")
-    assert "bench.json is of S, which has another shape than M. Give it a card of its own, or measure that" in message
+    assert "bench.json is of S, which has another shape than M. Write a separate card, or measure that" in message
     assert not (tmp_path / "other.md").exists()
 
 
@@ -231,12 +231,12 @@ def test_results_of_another_model_are_refused(results, text_checkpoint, float_te
             in message
         )
         message = failure(output, "--model", "S", "--results", result)
-        assert "another name or shape than facebook/MobileMoE-S-{Base,SFT,QAT}. Give it a card of its own," in message
+        assert "another name or shape than facebook/MobileMoE-S-{Base,SFT,QAT}. Write a separate card," in message
     export = EXPORT | {"weights_sha256": {"model.safetensors": "0" * 64}, "model": "elsewhere"}
     (tmp_path / "export.json").write_text(json.dumps(export))
     message = failure(output, "--model", text_checkpoint, "--license", "mit", "--results", tmp_path / "export.json")
     assert "is of elsewhere, which has other weights" in message
-    assert "S has none here. Leave it out" in failure(output, "--model", "S", "--results", tmp_path / "export.json")
+    assert "S is only a shape. Leave it out" in failure(output, "--model", "S", "--results", tmp_path / "export.json")
     two = [results["eval"], tmp_path / "export.json"]
     assert "Say with --model which one" in failure(output, "--license", "mit", "--results", *two)
     assert not output.exists()
@@ -264,7 +264,7 @@ def test_unknown_results_are_refused(content, message, tmp_path):
     [
         ([], "needs the licence of your model, which only you can choose. Set --license"),
         (["--license", "apache2.0"], "Did you mean apache-2.0?"),
-        (["--license", "other"], "that needs both of them"),
+        (["--license", "other"], "needs both --license-name and --license-link"),
         (
             ["--license", "mit", "--license-name", "mine"],
             "--license other needs both --license-name and --license-link",
@@ -304,7 +304,7 @@ def test_a_model_that_cannot_be_packed_has_a_card(tiny_config, tmp_path):
 def test_other_requests_that_cannot_be(text_checkpoint, tmp_path):
     output = tmp_path / "card.md"
     assert "Leave them out" in failure(output, "--model", "S", "--license", "mit")
-    assert "is no recipe" in failure(
+    assert "is not a recipe" in failure(
         output, "--model", text_checkpoint, "--license", "mit", "--recipe", ROOT / "recipes/accelerate/ddp.yaml"
     )
     own = ["--model", text_checkpoint, "--license", "mit"]

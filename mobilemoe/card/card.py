@@ -75,7 +75,7 @@ class Subject:
         if not belongs:
             of = ", ".join(result.sources)
             raise ValueError(
-                f"{path} is of {of}, which has {what} than {target}. Give it a card of its own, or measure that model."
+                f"{path} is of {of}, which has {what} than {target}. Write a separate card, or measure that model."
             )
 
 
