@@ -22,7 +22,7 @@ $(VENV)/.ready: pyproject.toml
 	$(VENV)/bin/pip install --quiet --no-deps --target $(VENV)/antlr4-4.11 antlr4-python3-runtime==4.11.0
 	touch $@
 
-# The whole road at toy scale, about 7 minutes on 2 cores: out/demo/
+# End to end at toy scale, 4 to 11 minutes on 2 cores: out/demo/
 demo: setup
 	$(VENV)/bin/python examples/demo.py
 

@@ -195,7 +195,7 @@ def test_command_line_prints_tables_or_json(capsys, tmp_path):
         "Width 768, 20 layers, E = 8, 272M of 1,263M parameters active: lowest predicted loss among the 202 of 1188",
         "2.3533 nats per token, 95 % interval 2.3384 to 2.3682.",
         "4 768 20 28 x 384 272M 697M 0.485 2.3536",
-        "tied 8 768 20 60 x 384 272M 1,263M 0.806 2.3533",
+        "tied 8 768 20 60 x 384 272M 1,263M 0.805 2.3533",
         "chosen 16 ",
         "tok/s: decoding at that context on device. First token of a 512-token prompt after",
         "Tied: within the law's error (0.0076).",
