@@ -33,9 +33,6 @@ def main(argv: list[str] | None = None) -> None:
     arguments = make_parser().parse_args(argv)
     # For the JSON files that a verb writes.
     arguments.command_line = shlex.join(["mobilemoe", *argv])
-    # Before PyTorch loads OpenMP, whose threads would spin for milliseconds after every operator and take the cores of
-    # whatever else computes.
-    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     try:
         with log_to_stderr(arguments.command):
             arguments.function(arguments)

@@ -1,4 +1,4 @@
-// One team of threads for the process, whatever calls it: PyTorch, ExecuTorch, several threads at once.
+// Threads: those of GNU OpenMP where the process has it, as with PyTorch; else one team for all callers.
 #include "threads.h"
 
 #include <pthread.h>
@@ -8,6 +8,10 @@
 #include <condition_variable>
 #include <mutex>
 #include <new>
+
+#if defined(__linux__)
+#include <dlfcn.h>
+#endif
 
 #include "errors.h"
 #include "mobilemoe.h"
@@ -216,6 +220,68 @@ Team* team() {
   return expected;
 }
 
+// The entry point of libgomp behind a compiler's `#pragma omp parallel`; null where the process has no GNU OpenMP.
+using OpenMpParallel = void (*)(void (*body)(void*), void* data, unsigned num_threads, unsigned flags);
+
+OpenMpParallel openmp_parallel() {
+#if defined(__linux__)
+  static const auto found = reinterpret_cast<OpenMpParallel>(dlsym(RTLD_DEFAULT, "GOMP_parallel"));
+  return found;
+#else
+  return nullptr;
+#endif
+}
+
+// A region on the threads of GNU OpenMP, which PyTorch leaves spinning. Beside them a team of our own is slower: with
+// two threads on two cores a token of S took a quarter longer. OpenMP joins its threads, so all of this lies on a stack.
+class OpenMpRegion {
+ public:
+  explicit OpenMpRegion(const Region& region) : region_(region) {}
+
+  void run() {
+    open_next_phase();
+    openmp_parallel()([](void* data) { static_cast<OpenMpRegion*>(data)->work(); }, this,
+                      static_cast<unsigned>(region_.num_threads), 0);
+  }
+
+ private:
+  void work() {
+    const int64_t worker = num_workers_.fetch_add(1, std::memory_order_relaxed);
+    int waited = 0;
+    while (!is_done_.load(std::memory_order_acquire)) {
+      int64_t left = unclaimed_.load(std::memory_order_acquire);
+      if (left == 0 || !unclaimed_.compare_exchange_weak(left, left - 1, std::memory_order_acq_rel)) {
+        if (left == 0 && ++waited < kSpins) pause();
+        if (waited >= kSpins) sched_yield();
+        continue;
+      }
+      waited = 0;
+      // Nobody opens the next phase while this unit is unfinished.
+      const int64_t unit = count_ - left, next = unit + region_.num_threads;
+      region_.work(region_.phases, phase_, unit, next < count_ ? next : count_, worker);
+      if (unfinished_.fetch_sub(1, std::memory_order_acq_rel) == 1) open_next_phase();
+    }
+  }
+
+  void open_next_phase() {
+    count_ = 0;
+    while (count_ == 0 && ++phase_ < region_.num_phases) count_ = region_.count(region_.phases, phase_);
+    if (count_ == 0) {
+      is_done_.store(true, std::memory_order_release);
+      return;
+    }
+    unfinished_.store(count_, std::memory_order_relaxed);
+    unclaimed_.store(count_, std::memory_order_release);
+  }
+
+  const Region& region_;
+  int64_t phase_ = -1, count_ = 0;
+  alignas(64) std::atomic<int64_t> unclaimed_{0};
+  alignas(64) std::atomic<int64_t> unfinished_{0};
+  alignas(64) std::atomic<int64_t> num_workers_{0};
+  std::atomic<bool> is_done_{false};
+};
+
 }  // namespace
 
 int check_threads(int64_t num_threads) {
@@ -224,6 +290,10 @@ int check_threads(int64_t num_threads) {
 }
 
 void run_region(const Region& region) {
+  if (region.num_threads > 1 && openmp_parallel() != nullptr) {
+    OpenMpRegion(region).run();
+    return;
+  }
   if (region.num_threads > 1) {
     Team* shared = team();
     if (shared != nullptr && shared->run(region)) return;
