@@ -22,7 +22,8 @@ import numpy as np
 from mobilemoe.bench.host import model_files, run_benchmark, worker_command
 from mobilemoe.bench.report import draw, tables
 from mobilemoe.display import show
-from mobilemoe.export.random_program import program_config, shapes, write_random_program
+from mobilemoe.export.random_program import write_random_program
+from mobilemoe.shapes import program_config, shapes
 from modeling_mobilemoe import MobileMoEConfig
 
 

@@ -1,6 +1,8 @@
 """What the repository says of itself: workflows, versions, the pages of the site, what the type checker reads."""
 
 import re
+import subprocess
+import sys
 import tomllib
 
 import pytest
@@ -51,6 +53,12 @@ def test_every_page_of_the_site_exists():
 
 def test_the_type_checker_reads_files_that_exist():
     assert [name for name in PROJECT["tool"]["ty"]["src"]["include"] if not (ROOT / name).is_file()] == []
+
+
+def test_every_benchmark_imports():
+    """They take hours, so nothing else here would notice a name that moved."""
+    names = ", ".join(path.stem for path in sorted((ROOT / "benchmarks").glob("*.py")))
+    subprocess.run([sys.executable, "-c", f"import {names}"], cwd=ROOT / "benchmarks", check=True)
 
 
 def test_readme_stays_short():
