@@ -169,8 +169,7 @@ def test_limits_that_only_contradict_each_other():
     assert planner.describe(shapes[1]) in message and "too slow. Loosen that limit." in message
 
 
-def test_a_law_of_ones_own_brings_its_interval(monkeypatch):
-    monkeypatch.syspath_prepend(RECIPES.parent / "examples")
+def test_a_law_of_ones_own_brings_its_interval():
     import bench_law
 
     fit = fit_law(bench_law.synthetic_table(PAPER_LAW.rmse, 0), bootstrap=20)
@@ -218,11 +217,10 @@ def test_command_line_prints_tables_or_json(capsys, tmp_path):
     assert [getattr(config, name) for name in ARCHITECTURE] == [getattr(SIZES["s"], name) for name in ARCHITECTURE]
 
 
-def test_command_line_reads_a_device_and_a_table(monkeypatch, capsys, tmp_path):
+def test_command_line_reads_a_device_and_a_table(capsys, tmp_path):
     measured = {"device": "S25", "config": SIZES["s"].to_dict(), "kv_bits": 8}
     measured["decode"] = [{"context": 256, "tokens_per_second": 138.1}, {"context": 8192, "tokens_per_second": 25.8}]
     (tmp_path / "bench.json").write_text(json.dumps(measured))
-    monkeypatch.syspath_prepend(RECIPES.parent / "examples")
     import bench_law
 
     table = bench_law.synthetic_table(PAPER_LAW.rmse, 0)

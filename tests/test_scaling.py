@@ -2,7 +2,6 @@
 
 import json
 import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -20,13 +19,11 @@ from mobilemoe.plan.report import describe_fit, plot_fit
 
 
 EXPANSIONS = np.array(PAPER_GRID["expansion"])
-EXAMPLES = Path(__file__).parents[1] / "examples"
 TRUTH = {name: PAPER_LAW.__dict__[name] for name in COEFFICIENTS}
 
 
 @pytest.fixture
-def synthetic_table(monkeypatch):
-    monkeypatch.syspath_prepend(EXAMPLES)
+def synthetic_table():
     import bench_law
 
     return bench_law.synthetic_table
@@ -225,7 +222,6 @@ def test_a_law_is_a_plain_record():
 
 
 def test_recovery_benchmark_prints_json_last(monkeypatch, capsys):
-    monkeypatch.syspath_prepend(EXAMPLES)
     import bench_law
 
     monkeypatch.setattr(sys, "argv", ["bench_law.py", "--trials", "1", "--bootstrap", "20"])
