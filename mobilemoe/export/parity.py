@@ -344,14 +344,16 @@ class Reference:
             "INT8 KV cache": options.kv_cache != "int8",
         }
         present = [source for source in SOURCES if not absent.get(source)]
-        for sources in [{source} for source in present] + [set(present)]:
+
+        def logits_with(sources: set[str]) -> list[torch.Tensor]:
             cache = Int8Cache if "INT8 KV cache" in sources and not on_kernels else None
             with rounded_as(model, sources, options.expert_bits, on_kernels):
-                with layers_recorded(model, self.prompts) as layers:
-                    logits = reference_logits(model, self.prompts, cache)
-            if len(sources) == 1:
-                self.sources[next(iter(sources))] = compare(packed, logits)
-        self.same_rounding, self.layers = logits, layers
+                return reference_logits(model, self.prompts, cache)
+
+        for source in present:
+            self.sources[source] = compare(packed, logits_with({source}))
+        with layers_recorded(model, self.prompts) as self.layers:
+            self.same_rounding = logits_with(set(present))
         self.exact = on_kernels
 
     @torch.no_grad()
