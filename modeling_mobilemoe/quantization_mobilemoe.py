@@ -68,12 +68,20 @@ def _packed_twin(module: nn.Module, dtype: torch.dtype, int4_format: Int4Format)
 
 
 def check_values(model: PreTrainedModel) -> None:
-    """Refuses a packed model whose scales are not positive, or whose values are not finite: its file is damaged."""
+    """Refuses a packed model with a tensor that no training writes, see [`check_tensor`]."""
     for name, tensor in model.state_dict().items():
-        is_scale = name.endswith("scale")
-        if tensor.is_floating_point() and not bool((tensor.isfinite() & ((tensor > 0) | (not is_scale))).all()):
-            kind = "scales that are zero, negative or not finite" if is_scale else "values that are not finite"
-            raise ValueError(f"{name} holds {kind}. The file is damaged: fetch it again.")
+        check_tensor(name, tensor)
+
+
+def check_tensor(name: str, tensor: torch.Tensor) -> None:
+    """
+    Raises:
+        ValueError: for scales that are not positive, or values that are not finite.
+    """
+    is_scale = name.endswith("scale")
+    if tensor.is_floating_point() and not bool((tensor.isfinite() & ((tensor > 0) | (not is_scale))).all()):
+        kind = "scales that are zero, negative or not finite" if is_scale else "values that are not finite"
+        raise ValueError(f"{name} holds {kind}. The file is damaged: fetch it again.")
 
 
 def _pack_head(model: PreTrainedModel) -> None:

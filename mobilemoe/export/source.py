@@ -18,7 +18,12 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 from modeling_mobilemoe.checkpoint_mobilemoe import EXPERT_SUFFIX, check_checkpoint, check_index, replace_when_complete
 from modeling_mobilemoe.configuration_mobilemoe import MobileMoEConfig
 from modeling_mobilemoe.fused_mobilemoe import unpack_int4
-from modeling_mobilemoe.quantization_mobilemoe import PACKED_NAMES, MobileMoEInt4Config, MobileMoEInt4Quantizer
+from modeling_mobilemoe.quantization_mobilemoe import (
+    PACKED_NAMES,
+    MobileMoEInt4Config,
+    MobileMoEInt4Quantizer,
+    check_tensor,
+)
 
 from ..artifacts import EXPORT_FILE, LogitAgreement, RuntimeExport, is_pte, local_checkpoint, weights_sha256
 from ..machine import available_memory, package_versions, peak_memory
@@ -184,11 +189,7 @@ class Source:
                 tensor = reader.get_tensor(stored_name)
         except SafetensorError as error:
             raise ValueError(f"{file} cannot be read: {error}. It is damaged: fetch or save it again.") from error
-        if tensor.is_floating_point():
-            is_scale = name.endswith("scale")
-            if not bool((tensor.isfinite() & ((tensor > 0) | (not is_scale))).all()):
-                kind = "scales that are zero, negative or not finite" if is_scale else "values that are not finite"
-                raise ValueError(f"{name} holds {kind}. The file is damaged: fetch it again.")
+        check_tensor(name, tensor)
         return tensor
 
     def save_tokenizer(self, directory: Path) -> None:
