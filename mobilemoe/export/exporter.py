@@ -69,10 +69,11 @@ def export_checkpoint(
             is, and there is no `"bf16"`.
         all_logits (`bool`, defaults to `False`): the program returns `[1, S, vocab]`.
         experts_file (`bool`, defaults to `False`): put the experts into `experts.ptd` beside `model.pte`.
-        moe_op (`str`, *optional*): operator that computes router and experts. `"mobilemoe"` is `mobilemoe::moe_ffn`
-            (kernels/README.md), fast and on the released grid; a runtime needs it compiled in. `"llama"` is
-            `llama::quantized_moe_ffn`, in every ExecuTorch runtime since 1.5. The first one where it compiles and
-            neither experts along the input nor `expert_bits` ask for the other, when absent.
+        moe_op (`str`, *optional*): operator that computes router and experts. `"mobilemoe"` is
+            `mobilemoe::decoder_layer` (kernels/README.md), which computes the whole layer, fast and on the released
+            grid; a runtime needs it compiled in. `"llama"` is `llama::quantized_moe_ffn`, in every ExecuTorch runtime
+            since 1.5. The first one where it compiles and neither experts along the input nor `expert_bits` ask for
+            the other, when absent.
         command (`str`, *optional*): the command line that asked for this, for `export.json`.
 
     Raises:
@@ -288,7 +289,7 @@ def default_moe_op(stored_axis: str | None, expert_bits: int | None) -> str:
 def check_kernels(stored_axis: str | None, expert_bits: int | None) -> None:
     """
     Raises:
-        ValueError: when `mobilemoe::moe_ffn` cannot take these experts, or does not compile here.
+        ValueError: when `mobilemoe::decoder_layer` cannot take these experts, or does not compile here.
     """
     if stored_axis == "input" or expert_bits == 8:
         what = "experts along their input" if stored_axis == "input" else "expert_bits=8"
