@@ -277,8 +277,9 @@ def run_bench(arguments: argparse.Namespace) -> None:
     from .bench.report import draw, tables
     from .display import show
 
+    values = vars(arguments)
     phone_names = ("serial", "runner", "runner_binary", "max_celsius", "sustained_seconds", "keep")
-    phone = {name: value for name in phone_names if (value := getattr(arguments, name))}
+    phone = {name: value for name in phone_names if (value := values[name])}
     if arguments.device == "adb":
         from .bench.phone import bench_phone
         from .bench.runners import PhoneOptions
@@ -289,7 +290,7 @@ def run_bench(arguments: argparse.Namespace) -> None:
             )
         phone |= {} if arguments.threads is None else {"num_threads": arguments.threads}
         names = ("prompt_lengths", "new_tokens", "repeats", "prompt_file")
-        options = PhoneOptions(**{name: getattr(arguments, name) for name in names}, **phone)
+        options = PhoneOptions(**{name: values[name] for name in names}, **phone)
         result = bench_phone(arguments.model, options, arguments.command_line)
     else:
         if phone:

@@ -103,6 +103,18 @@ class Times:
     decode: list[float] = field(default_factory=list)
 
 
+def check_counts(prompt_lengths: Sequence[int], counts: dict[str, int]) -> None:
+    """
+    Raises:
+        ValueError: when there is nothing to measure, naming the option.
+    """
+    for name, value in counts.items():
+        if value < 1:
+            raise ValueError(f"{name}={value} leaves nothing to measure. Set 1 or more.")
+    if not prompt_lengths or min(prompt_lengths) < 1:
+        raise ValueError(f"prompt_lengths={list(prompt_lengths)} must name lengths of 1 or more tokens.")
+
+
 @dataclass(frozen=True)
 class Rounds:
     """
@@ -123,12 +135,8 @@ class Rounds:
     text: str | None = None
 
     def __post_init__(self) -> None:
-        numbers = {"new_tokens": self.new_tokens, "repeats": self.repeats, "threads": self.num_threads}
-        for name, value in numbers.items():
-            if value < 1:
-                raise ValueError(f"{name}={value} leaves nothing to measure. Set 1 or more.")
-        if not self.prompt_lengths or min(self.prompt_lengths) < 1:
-            raise ValueError(f"prompt_lengths={list(self.prompt_lengths)} must name lengths of 1 or more tokens.")
+        counts = {"new_tokens": self.new_tokens, "repeats": self.repeats, "threads": self.num_threads}
+        check_counts(self.prompt_lengths, counts)
 
     @property
     def context(self) -> int:

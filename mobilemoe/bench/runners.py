@@ -15,6 +15,7 @@ from ..artifacts import Export, is_pte, read_export
 from ..machine import spread
 from ..results import BenchmarkedModel, LengthResult, Spread, StartSeconds
 from .adb import Device
+from .host import check_counts
 from .worker import cache_bits, program_bytes_per_token, random_tokens
 
 
@@ -55,11 +56,8 @@ class PhoneOptions:
     keep: bool = False
 
     def __post_init__(self) -> None:
-        for name in ("new_tokens", "repeats", "num_threads"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name}={getattr(self, name)} leaves nothing to measure. Set 1 or more.")
-        if not self.prompt_lengths or min(self.prompt_lengths) < 1:
-            raise ValueError(f"prompt_lengths={list(self.prompt_lengths)} must name lengths of 1 or more tokens.")
+        counts = {"new_tokens": self.new_tokens, "repeats": self.repeats, "num_threads": self.num_threads}
+        check_counts(self.prompt_lengths, counts)
         if self.runner not in ("own", "llama_main", "minibench"):
             raise ValueError(f"runner={self.runner!r} is not known. Set own, llama_main or minibench.")
         if self.runner == "minibench":
