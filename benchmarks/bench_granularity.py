@@ -8,56 +8,39 @@ expert replaces g / 2, and g / 2 are active per token. Apart from the router, pa
 The paper uses 8. One JSON line last.
 """
 
-import argparse
 import json
 import statistics
 import time
 
 import torch
-from torch import nn
+from bench_kernel import DIM, NUM_LAYERS, parse_arguments, random_experts
 from tqdm import tqdm
 
 from mobilemoe.display import show, table, with_spread
-from modeling_mobilemoe import kernels
-from modeling_mobilemoe.fused_mobilemoe import Int4Experts
 
 
-HIDDEN, EXPANSION = 768, 8
+EXPANSION = 8
 GRANULARITIES = (2, 4, 8, 16)
-# As many as the model has, so that the weights exceed any cache, as in decoding.
-NUM_LAYERS = 20
 
 
 def random_layer(granularity: int, generator: torch.Generator) -> tuple:
     """Arguments of `moe_ffn` after the activations: router, expert bias, packed experts, top-k, scale."""
     top_k = granularity // 2
     num_experts = granularity * EXPANSION - top_k
-    experts = Int4Experts(num_experts, HIDDEN, 4 * HIDDEN // granularity, nn.SiLU())
-    for buffer in experts.buffers():
-        if buffer.dtype == torch.uint8:
-            buffer.random_(generator=generator)
-        else:
-            buffer.uniform_(0.002, 0.006, generator=generator)
-    router = torch.randn(num_experts, HIDDEN, generator=generator) * 0.05
+    experts = random_experts(generator, num_experts, 4 * DIM // granularity)
+    router = torch.randn(num_experts, DIM, generator=generator) * 0.05
     return router, torch.zeros(num_experts), *experts.buffers(), top_k, 2.5
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[1])
-    parser.add_argument("--tokens", type=int, nargs="+", default=[1, 128, 512])
-    parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--repeats", type=int, default=15)
-    arguments = parser.parse_args()
-    torch.set_num_threads(arguments.threads)
-    if not kernels.available():
-        raise SystemExit("The kernels are not available; the warning above says why.")
+    arguments = parse_arguments(__doc__.splitlines()[1])
     generator = torch.Generator().manual_seed(0)
     layers = {g: [random_layer(g, generator) for _ in range(NUM_LAYERS)] for g in GRANULARITIES}
     result: dict = {"benchmark": "granularity", "threads": arguments.threads, "us_per_token": {}}
     table_rows = []
     with torch.inference_mode():
         for num_tokens in arguments.tokens:
-            hidden_states = torch.randn(num_tokens, HIDDEN, generator=generator)
+            hidden_states = torch.randn(num_tokens, DIM, generator=generator)
             times: dict[int, list[float]] = {g: [] for g in GRANULARITIES}
             # Long prompts are compute-bound, so fewer layers are enough.
             used = NUM_LAYERS if num_tokens < 64 else 3

@@ -23,11 +23,14 @@ from modeling_mobilemoe.fused_mobilemoe import Int4Experts, Int4Format
 
 
 DIM, EXPERT_DIM, NUM_EXPERTS, TOP_K = 768, 384, 60, 4
+# As many as the model has, so that the weights exceed any cache, as in decoding.
 NUM_LAYERS = 20
 
 
-def random_experts(generator: torch.Generator) -> Int4Experts:
-    experts = Int4Experts(NUM_EXPERTS, DIM, EXPERT_DIM, nn.SiLU())
+def random_experts(
+    generator: torch.Generator, num_experts: int = NUM_EXPERTS, expert_dim: int = EXPERT_DIM
+) -> Int4Experts:
+    experts = Int4Experts(num_experts, DIM, expert_dim, nn.SiLU())
     for name, buffer in experts.named_buffers():
         if name.endswith("qweight"):
             buffer.random_(generator=generator)
@@ -47,8 +50,9 @@ def seconds(function) -> float:
     return time.perf_counter() - started
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[1])
+def parse_arguments(description: str) -> argparse.Namespace:
+    """The command line of a benchmark of the kernels, which then are there."""
+    parser = argparse.ArgumentParser(description=description)
     parser.add_argument("--tokens", type=int, nargs="+", default=[1, 128, 512])
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--repeats", type=int, default=15)
@@ -56,7 +60,11 @@ def main() -> None:
     torch.set_num_threads(arguments.threads)
     if not kernels.available():
         raise SystemExit("The kernels are not available; the warning above says why.")
+    return arguments
 
+
+def main() -> None:
+    arguments = parse_arguments(__doc__.splitlines()[1])
     generator = torch.Generator().manual_seed(0)
     layers = [random_experts(generator) for _ in range(NUM_LAYERS)]
     weights = [tuple(layer.buffers()) for layer in layers]

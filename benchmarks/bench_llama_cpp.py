@@ -22,6 +22,7 @@ import numpy as np
 from mobilemoe.bench.host import model_files, run_benchmark, worker_command
 from mobilemoe.bench.report import draw, tables
 from mobilemoe.display import show
+from mobilemoe.export.gguf import add_experts, add_sizes
 from mobilemoe.export.random_program import write_random_program
 from mobilemoe.shapes import program_config, shapes
 from modeling_mobilemoe import MobileMoEConfig
@@ -41,7 +42,12 @@ def write_gguf(name: str, path: Path) -> None:
     key = config.num_key_value_heads * config.head_dim
     generator = np.random.default_rng(0)
     writer = GGUFWriter(path, "bailingmoe2" if is_moe else "llama", use_temp_file=True)
-    add_sizes(writer, config, is_moe)
+    add_sizes(writer, config)
+    if is_moe:
+        add_experts(writer, config)
+    writer.add_context_length(CONTEXT)
+    writer.add_rope_freq_base(500000.0)
+    writer.add_tokenizer_model("no_vocab")
 
     def add_packed(tensor: str, *size: int) -> None:
         blocks = generator.integers(0, 256, (*size[:-1], size[-1] // 32, 18), dtype=np.uint8)
@@ -83,34 +89,6 @@ def write_gguf(name: str, path: Path) -> None:
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
-
-
-def add_sizes(writer, config: MobileMoEConfig, is_moe: bool) -> None:
-    from gguf import ExpertGatingFuncType
-
-    writer.add_context_length(CONTEXT)
-    writer.add_embedding_length(config.hidden_size)
-    writer.add_block_count(config.num_hidden_layers)
-    writer.add_feed_forward_length(config.intermediate_size_mlp)
-    writer.add_head_count(config.num_attention_heads)
-    writer.add_head_count_kv(config.num_key_value_heads)
-    writer.add_key_length(config.head_dim)
-    writer.add_value_length(config.head_dim)
-    writer.add_rope_dimension_count(config.head_dim)
-    writer.add_rope_freq_base(500000.0)
-    writer.add_layer_norm_rms_eps(config.rms_norm_eps)
-    writer.add_vocab_size(config.vocab_size)
-    writer.add_tokenizer_model("no_vocab")
-    if is_moe:
-        writer.add_leading_dense_block_count(0)
-        writer.add_expert_count(config.num_local_experts)
-        writer.add_expert_used_count(config.num_experts_per_tok)
-        writer.add_expert_feed_forward_length(config.intermediate_size)
-        writer.add_expert_shared_count(1)
-        writer.add_expert_shared_feed_forward_length(config.intermediate_size_mlp)
-        writer.add_expert_weights_scale(config.routed_scaling_factor)
-        writer.add_expert_weights_norm(True)
-        writer.add_expert_gating_func(ExpertGatingFuncType.SIGMOID)
 
 
 class LlamaCpp:

@@ -207,10 +207,23 @@ def rope_factors(config: MobileMoEConfig) -> np.ndarray:
 
 
 def add_model(writer, config: MobileMoEConfig) -> None:
-    from gguf import ExpertGatingFuncType, RopeScalingType
+    from gguf import RopeScalingType
 
-    writer.add_block_count(config.num_hidden_layers)
+    add_sizes(writer, config)
+    add_experts(writer, config)
     writer.add_context_length(config.max_position_embeddings)
+    writer.add_rope_freq_base(config.rope_theta)
+    # The factors of rope_freqs.weight say it all.
+    writer.add_rope_scaling_type(RopeScalingType.NONE)
+    # Only layers with a sliding window rotate. A pattern of 0 makes all layers such, and the window spans the context.
+    # As a list of layers older loaders drop it without a word.
+    writer.add_sliding_window(config.max_position_embeddings)
+    writer.add_sliding_window_pattern(0)
+
+
+def add_sizes(writer, config: MobileMoEConfig) -> None:
+    """What a model has with or without experts."""
+    writer.add_block_count(config.num_hidden_layers)
     writer.add_embedding_length(config.hidden_size)
     writer.add_feed_forward_length(config.intermediate_size_mlp)
     writer.add_vocab_size(config.vocab_size)
@@ -220,9 +233,11 @@ def add_model(writer, config: MobileMoEConfig) -> None:
     writer.add_value_length(config.head_dim)
     writer.add_layer_norm_rms_eps(config.rms_norm_eps)
     writer.add_rope_dimension_count(config.head_dim)
-    writer.add_rope_freq_base(config.rope_theta)
-    # The factors of rope_freqs.weight say it all.
-    writer.add_rope_scaling_type(RopeScalingType.NONE)
+
+
+def add_experts(writer, config: MobileMoEConfig) -> None:
+    from gguf import ExpertGatingFuncType
+
     writer.add_leading_dense_block_count(0)
     writer.add_expert_count(config.num_local_experts)
     writer.add_expert_used_count(config.num_experts_per_tok)
@@ -232,10 +247,6 @@ def add_model(writer, config: MobileMoEConfig) -> None:
     writer.add_expert_gating_func(ExpertGatingFuncType.SIGMOID)
     writer.add_expert_weights_scale(config.routed_scaling_factor)
     writer.add_expert_weights_norm(True)
-    # Only layers with a sliding window rotate. A pattern of 0 makes all layers such, and the window spans the context.
-    # As a list of layers older loaders drop it without a word.
-    writer.add_sliding_window(config.max_position_embeddings)
-    writer.add_sliding_window_pattern(0)
 
 
 def add_tokenizer(writer, source: Source) -> None:
