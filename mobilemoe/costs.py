@@ -2,7 +2,7 @@
 
 Bytes of weights are those of the INT4 format as this package writes it: 4.5 bits per weight with their FP16 scales, an
 FP32 router, the tied embedding once. A checkpoint (`quantization_mobilemoe.py`) has norms in BF16, a program
-(`export.py` with the operators of this package) in FP32, and the angles of its positions.
+(`export/program.py` with the operators of this package) in FP32, and the angles of its positions.
 """
 
 import math
@@ -14,7 +14,7 @@ import numpy as np
 
 from modeling_mobilemoe.configuration_mobilemoe import MobileMoEConfig
 from modeling_mobilemoe.fused_mobilemoe import Int4Format
-from modeling_mobilemoe.kernels.modules import CACHE_BITS, CACHE_BLOCK, DEFAULT_CACHE
+from modeling_mobilemoe.kernels.modules import CACHE_BITS, CACHE_BLOCK, DEFAULT_CACHE, MoEFFN
 
 from .results import Benchmark, DeviceMeasurements, result_kind
 
@@ -25,10 +25,9 @@ DEVICES = Path(__file__).parent / "plan/devices"
 PROGRAM_KV_BITS = CACHE_BITS[DEFAULT_CACHE]
 # Of every head's INT8 keys, and values, of a token in a program: an FP32 step.
 INT8_CACHE_OVERHEAD = 4
-MOBILEMOE_MOE_FFN = "mobilemoe::decoder_layer"
 # Bits that an operator for packed experts stores per group of 32 weights beside the integers: an FP16 scale in ours,
 # an FP32 scale and an INT32 sum in ExecuTorch's.
-MOE_GROUP_BITS = {MOBILEMOE_MOE_FFN: 16, "llama::quantized_moe_ffn": 64}
+MOE_GROUP_BITS = {MoEFFN.operator: 16, "llama::quantized_moe_ffn": 64}
 
 
 def parameter_counts(config: MobileMoEConfig) -> dict[str, int]:
@@ -83,7 +82,7 @@ def program_bytes(
     weights: str = "int4",
     expert_bits: int = 4,
     embedding_bits: int = 4,
-    moe_op: str | None = MOBILEMOE_MOE_FFN,
+    moe_op: str | None = MoEFFN.operator,
 ) -> dict[str, int]:
     """
     Bytes of the weights in an exported `model.pte`, and its `.ptd`, by part: those of [`parameter_counts`], `head`
@@ -107,7 +106,7 @@ def program_bytes(
         parts = int4_bytes(config)
         parts["experts"] = packed_bytes(counts["experts"], expert_bits, MOE_GROUP_BITS[moe_op])
         # Our operators read the head from the embedding; XNNPACK and ExecuTorch's wider embedding need their own copy.
-        if moe_op != MOBILEMOE_MOE_FFN or embedding_bits == 8:
+        if moe_op != MoEFFN.operator or embedding_bits == 8:
             parts["head"] = parts["embedding"]
             parts["embedding"] = packed_bytes(counts["embedding"], embedding_bits)
     else:
@@ -156,7 +155,7 @@ def expected_experts(num_experts: int, top_k: int, tokens: int) -> float:
 
 
 def weight_bytes_read(
-    config: MobileMoEConfig, tokens: int = 1, expert_bits: int = 4, moe_op: str | None = MOBILEMOE_MOE_FFN
+    config: MobileMoEConfig, tokens: int = 1, expert_bits: int = 4, moe_op: str | None = MoEFFN.operator
 ) -> float:
     """
     Expected bytes of packed weights read in one pass over `tokens` tokens of one sequence, logits for the last.

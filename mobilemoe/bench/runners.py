@@ -12,6 +12,7 @@ from pathlib import Path
 from transformers import AutoConfig, AutoTokenizer
 
 from ..artifacts import Export, is_pte, read_export
+from ..costs import MOE_GROUP_BITS
 from ..machine import spread
 from ..results import BenchmarkedModel, LengthResult, Spread, StartSeconds
 from .adb import Device
@@ -21,7 +22,6 @@ from .worker import cache_bits, program_bytes_per_token, random_tokens
 
 DIRECTORY = "/data/local/tmp/mobilemoe"
 APP = "org.pytorch.minibench"
-MOE_OPERATORS = ("mobilemoe::decoder_layer", "llama::quantized_moe_ffn")
 
 
 @dataclass
@@ -121,7 +121,7 @@ class Program:
         """The operator that computed the experts, as reported by the runner, otherwise by export.json."""
         if self.operators is None:
             return self.report.moe_op
-        ran = [name for name in self.operators if name.rsplit(".", 1)[0] in MOE_OPERATORS]
+        ran = [name for name in self.operators if name.rsplit(".", 1)[0] in MOE_GROUP_BITS]
         return ran[0].rsplit(".", 1)[0] if ran else None
 
     def result(self) -> BenchmarkedModel:
