@@ -63,8 +63,9 @@ void FewTokens::multiply_in(int64_t unit, int64_t next, int64_t worker, const fl
   const Experts &in = problem.gate_up, &out = problem.down;
   const int64_t pair = router.sorted[unit / in.num_blocks()], block = unit % in.num_blocks();
   // The worker's last block fetches the one of the other matrix that it will likely begin with.
-  const Weights ahead = next < num_in() ? block_of(router, in, next).weights(in)
-                                        : block_of(router, out, smaller(worker, num_out() - 1)).weights(out);
+  const int64_t first_out = smaller(first_unit(worker, num_out(), problem.num_threads), num_out() - 1);
+  const Weights ahead =
+      next < num_in() ? block_of(router, in, next).weights(in) : block_of(router, out, first_out).weights(out);
   multiply_block(in, block_of(router, in, unit), ahead, x + pair / problem.args.top_k * problem.args.dim + block * kBlock,
                  gate_up + (pair * in.num_blocks() + block) * in.columns);
 }

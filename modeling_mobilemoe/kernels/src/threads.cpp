@@ -14,6 +14,7 @@
 #endif
 
 #include "errors.h"
+#include "isa.h"
 #include "mobilemoe.h"
 
 namespace mobilemoe {
@@ -22,6 +23,8 @@ namespace {
 // Spinning, some ten microseconds, bridges the gap between two operators. Whoever waits longer waits for a thread that
 // the system has stopped, and leaves it the core.
 constexpr int kSpins = 1000, kYields = 4;
+// Into which a phase is dealt out at most: whoever looks for work looks at all of them.
+constexpr int64_t kRanges = 8;
 // Callers that are helped at the same time; others work alone.
 constexpr int kRegions = 4;
 
@@ -67,18 +70,49 @@ class Waiter {
   std::condition_variable called_;
 };
 
-// A caller's region. It outlives the call, so that a helper that was stopped while it looked for work delays nobody.
-struct alignas(64) Shared {
+// The units of a phase, dealt out in ranges: neighbours mostly lie side by side in memory, and a thread that reads on is
+// faster than one that begins anew. A worker takes its own range from the front, and then what others have left.
+class Units {
+ public:
+  // Those who have claimed a unit may read what belongs to its phase. All others may ask for no more than this.
+  bool has_work_for(int64_t worker) const {
+    for (const Range& range : ranges_) {
+      if (has_work_for(worker, range.unclaimed.load())) return true;
+    }
+    return false;
+  }
+
+  // Claims a unit and returns how many are left of it and its range, or 0. `range` is where it was found.
+  int64_t claim(int64_t worker, int64_t* range) {
+    for (int64_t i = 0; i < kRanges; ++i) {
+      *range = (worker + i) % kRanges;
+      std::atomic<uint64_t>& unclaimed = ranges_[*range].unclaimed;
+      uint64_t state = unclaimed.load(std::memory_order_relaxed);
+      while (has_work_for(worker, state)) {
+        if (unclaimed.compare_exchange_weak(state, state - 1, std::memory_order_acq_rel, std::memory_order_relaxed)) {
+          return num_units(state);
+        }
+      }
+    }
+    return 0;
+  }
+
+  // Nothing may be left of the phase before, and the last range is the last that is written.
+  void open(int64_t count, int64_t num_threads) {
+    for (int64_t range = 0; range < kRanges; ++range) {
+      const int64_t size = first_unit(range + 1, count, num_threads) - first_unit(range, count, num_threads);
+      if (size == 0) continue;
+      ranges_[range].unclaimed.store(static_cast<uint64_t>(num_threads) << kCountBits | static_cast<uint64_t>(size));
+    }
+  }
+
+ private:
   static constexpr int kCountBits = 48;
 
-  // Units that nobody has claimed, and above them the number of threads that may: one word, because what else belongs
-  // to the region may be read only by those who have claimed a unit.
-  std::atomic<uint64_t> unclaimed{0};
-  alignas(64) std::atomic<int64_t> unfinished{0};
-  std::atomic<bool> is_taken{false}, is_done{false};
-  Region region = {};
-  int64_t phase = 0, count = 0;
-  Waiter caller;
+  // Units that nobody has claimed, and above them the number of threads that may.
+  struct alignas(64) Range {
+    std::atomic<uint64_t> unclaimed{0};
+  };
 
   static int64_t num_units(uint64_t state) { return static_cast<int64_t>(state & ((uint64_t{1} << kCountBits) - 1)); }
 
@@ -86,7 +120,23 @@ struct alignas(64) Shared {
     return num_units(state) > 0 && worker < static_cast<int64_t>(state >> kCountBits);
   }
 
-  bool has_work_for(int64_t worker) const { return has_work_for(worker, unclaimed.load()); }
+  Range ranges_[kRanges];
+};
+
+// Computes a unit of an open phase: one that is `left` units from the end of its range.
+void compute(const Region& region, int64_t phase, int64_t count, int64_t range, int64_t left, int64_t worker) {
+  const int64_t end = first_unit(range + 1, count, region.num_threads), unit = end - left;
+  region.work(region.phases, phase, unit, unit + 1 < end ? unit + 1 : count, worker);
+}
+
+// A caller's region. It outlives the call, so that a helper that was stopped while it looked for work delays nobody.
+struct Shared {
+  Units units;
+  alignas(64) std::atomic<int64_t> unfinished{0};
+  std::atomic<bool> is_taken{false}, is_done{false};
+  Region region = {};
+  int64_t phase = 0, count = 0;
+  Waiter caller;
 };
 
 class Team {
@@ -102,7 +152,7 @@ class Team {
       open_next_phase(shared, 0);
       const auto is_done = [&] { return shared.is_done.load(); };
       while (!is_done()) {
-        if (!work_on(shared, 0)) shared.caller.wait([&] { return is_done() || shared.has_work_for(0); });
+        if (!work_on(shared, 0)) shared.caller.wait([&] { return is_done() || shared.units.has_work_for(0); });
       }
       shared.is_taken.store(false, std::memory_order_release);
       return true;
@@ -144,7 +194,7 @@ class Team {
     Team& team = *self.team;
     const auto find = [&] {
       for (Shared& shared : team.regions_) {
-        if (shared.has_work_for(self.index)) return &shared;
+        if (shared.units.has_work_for(self.index)) return &shared;
       }
       return static_cast<Shared*>(nullptr);
     };
@@ -160,14 +210,10 @@ class Team {
 
   // Claims and computes one unit, if there is one.
   bool work_on(Shared& shared, int64_t worker) {
-    uint64_t state = shared.unclaimed.load(std::memory_order_relaxed);
-    do {
-      if (!Shared::has_work_for(worker, state)) return false;
-    } while (!shared.unclaimed.compare_exchange_weak(state, state - 1, std::memory_order_acq_rel,
-                                                     std::memory_order_relaxed));
-    const Region& region = shared.region;
-    const int64_t unit = shared.count - Shared::num_units(state), next = unit + region.num_threads;
-    region.work(region.phases, shared.phase, unit, next < shared.count ? next : shared.count, worker);
+    int64_t range;
+    const int64_t left = shared.units.claim(worker, &range);
+    if (left == 0) return false;
+    compute(shared.region, shared.phase, shared.count, range, left, worker);
     if (shared.unfinished.fetch_sub(1, std::memory_order_acq_rel) == 1) open_next_phase(shared, worker);
     return true;
   }
@@ -189,8 +235,7 @@ class Team {
     int64_t last = region.num_threads - 1 < num_helpers ? region.num_threads - 1 : num_helpers;
     if (last > num_others) last = num_others;
     shared.unfinished.store(shared.count, std::memory_order_relaxed);
-    shared.unclaimed.store(static_cast<uint64_t>(region.num_threads) << Shared::kCountBits |
-                           static_cast<uint64_t>(shared.count));
+    shared.units.open(shared.count, region.num_threads);
     // From here on the region may be over at any time.
     if (worker != 0 && num_others > 0) shared.caller.call();
     for (int64_t i = 1; i <= last; ++i) {
@@ -249,16 +294,19 @@ class OpenMpRegion {
     const int64_t worker = num_workers_.fetch_add(1, std::memory_order_relaxed);
     int waited = 0;
     while (!is_done_.load(std::memory_order_acquire)) {
-      int64_t left = unclaimed_.load(std::memory_order_acquire);
-      if (left == 0 || !unclaimed_.compare_exchange_weak(left, left - 1, std::memory_order_acq_rel)) {
-        if (left == 0 && ++waited < kSpins) pause();
-        if (waited >= kSpins) sched_yield();
+      int64_t range;
+      const int64_t left = units_.claim(worker, &range);
+      if (left == 0) {
+        if (++waited < kSpins) {
+          pause();
+        } else {
+          sched_yield();
+        }
         continue;
       }
       waited = 0;
       // Nobody opens the next phase while this unit is unfinished.
-      const int64_t unit = count_ - left, next = unit + region_.num_threads;
-      region_.work(region_.phases, phase_, unit, next < count_ ? next : count_, worker);
+      compute(region_, phase_, count_, range, left, worker);
       if (unfinished_.fetch_sub(1, std::memory_order_acq_rel) == 1) open_next_phase();
     }
   }
@@ -271,18 +319,23 @@ class OpenMpRegion {
       return;
     }
     unfinished_.store(count_, std::memory_order_relaxed);
-    unclaimed_.store(count_, std::memory_order_release);
+    units_.open(count_, region_.num_threads);
   }
 
   const Region& region_;
   int64_t phase_ = -1, count_ = 0;
-  alignas(64) std::atomic<int64_t> unclaimed_{0};
+  Units units_;
   alignas(64) std::atomic<int64_t> unfinished_{0};
   alignas(64) std::atomic<int64_t> num_workers_{0};
   std::atomic<bool> is_done_{false};
 };
 
 }  // namespace
+
+int64_t first_unit(int64_t worker, int64_t count, int64_t num_threads) {
+  const int64_t num_ranges = smaller(num_threads, kRanges);
+  return worker < num_ranges ? ceil_div(worker * count, num_ranges) : count;
+}
 
 int check_threads(int64_t num_threads) {
   if (num_threads >= 1 && num_threads <= kMaxThreads) return MOBILEMOE_OK;

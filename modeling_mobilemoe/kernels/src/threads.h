@@ -14,6 +14,9 @@ constexpr int64_t kMaxThreads = 1024;
 // A status with a sentence, as errors.h.
 int check_threads(int64_t num_threads);
 
+// The unit of a phase that a worker begins with, and from which it goes on; `count` where it has none of its own.
+int64_t first_unit(int64_t worker, int64_t count, int64_t num_threads);
+
 // Units that do not depend on each other, but on all of the phase before. `count()` is asked when that phase is done.
 // `work(unit, next, worker)` is told the unit that will likely follow on its thread, at most count(), to fetch its
 // memory in time; `worker` < num_threads names scratch memory.
