@@ -4,8 +4,8 @@ Decodes with a stack of `mobilemoe::decoder_layer` of one shape and cold random 
     python benchmarks/bench_layer.py [--threads 1 2] [--contexts 16 512 4096 8000] [--kv-cache int8] [--isa avx2]
 
 Every round runs every choice once. CPU seconds, of all threads, tell what a token costs also where other processes
-take the cores; with one thread they are its time on a quiet machine. The read rate is that of a sum in PyTorch on as
-many threads in the same rounds, which a plain loop in C exceeds on some machines.
+take the cores; with one thread they are its time on a quiet machine. The read rate is that of a plain loop on as many
+threads in the same rounds.
 """
 
 import argparse
@@ -18,7 +18,6 @@ import torch
 
 from mobilemoe.costs import kv_cache_bytes, parameter_counts, weight_bytes_read
 from mobilemoe.export.random_program import random_packed_model
-from mobilemoe.machine import memory_read_rate
 from mobilemoe.shapes import shapes
 from modeling_mobilemoe import kernels
 from modeling_mobilemoe.kernels.modules import CACHE_BITS, DEFAULT_CACHE, DecoderLayer, MoEFFN
@@ -50,7 +49,6 @@ def main() -> None:
     for layer in layers:
         fill(layer, config, length)
     angles = torch.randn(1, 1, config.head_dim // 2)
-    memory = torch.zeros(2**25, dtype=torch.float64)
     cos, sin = angles.cos(), angles.sin()
     isas = arguments.isa or [library.mobilemoe_isa().decode()]
     choices = [
@@ -60,8 +58,7 @@ def main() -> None:
     rates = {threads: [] for threads in arguments.threads}
     for _ in range(arguments.rounds + 1):
         for threads in arguments.threads:
-            torch.set_num_threads(threads)
-            rates[threads].append(memory_read_rate(memory))
+            rates[threads].append(kernels.memory_read_rate(threads))
         for isa, threads, context in choices:
             if library.mobilemoe_set_isa(isa.encode()):
                 parser.error(f"--isa {isa}: this machine lacks it")

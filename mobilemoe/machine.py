@@ -5,12 +5,9 @@ import os
 import platform
 import re
 import statistics
-import time
 from collections.abc import Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-
-import torch
 
 
 PACKAGES = ("lm_eval", "torch", "transformers", "datasets", "executorch", "torchao", "mobilemoe")
@@ -35,6 +32,8 @@ def package_versions(packages: Sequence[str] = PACKAGES) -> dict[str, str]:
 
 
 def machine() -> dict:
+    import torch
+
     gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
     return {"processor": cpu_name(), "cores": os.cpu_count(), "threads": torch.get_num_threads(), "gpu": gpu}
 
@@ -57,13 +56,6 @@ def peak_memory() -> int:
     import resource
 
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-
-
-def memory_read_rate(memory: torch.Tensor) -> float:
-    """Read bandwidth in bytes per second, measured with a plain sum on all threads."""
-    started = time.perf_counter()
-    memory.sum()
-    return memory.nbytes / (time.perf_counter() - started)
 
 
 def spread(values: Sequence[float]) -> dict[str, float]:

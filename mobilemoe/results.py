@@ -285,7 +285,7 @@ class Benchmark(Artifact):
     new_tokens: int
     machine: BenchmarkMachine
     versions: dict[str, str]
-    # Read bandwidth of a plain sum over memory, in 1e9 bytes per second.
+    # Read bandwidth of memory by a plain loop on as many threads, in 1e9 bytes per second. `None` without a compiler.
     read_gb_per_s: Spread | None = None
     phone: Phone | None = None
     models: dict[str, BenchmarkedModel]

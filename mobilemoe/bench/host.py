@@ -12,16 +12,18 @@ import statistics
 import subprocess
 import sys
 import tempfile
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from importlib.metadata import version
 from pathlib import Path
 
-import torch
 from tqdm import tqdm
 
+from modeling_mobilemoe.kernels import BuildError, memory_read_rate
+
 from ..artifacts import is_shape
-from ..machine import cpu_name, memory_read_rate, spread
+from ..machine import cpu_name, spread
 from ..results import Benchmark, BenchmarkedModel, BenchmarkMachine, LengthResult, Spread, StartSeconds
 from ..shapes import shapes
 
@@ -57,6 +59,9 @@ class Worker:
         request = {"prompt_length": prompt_length, "new_tokens": new_tokens, "seed": seed, "text": text}
         if profile:
             request["profile"] = True
+        return self.ask(request)
+
+    def ask(self, request: dict) -> dict:
         print(json.dumps(request), file=self._process.stdin, flush=True)
         return self._answer()
 
@@ -177,14 +182,25 @@ def start_model(
 def run_rounds(
     workers: dict[str, Worker], models: dict[str, BenchmarkedModel], rounds: Rounds
 ) -> tuple[dict[tuple[str, int], Times], list[float]]:
-    """Runs all rounds; returns times by model and prompt length, and the read bandwidth in bytes/s of each round."""
-    # Larger than any cache. FP64 needs the fewest additions per byte.
-    memory = torch.zeros(2**25, dtype=torch.float64)
+    """
+    Runs all rounds; returns times by model and prompt length, and the read bandwidth in bytes/s of each round.
+
+    Without a compiler there are no bandwidths, and a warning.
+    """
+    try:
+        memory_read_rate(rounds.num_threads)
+        measures_memory = True
+    except BuildError as error:
+        warnings.warn(f"The read bandwidth of the memory is not measured. {error}", stacklevel=2)
+        measures_memory = False
     times = {(name, length): Times() for name in workers for length in rounds.prompt_lengths}
     rates = []
     # The first round warms up.
     for repeat in tqdm(range(rounds.repeats + 1), desc="rounds", leave=False):
-        rate = memory_read_rate(memory)
+        if measures_memory:
+            rate = memory_read_rate(rounds.num_threads)
+            if repeat > 0:
+                rates.append(rate)
         for length in rounds.prompt_lengths:
             for name, worker in workers.items():
                 answer = worker.measure(length, rounds.new_tokens, repeat, rounds.text)
@@ -192,8 +208,6 @@ def run_rounds(
                 if repeat > 0:
                     times[name, length].first_token.append(answer["first_token"])
                     times[name, length].decode.append(rounds.new_tokens / sum(answer["decode"]))
-        if repeat > 0:
-            rates.append(rate)
     return times, rates
 
 
@@ -203,7 +217,7 @@ def length_result(length: int, times: Times, rates: list[float], weight_bytes: i
         first_token_ms=Spread(**spread([1e3 * seconds for seconds in times.first_token])),
         decode_tokens_per_s=Spread(**spread(times.decode)),
     )
-    if weight_bytes:
+    if weight_bytes and rates:
         limit = statistics.median(rates) / weight_bytes
         result.decode_of_memory_limit = round(statistics.median(times.decode) / limit, 3)
     return result
@@ -237,7 +251,6 @@ def run_benchmark(
     """
     text = None if prompt_file is None else Path(prompt_file).read_text()
     rounds = Rounds(prompt_lengths, new_tokens, repeats, num_threads, text)
-    torch.set_num_threads(num_threads)
     workers: dict[str, Worker] = {}
     models: dict[str, BenchmarkedModel] = {}
     try:
@@ -269,7 +282,7 @@ def run_benchmark(
         new_tokens=new_tokens,
         machine=BenchmarkMachine(cpu=cpu_name(), cores=os.cpu_count(), threads=num_threads),
         versions={name: version(name) for name in ("torch", "transformers")},
-        read_gb_per_s=Spread(**spread([rate / 1e9 for rate in rates])),
+        read_gb_per_s=Spread(**spread([rate / 1e9 for rate in rates])) if rates else None,
         models=models,
     )
 

@@ -134,6 +134,29 @@ def load_executorch() -> None:
     ctypes.CDLL(str(build_executorch_library()))
 
 
+def memory_read_rate(num_threads: int) -> float:
+    """
+    Read bandwidth of the memory in bytes per second: the fastest of five passes of a plain loop over 512 MB.
+
+    Args:
+        num_threads (`int`): threads that read a part each.
+
+    Raises:
+        ValueError: for less than one thread.
+        BuildError: when the loop cannot be compiled here.
+        MemoryError: without 512 MB of memory.
+    """
+    if num_threads < 1:
+        raise ValueError(f"num_threads={num_threads} read nothing. Set 1 or more.")
+    library = ctypes.CDLL(str(build("mobilemoe_read_rate")))
+    library.mobilemoe_read_rate.argtypes = [ctypes.c_int, ctypes.c_int64, ctypes.c_int]
+    library.mobilemoe_read_rate.restype = ctypes.c_double
+    rate = library.mobilemoe_read_rate(num_threads, 2**29, 5)
+    if rate == 0:
+        raise MemoryError("The read bandwidth is measured over 512 MB of memory, which the system refused.")
+    return rate
+
+
 # Declared here and not in C++, so that a model can be traced and exported where nothing was compiled.
 EXPERTS = "Tensor gate_up_qweight, Tensor gate_up_scale, Tensor down_qweight, Tensor down_scale"
 MOE_FFN = f"Tensor x, Tensor router, Tensor bias, {EXPERTS}, int top_k, float route_scale"
