@@ -58,6 +58,20 @@ def test_random_model_is_packed_and_computes(tiny_config: MobileMoEConfig, input
     assert bench_worker.weight_bytes_per_token(model) == size - unread + frequencies
 
 
+@torch.no_grad()
+def test_random_model_routes_tokens_to_most_experts(wide_model):
+    """Or prefill would be timed on a few experts, and predictions of different tokens would agree by themselves."""
+    model = wide_model(4)
+    for layer in model.model.layers:
+        layer.feed_forward.expert_bias.zero_()
+    tokens = torch.randint(1024, (1, 256), generator=torch.Generator().manual_seed(0))
+    output = model(tokens, output_router_logits=True)
+    for logits in output.router_logits:
+        load = torch.bincount(logits.topk(4).indices.flatten(), minlength=60) / 256
+        assert load.count_nonzero() > 50 and load.max() < 0.5
+    assert output.logits[0].argmax(-1).unique().numel() > 200
+
+
 @pytest.mark.parametrize("dense", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_random_program_runs_and_is_profiled(tiny_config: MobileMoEConfig, tmp_path, dense: bool):
     pytest.importorskip("executorch", reason="needs the `export` extra")

@@ -7,7 +7,7 @@ import torch
 from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
 from modeling_mobilemoe.configuration_mobilemoe import MobileMoEConfig
-from modeling_mobilemoe.fused_mobilemoe import Int4FeedForward
+from modeling_mobilemoe.fused_mobilemoe import Int4FeedForward, Int4Format
 from modeling_mobilemoe.kernels.modules import DEFAULT_CACHE
 from modeling_mobilemoe.quantization_mobilemoe import INT4_BLOCK, MobileMoEInt4Config, MobileMoEInt4Quantizer
 
@@ -36,10 +36,21 @@ def random_packed_model(config: PretrainedConfig, seed: int = 0) -> PreTrainedMo
     generator = torch.Generator().manual_seed(seed)
     for name, tensor in model.state_dict().items():
         if tensor.dtype == torch.uint8:
+            # Two integers in a byte, in two's complement. A mean of 0 needs 0 in place of -8, or all tokens would get
+            # nearly the same hidden states, and the same four experts.
             tensor.random_(generator=generator)
+            tensor[tensor & 0x0F == 0x08] &= 0xF0
+            tensor[tensor & 0xF0 == 0x80] &= 0x0F
         elif name.endswith("scale"):
             # The scales of weights with the initial standard deviation of 0.02.
             tensor.uniform_(0.003, 0.006, generator=generator)
+            if name.endswith("o_proj.weight_scale"):
+                # Random attention averages tokens, and at full size would make them alike too.
+                tensor.div_(3)
+            elif name.endswith(("gate_up_scale", "down_scale")):
+                # Equal for 32 inputs, so that formats with groups along the input can hold the same numbers.
+                group = Int4Format.group_size
+                tensor.copy_(tensor[:, ::group].repeat_interleave(group, 1)[:, : tensor.shape[1]])
         elif name.endswith("norm.weight"):
             tensor.fill_(1)
         elif name.endswith("expert_bias"):
