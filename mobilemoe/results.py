@@ -297,6 +297,58 @@ class Benchmark(Artifact):
         return [name for name in names if not is_pte(name)]
 
 
+class RuntimeTrial(BaseModel):
+    """One shape in one runtime at one prompt length. A spread is over invocations, unless it says otherwise."""
+
+    shape: str
+    # "executorch" from Python, "runner" (ExecuTorch in our C++ program) or "llama.cpp".
+    runtime: str
+    prompt_length: int
+    # Processes that compute on the same machine meanwhile.
+    busy_processes: int
+    prefill_tokens_per_s: Spread
+    decode_tokens_per_s: Spread
+    # Over all decoded tokens.
+    token_ms: Spread
+    # Largest resident memory up to this prompt length.
+    peak_memory_bytes: int
+    # Weights and cache that decoding a token reads.
+    bytes_per_token: int
+    # Speed as a multiple of llama.cpp's in the same invocation.
+    prefill_over_llama_cpp: Spread | None = None
+    decode_over_llama_cpp: Spread | None = None
+    # Speed as a multiple of MobileLLM-Pro's shape in the same runtime and invocation.
+    prefill_over_dense: Spread | None = None
+    decode_over_dense: Spread | None = None
+    # Share of the decode speed that the memory's read bandwidth allows, without other processes.
+    decode_of_memory_limit: Spread | None = None
+    # Share of positions with llama.cpp's most probable next token, where both compute the same function.
+    top1_agreement: float | None = None
+
+
+class RuntimeComparison(Artifact):
+    """What `benchmarks/bench_llama_cpp.py` prints and writes."""
+
+    what = "a comparison of runtimes"
+    remedy = "Measure again: python benchmarks/bench_llama_cpp.py --json FILE"
+    mark = "trials"
+
+    command: str | None = None
+    machine: BenchmarkMachine
+    versions: dict[str, str]
+    # Of the programs and of llama.cpp, in tokens.
+    context: int
+    new_tokens: int
+    # Processes per model, and rounds within each.
+    invocations: int
+    repeats: int
+    # Read bandwidth of memory by a plain loop on as many threads, in 1e9 bytes per second.
+    read_gb_per_s: Spread
+    # File sizes by shape and suffix.
+    file_bytes: dict[str, dict[str, int]]
+    trials: list[RuntimeTrial]
+
+
 class DecodeSpeed(BaseModel):
     context: int
     tokens_per_second: float

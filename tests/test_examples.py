@@ -65,11 +65,15 @@ def test_granularity_benchmark_prints_json_last():
 def test_llama_cpp_benchmark_prints_json_last(tmp_path):
     pytest.importorskip("llama_cpp", reason="llama-cpp-python is not installed")
     pytest.importorskip("gguf")
-    arguments = ("--shapes", "S", "--prompt-lengths", "4", "--new-tokens", "2", "--repeats", "1")
-    models = run_benchmark("bench_llama_cpp.py", *arguments, "--directory", str(tmp_path))["models"]
-    assert list(models) == ["S", "S, llama.cpp"]
-    for model in models.values():
-        assert model["lengths"]["4"]["decode_tokens_per_s"]["median"] > 0
+    arguments = ("--shapes", "S", "--prompt-lengths", "4", "--busy", "1", "--busy-prompt-length", "8")
+    arguments += ("--new-tokens", "2", "--repeats", "1", "--invocations", "1", "--directory", str(tmp_path))
+    trials = run_benchmark("bench_llama_cpp.py", *arguments)["trials"]
+    runtimes = ("executorch", "llama.cpp", "runner")
+    places = [(name, length, busy) for length, busy in ((4, 0), (8, 1)) for name in runtimes]
+    assert [(row["runtime"], row["prompt_length"], row["busy_processes"]) for row in trials] == places
+    for row in trials:
+        assert row["decode_tokens_per_s"]["median"] > 0
+        assert row["runtime"] == "llama.cpp" or row["top1_agreement"] > 0.5
 
 
 @pytest.mark.slow

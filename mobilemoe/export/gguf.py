@@ -23,7 +23,7 @@ from .source import Rounding, Source, group_of, plan
 
 
 if TYPE_CHECKING:
-    from gguf import GGMLQuantizationType, GGUFWriter
+    from gguf import GGMLQuantizationType, GGUFWriter, TensorNameMap
 
 GGUF_FILE = "model.gguf"
 WEIGHTS = ("f32", "bf16", "q4_0")
@@ -137,12 +137,7 @@ class Types:
 
     def placed(self, name: str) -> "tuple[list[str], GGMLQuantizationType]":
         """The names of a weight in the file, and its type there."""
-        # llama.cpp calls the bias one, with a dot.
-        base, _, suffix = name.replace("correction_bias", "correction.bias").rpartition(".")
-        names = [f"{self.names.get_name(base)}.{suffix}"]
-        if names == ["token_embd.weight"]:
-            # The loader's own fallback to a tied head never runs.
-            names.append("output.weight")
+        names = tensor_names(name, self.names)
         group = group_of(name)
         if group in ("norms", "router"):
             return names, self.vectors
@@ -155,6 +150,15 @@ class Types:
         if kind.name == "Q4_0":
             return q4_0_blocks(weight)
         return quantize(weight.float().contiguous().numpy(), kind)
+
+
+def tensor_names(name: str, names: "TensorNameMap") -> list[str]:
+    """The names of a weight in the file. The embedding is the head too, and has two."""
+    # llama.cpp calls the bias one, with a dot.
+    base, _, suffix = name.replace("correction_bias", "correction.bias").rpartition(".")
+    stored = f"{names.get_name(base)}.{suffix}"
+    # The loader's own fallback to a tied head never runs.
+    return [stored, "output.weight"] if stored == "token_embd.weight" else [stored]
 
 
 def add_weights(writer: "GGUFWriter", source: Source, types: Types) -> int:
