@@ -52,8 +52,9 @@ from modeling_mobilemoe.kernels.modules import MoEFFN
 DENSE = "MobileLLM-Pro"
 # Longer prompts take minutes, so they run once per process.
 LONG_PROMPT = 1024
-# Both runtimes round activations to 8 bits, at other places. Another function shares no token of 200,000.
-MIN_AGREEMENT = 0.5
+# Both runtimes round activations to 8 bits, at other places, which exchanges experts: S agrees at three of four
+# positions. A function without the norm of queries and keys agrees at one of forty.
+MIN_AGREEMENT = 0.3
 WORKER = Path(__file__).with_name("speed_worker.py")
 # Ends by itself when its parent is gone.
 COMPUTE = "import os\nparent = os.getppid()\nprint(flush=True)\nwhile os.getppid() == parent: sum(range(100_000))"

@@ -73,7 +73,7 @@ def test_llama_cpp_benchmark_prints_json_last(tmp_path):
     assert [(row["runtime"], row["prompt_length"], row["busy_processes"]) for row in trials] == places
     for row in trials:
         assert row["decode_tokens_per_s"]["median"] > 0
-        assert row["runtime"] == "llama.cpp" or row["top1_agreement"] > 0.5
+        assert row["runtime"] == "llama.cpp" or row["top1_agreement"] > 0.3
 
 
 @pytest.mark.slow
