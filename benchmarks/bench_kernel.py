@@ -5,7 +5,7 @@ Time of the routed experts of an S layer: the kernel, the memory floor, and PyTo
 
 As in a model, decoding reads the weights from memory: the calls iterate over 20 layers, which exceed any cache. The
 memory floor is the time to read the weights of the router and of the selected experts once, at the bandwidth of a
-plain sum measured in the same run. The measurements are interleaved. One JSON line last.
+plain loop measured in the same run. The measurements are interleaved. One JSON line last.
 """
 
 import argparse
@@ -70,8 +70,6 @@ def main() -> None:
     weights = [tuple(layer.buffers()) for layer in layers]
     router = torch.randn(NUM_EXPERTS, DIM, generator=generator) * 0.05
     bias = torch.randn(NUM_EXPERTS, generator=generator) * 0.1
-    # 512 MB. FP64 needs the fewest additions per byte.
-    memory = torch.zeros(2**26, dtype=torch.float64)
     result = {
         "benchmark": "kernel",
         "threads": arguments.threads,
@@ -93,9 +91,11 @@ def main() -> None:
                 for packed in used:
                     torch.ops.mobilemoe.moe_ffn(x, router, bias, *packed, TOP_K, 2.5)
 
-            times: dict[str, list[float]] = {"kernel": [], "read": [], "packed": []}
+            times: dict[str, list[float]] = {"kernel": [], "packed": []}
+            rates = []
             for repeat in tqdm(range(arguments.repeats + 2), desc=f"{num_tokens} tokens", leave=False):
-                rounds = {"kernel": seconds(kernel) / len(used), "read": seconds(memory.sum)}
+                rounds = {"kernel": seconds(kernel) / len(used)}
+                rates.append(kernels.memory_read_rate(arguments.threads))
                 if repeat < 4:
                     rounds["packed"] = seconds(lambda: layers[0](x, top_k_index, top_k_weights))  # noqa: B023
                 # The first two rounds warm up.
@@ -104,7 +104,7 @@ def main() -> None:
                         times[way].append(value)
             kernel_times = sorted(times["kernel"])
             p10, median, p90 = (1e3 * kernel_times[round(q * (len(kernel_times) - 1))] for q in (0.1, 0.5, 0.9))
-            bandwidth = memory.nbytes / sorted(times["read"])[len(times["read"]) // 2]
+            bandwidth = sorted(rates)[len(rates) // 2]
             num_used = top_k_index.unique().numel()
             floor = 1e3 * (expert_bytes(num_used) + router.nbytes) / bandwidth
             packed = 1e3 * min(times["packed"])

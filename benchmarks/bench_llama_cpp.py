@@ -137,10 +137,11 @@ def runner_model(program: Path, tokens_file: Path, threads: int) -> Model:
             return None
         tokens_file.write_text(" ".join(map(str, tokens)))
         lengths = ["--prompt-lengths", str(length), "--new-tokens", str(len(tokens) - length)]
-        output = subprocess.run([*command, *lengths], stdout=subprocess.PIPE, text=True).stdout
-        events = [json.loads(line) for line in output.splitlines()]
-        if not events or events[-1]["event"] != "done":
-            raise ValueError(f"The runner failed: {shlex.join([*command, *lengths])} printed {output[-300:]!r}")
+        result = subprocess.run([*command, *lengths], capture_output=True, text=True)
+        if result.returncode != 0:
+            said = (result.stdout + result.stderr)[-500:]
+            raise ValueError(f"{shlex.join([*command, *lengths])} ended with {result.returncode}: {said}")
+        events = [json.loads(line) for line in result.stdout.splitlines()]
         measured = next(event for event in events if event["event"] == "measure" and event["repeat"] == 0)
         return Turn(measured["first_token_s"], measured["decode_s"], measured["tokens"], events[-1]["peak_rss_bytes"])
 

@@ -24,6 +24,11 @@ def extremes(row: Spread | None) -> str:
     return "" if row is None else with_spread(row.median, row.min, row.max)
 
 
+def short(shape: str) -> str:
+    """The name of a shape for a narrow column: "S" or "Pro"."""
+    return shape.removeprefix("MobileLLM-")
+
+
 def by_runtime(result: RuntimeComparison) -> dict[Place, dict[str, RuntimeTrial]]:
     """The trials by place, then by runtime in the order of `LABELS`."""
     found: dict[Place, dict[str, RuntimeTrial]] = {}
@@ -52,7 +57,7 @@ def tables(result: RuntimeComparison) -> "list[Group]":
         detail_table(trials, result.read_gb_per_s),
     ]
     if any(trial.decode_over_dense for trial in result.trials):
-        made.append(dense_table(result))
+        made.append(dense_table(trials))
     return made
 
 
@@ -63,21 +68,22 @@ def speed_table(
     caption: str = "",
 ) -> "Group":
     rows = []
-    for place, runtimes in trials.items():
+    for (shape, *place), runtimes in trials.items():
         pairs = [speed(trial) for trial in runtimes.values()]
         speeds = [number(median.median) for median, _ in pairs]
-        rows.append((*place, *speeds, *(extremes(ratio) for _, ratio in pairs if ratio is not None)))
+        rows.append((short(shape), *place, *speeds, *(extremes(ratio) for _, ratio in pairs if ratio is not None)))
     columns = ("shape", "prompt", "busy", *LABELS.values(), "Python x llama.cpp", "runner x llama.cpp")
     return table(columns, rows, title, caption)
 
 
 def detail_table(trials: dict[Place, dict[str, RuntimeTrial]], read_gb_per_s: Spread) -> "Group":
     rows = []
-    for place, runtimes in trials.items():
+    for (shape, *place), runtimes in trials.items():
         for runtime, trial in runtimes.items():
             times, share, agreement = trial.token_ms, trial.decode_of_memory_limit, trial.top1_agreement
             rows.append(
                 (
+                    short(shape),
                     *place,
                     LABELS[runtime],
                     *(number(value) for value in (times.median, times.p90, times.max)),
@@ -94,19 +100,13 @@ def detail_table(trials: dict[Place, dict[str, RuntimeTrial]], read_gb_per_s: Sp
     return table(columns, rows, "Latency, memory and agreement", caption)
 
 
-def dense_table(result: RuntimeComparison) -> "Group":
-    rows = [
-        (
-            trial.shape,
-            trial.prompt_length,
-            trial.busy_processes,
-            LABELS[trial.runtime],
-            extremes(trial.prefill_over_dense),
-            extremes(trial.decode_over_dense),
-        )
-        for trial in result.trials
-        if trial.decode_over_dense is not None
-    ]
+def dense_table(trials: dict[Place, dict[str, RuntimeTrial]]) -> "Group":
+    rows = []
+    for (shape, *place), runtimes in trials.items():
+        for runtime, trial in runtimes.items():
+            if trial.decode_over_dense is not None:
+                ratios = (extremes(trial.prefill_over_dense), extremes(trial.decode_over_dense))
+                rows.append((short(shape), *place, LABELS[runtime], *ratios))
     columns = ("shape", "prompt", "busy", "runtime", "prefill", "decode")
     return table(columns, rows, "Speed as a multiple of MobileLLM-Pro's shape in the same runtime")
 
