@@ -91,13 +91,14 @@ class Options:
     prompt_lengths: Sequence[int]
     busy: Sequence[int]
     busy_prompt_length: int
+    busy_new_tokens: int
     new_tokens: int
     repeats: int
     invocations: int
     threads: int
 
     def __post_init__(self) -> None:
-        names = ("busy_prompt_length", "new_tokens", "repeats", "invocations", "threads")
+        names = ("busy_prompt_length", "busy_new_tokens", "new_tokens", "repeats", "invocations", "threads")
         check_counts(self.prompt_lengths, {name: self.__dict__[name] for name in names})
         if any(count < 0 for count in self.busy):
             raise ValueError(f"busy={list(self.busy)} are numbers of processes. Set 0 or more.")
@@ -108,9 +109,12 @@ class Options:
         found = {Condition(length, 0) for length in self.prompt_lengths}
         return sorted(found | {Condition(self.busy_prompt_length, count) for count in self.busy})
 
+    def num_new_tokens(self, condition: Condition) -> int:
+        return self.busy_new_tokens if condition.prompt_length == self.busy_prompt_length else self.new_tokens
+
     @property
     def context(self) -> int:
-        return max(condition.prompt_length for condition in self.conditions) + self.new_tokens
+        return max(condition.prompt_length + self.num_new_tokens(condition) for condition in self.conditions)
 
 
 def process_model(worker: Worker) -> Model:
@@ -231,6 +235,7 @@ def run_invocation(
         warm_up(models, options)
         for condition in tqdm(options.conditions, desc=f"invocation {invocation + 1}", leave=False):
             length, busy = condition
+            new_tokens = options.num_new_tokens(condition)
             with computing(busy):
                 for repeat in range(options.repeats):
                     if busy == 0:
@@ -238,7 +243,7 @@ def run_invocation(
                     # The same prompt in all rounds where it runs once.
                     seed = f"{invocation} {length} {0 if length > LONG_PROMPT else repeat}"
                     for name, runtime in list(models)[:: -1 if repeat % 2 else 1]:
-                        tokens = random_tokens(shapes()[name].vocab_size, length + options.new_tokens, seed)
+                        tokens = random_tokens(shapes()[name].vocab_size, length + new_tokens, seed)
                         # The threads of the model before spin for a while.
                         time.sleep(0.05)
                         turn = models[name, runtime](tokens, length, repeat > 0)
@@ -326,6 +331,9 @@ def main() -> None:
     parser.add_argument("--busy", nargs="*", type=int, default=[0, 1, 2], help="numbers of computing processes")
     parser.add_argument("--busy-prompt-length", type=int, default=128, help="prompt of the trials of --busy")
     parser.add_argument("--new-tokens", type=int, default=48)
+    parser.add_argument(
+        "--busy-new-tokens", type=int, default=192, help="of the trials of --busy: a short burst may run before others"
+    )
     parser.add_argument("--repeats", type=int, default=5, help="rounds of an invocation")
     parser.add_argument("--invocations", type=int, default=3, help="processes of each model")
     parser.add_argument("--threads", type=int, default=2)

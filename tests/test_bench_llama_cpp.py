@@ -29,6 +29,7 @@ OPTIONS = Options(
     prompt_lengths=[16, 2000],
     busy=[0, 1],
     busy_prompt_length=128,
+    busy_new_tokens=4,
     new_tokens=2,
     repeats=2,
     invocations=3,
@@ -172,7 +173,9 @@ def test_long_prompts_run_once_per_process():
 
 def test_conditions_are_by_length_and_include_the_busy_machine():
     assert OPTIONS.conditions == [Condition(16, 0), Condition(128, 0), Condition(128, 1), Condition(2000, 0)]
+    assert [OPTIONS.num_new_tokens(condition) for condition in OPTIONS.conditions] == [2, 4, 4, 2]
     assert OPTIONS.context == 2002
+    assert replace(OPTIONS, busy_new_tokens=4000).context == 4128
 
 
 @pytest.mark.parametrize(

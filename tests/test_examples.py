@@ -65,8 +65,9 @@ def test_granularity_benchmark_prints_json_last():
 def test_llama_cpp_benchmark_prints_json_last(tmp_path):
     pytest.importorskip("llama_cpp", reason="llama-cpp-python is not installed")
     pytest.importorskip("gguf")
-    arguments = ("--shapes", "S", "--prompt-lengths", "4", "--busy", "1", "--busy-prompt-length", "8")
-    arguments += ("--new-tokens", "2", "--repeats", "1", "--invocations", "1", "--directory", str(tmp_path))
+    arguments = ["--shapes", "S", "--prompt-lengths", "4", "--new-tokens", "2", "--directory", str(tmp_path)]
+    arguments += ["--busy", "1", "--busy-prompt-length", "8", "--busy-new-tokens", "3"]
+    arguments += ["--repeats", "1", "--invocations", "1"]
     trials = run_benchmark("bench_llama_cpp.py", *arguments)["trials"]
     runtimes = ("executorch", "llama.cpp", "runner")
     places = [(name, length, busy) for length, busy in ((4, 0), (8, 1)) for name in runtimes]
