@@ -55,6 +55,8 @@ LONG_PROMPT = 1024
 # Both runtimes round activations to 8 bits, at other places, which exchanges experts: S agrees at three of four
 # positions. A function without the norm of queries and keys agrees at one of forty.
 MIN_AGREEMENT = 0.3
+# Tokens that are decoded in the warm-up, whose predictions are compared.
+WARM_UP = 32
 WORKER = Path(__file__).with_name("speed_worker.py")
 # Ends by itself when its parent is gone.
 COMPUTE = "import os\nparent = os.getppid()\nprint(flush=True)\nwhile os.getppid() == parent: sum(range(100_000))"
@@ -114,7 +116,8 @@ class Options:
 
     @property
     def context(self) -> int:
-        return max(condition.prompt_length + self.num_new_tokens(condition) for condition in self.conditions)
+        needed = [condition.prompt_length + self.num_new_tokens(condition) for condition in self.conditions]
+        return max(*needed, min(self.prompt_lengths) + WARM_UP)
 
 
 def process_model(worker: Worker) -> Model:
@@ -206,7 +209,7 @@ def warm_up(models: dict[tuple[str, str], Model], options: Options) -> None:
     turns, length = {}, min(options.prompt_lengths)
     for (shape, runtime), model in models.items():
         vocab_size = shapes()[shape].vocab_size
-        turns[shape, runtime] = model(random_tokens(vocab_size, length + 32, "warm-up"), length, False)
+        turns[shape, runtime] = model(random_tokens(vocab_size, length + WARM_UP, "warm-up"), length, False)
     for shape, runtime in turns:
         if runtime == "llama.cpp" and shape != DENSE:
             share = agreement([turns[shape, "executorch"]], [turns[shape, runtime]])

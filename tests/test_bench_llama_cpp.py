@@ -176,6 +176,7 @@ def test_conditions_are_by_length_and_include_the_busy_machine():
     assert [OPTIONS.num_new_tokens(condition) for condition in OPTIONS.conditions] == [2, 4, 4, 2]
     assert OPTIONS.context == 2002
     assert replace(OPTIONS, busy_new_tokens=4000).context == 4128
+    assert replace(OPTIONS, prompt_lengths=[4], busy=[]).context == 4 + bench_llama_cpp.WARM_UP
 
 
 @pytest.mark.parametrize(
