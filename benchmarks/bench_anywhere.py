@@ -48,11 +48,11 @@ class LlamaCppModel(LanguageModel):
         self.llama = llama_cpp.Llama(str(directory / "model.gguf"), **options, **cache)
         self.tokenizer, self.max_seq_len, self.eos_ids = reference.tokenizer, reference.max_seq_len, reference.eos_ids
 
-    def _forward(self, tokens: torch.Tensor, start: int) -> torch.Tensor:
+    def _forward(self, tokens: list[int], start: int, num_positions: int) -> torch.Tensor:
         if start == 0:
             self.llama.reset()
-        self.llama.eval(tokens[0].tolist())
-        return torch.from_numpy(self.llama.scores[self.llama.n_tokens - 1].copy())
+        self.llama.eval(tokens)
+        return torch.from_numpy(self.llama.scores[: self.llama.n_tokens][-num_positions:].copy())
 
     def all_logits(self, tokens: list[int]) -> torch.Tensor:
         self.llama.reset()
@@ -73,10 +73,10 @@ class MlxModel(LanguageModel):
         self.model.set_dtype(mx.float32)
         self.tokenizer, self.max_seq_len, self.eos_ids = reference.tokenizer, reference.max_seq_len, reference.eos_ids
 
-    def _forward(self, tokens: torch.Tensor, start: int) -> torch.Tensor:
+    def _forward(self, tokens: list[int], start: int, num_positions: int) -> torch.Tensor:
         if start == 0:
             self.cache = self.make_cache(self.model)
-        return torch.tensor(self.model(self.mx.array(tokens.tolist()), cache=self.cache)[0, -1].tolist())
+        return torch.tensor(self.model(self.mx.array([tokens]), cache=self.cache)[0, -num_positions:].tolist())
 
     def all_logits(self, tokens: list[int]) -> torch.Tensor:
         return torch.tensor(self.model(self.mx.array([tokens]))[0].tolist())

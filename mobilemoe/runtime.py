@@ -1,7 +1,11 @@
 """Runs models from Python, token ids to logits: an exported `.pte` in ExecuTorch or a checkpoint in PyTorch."""
 
+import math
+import time
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator
+from functools import cached_property
+from itertools import zip_longest
 from pathlib import Path
 from typing import cast
 
@@ -10,8 +14,14 @@ from huggingface_hub.errors import GatedRepoError
 from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
 
 from modeling_mobilemoe.kernels import BuildError, load_executorch
+from modeling_mobilemoe.kernels.modules import FEW_TOKENS, MoEFFN
 
 from .artifacts import PROGRAM_FILE, is_pte, read_export
+from .lookup import PromptLookup, VerificationTimes
+
+
+# Longest draft of prompt lookup: with the token before it, what our operators compute in one region.
+MAX_DRAFT_TOKENS = FEW_TOKENS - 1
 
 
 class LanguageModel(ABC):
@@ -20,6 +30,14 @@ class LanguageModel(ABC):
     tokenizer: PreTrainedTokenizerBase
     max_seq_len: int
     eos_ids: list[int]
+    # Longest draft that one call verifies.
+    max_draft_tokens = MAX_DRAFT_TOKENS
+    # Whether tokens have the same logits in one call as one by one, bit for bit.
+    is_exact = False
+
+    @cached_property
+    def _times(self) -> VerificationTimes:
+        return VerificationTimes(self.max_draft_tokens)
 
     def forward(self, tokens: list[int], start: int) -> torch.Tensor:
         """
@@ -30,8 +48,20 @@ class LanguageModel(ABC):
         Raises:
             ValueError: when `tokens` is empty, or a position is outside the context.
         """
+        return self.last_logits(tokens, start, 1)[0]
+
+    def last_logits(self, tokens: list[int], start: int, num_positions: int) -> torch.Tensor:
+        """
+        As `forward`, with the FP32 logits of the last positions.
+
+        Returns:
+            `torch.Tensor` of shape `(num_positions, vocab)`.
+
+        Raises:
+            ValueError: as `forward`.
+        """
         self.check_positions(tokens, start)
-        return self._forward(torch.tensor([tokens]), start)
+        return self._forward(tokens, start, num_positions)
 
     def check_positions(self, tokens: list[int], start: int) -> None:
         if not tokens:
@@ -43,7 +73,7 @@ class LanguageModel(ABC):
             )
 
     @abstractmethod
-    def _forward(self, tokens: torch.Tensor, start: int) -> torch.Tensor: ...
+    def _forward(self, tokens: list[int], start: int, num_positions: int) -> torch.Tensor: ...
 
     @abstractmethod
     def all_logits(self, tokens: list[int]) -> torch.Tensor:
@@ -56,6 +86,7 @@ class LanguageModel(ABC):
         temperature: float = 0.0,
         top_p: float = 1.0,
         seed: int | None = None,
+        prompt_lookup: bool | None = None,
     ) -> Iterator[int]:
         """
         Yields new token ids until an end-of-sequence token, `max_new_tokens` or the end of the context.
@@ -66,11 +97,15 @@ class LanguageModel(ABC):
             temperature (`float`, defaults to 0): divides the logits before sampling. 0 decodes greedily.
             top_p (`float`, defaults to 1): sample from the smallest set of tokens whose probabilities sum to `top_p`.
             seed (`int`, *optional*): seed of the sampling.
+            prompt_lookup (`bool`, *optional*): where the text repeats itself, verify several tokens in one call, if
+                that is faster (lookup.py). The default where `is_exact`, as the tokens stay the same. Elsewhere the
+                model may choose another of nearly tied tokens.
 
         Raises:
-            ValueError: for a negative temperature or a `top_p` outside (0, 1].
+            ValueError: for a negative temperature, a `top_p` outside (0, 1], or `prompt_lookup` of a program that
+                returns the logits of one position only.
         """
-        if temperature < 0 or not 0 < top_p <= 1:
+        if not temperature >= 0 or not 0 < top_p <= 1:
             raise ValueError(
                 f"temperature={temperature} and top_p={top_p} cannot be sampled with. "
                 "Set temperature to 0 or more and top_p above 0 and at most 1."
@@ -78,22 +113,43 @@ class LanguageModel(ABC):
         generator = torch.Generator()
         if seed is not None:
             generator.manual_seed(seed)
-        logits = self.forward(tokens, 0)
-        position = len(tokens)
-        for remaining in reversed(range(max_new_tokens)):
-            if temperature > 0:
-                probabilities = nucleus((logits / temperature).softmax(dim=-1), top_p)
-                token = int(torch.multinomial(probabilities, 1, generator=generator))
-            else:
-                token = int(logits.argmax())
-            if token in self.eos_ids:
-                return
-            yield token
+
+        def choose(logits: torch.Tensor) -> int:
+            if temperature == 0:
+                return int(logits.argmax())
+            probabilities = nucleus((logits / temperature).softmax(dim=-1), top_p)
+            return int(torch.multinomial(probabilities, 1, generator=generator))
+
+        if prompt_lookup is None:
+            prompt_lookup = self.is_exact
+        elif prompt_lookup and self.max_draft_tokens == 0:
+            raise ValueError(
+                "prompt_lookup needs the logits of several positions, and this program returns those of the last one. "
+                "Export it again with --moe-op mobilemoe, or leave prompt_lookup out."
+            )
+        longest = self.max_draft_tokens if prompt_lookup else 0
+        text, draft = PromptLookup(tokens, self._times), []
+        rows = self.last_logits(tokens, 0, 1)
+        remaining = max_new_tokens
+        while remaining > 0:
+            # What follows a token that differs from the draft's was computed for a text that the model did not choose.
+            for logits, drafted in zip_longest(rows, draft):
+                token = choose(logits)
+                if token in self.eos_ids:
+                    return
+                text.append(token)
+                remaining -= 1
+                yield token
+                if token != drafted:
+                    break
             # The token after the last position is yielded, but the cache has no room to run it.
-            if remaining == 0 or position == self.max_seq_len:
+            room = self.max_seq_len - len(text.tokens)
+            if remaining == 0 or room < 0:
                 return
-            logits = self.forward([token], position)
-            position += 1
+            draft = text.draft(min(longest, remaining - 1, room))
+            started = time.perf_counter()
+            rows = self.last_logits([token, *draft], len(text.tokens) - 1, len(draft) + 1)
+            self._times.record(len(draft), time.perf_counter() - started)
 
     def encode(self, prompt: str, chat: bool = False) -> list[int]:
         """
@@ -165,11 +221,13 @@ class CheckpointModel(LanguageModel):
         self._cache = DynamicCache(config=self.model.config)
 
     @torch.inference_mode()
-    def _forward(self, tokens: torch.Tensor, start: int) -> torch.Tensor:
+    def _forward(self, tokens: list[int], start: int, num_positions: int) -> torch.Tensor:
         if start == 0:
             self._cache = DynamicCache(config=self.model.config)
-        tokens = tokens.to(self.model.device)
-        return self.model(tokens, cache=self._cache, logits_to_keep=1).logits[0, -1].float()
+        # Other tokens may have been at these positions.
+        self._cache.crop(start - self._cache.get_seq_length())
+        input_ids = torch.tensor([tokens], device=self.model.device)
+        return self.model(input_ids, cache=self._cache, logits_to_keep=num_positions).logits[0].float()
 
     @torch.inference_mode()
     def all_logits(self, tokens: list[int]) -> torch.Tensor:
@@ -213,41 +271,32 @@ class PteModel(LanguageModel):
         self._program = runtime.load_program(path / PROGRAM_FILE, data_path=data_path)
         self._method = cast(Method, self._program.load_method("forward"))
         self.has_all_logits = report.all_logits
+        # Positions whose logits a call of so many tokens returns: (1, vocab), or (1, positions, vocab).
+        self._num_rows = math.prod(self._method.metadata.output_tensor_meta(0).sizes()[:-1])
+        self.max_draft_tokens = min(MAX_DRAFT_TOKENS, self._num_rows - 1)
+        self.is_exact = self.max_draft_tokens > 0 and f"{MoEFFN.operator}.out" in report.operators
         self.max_seq_len = report.max_seq_len
         self.eos_ids = report.eos_ids
         # A program with random weights, made for a benchmark, has no tokenizer.
         if (path / "tokenizer.json").is_file():
             self.tokenizer = cast(PreTrainedTokenizerBase, AutoTokenizer.from_pretrained(path))
 
-    def _execute(self, tokens: torch.Tensor, start: int) -> torch.Tensor:
-        # The runtime reuses the output memory in the next call, hence the clone.
-        return self._method.execute((tokens, torch.tensor([start])))[0][0].clone()
+    def _execute(self, tokens: list[int], start: int) -> torch.Tensor:
+        # (1, vocab), or (1, positions, vocab)
+        return self._method.execute((torch.tensor([tokens]), torch.tensor([start])))[0].flatten(0, -2)
 
-    def _forward(self, tokens: torch.Tensor, start: int) -> torch.Tensor:
-        logits = self._execute(tokens, start)
-        return logits[-1] if self.has_all_logits else logits
+    def _forward(self, tokens: list[int], start: int, num_positions: int) -> torch.Tensor:
+        if len(tokens) <= self._num_rows:
+            return self._execute(tokens, start)[-num_positions:]
+        # A longer call returns the last position only: run up to the first wanted one, then as many as are returned.
+        first = len(tokens) - num_positions + 1
+        logits = [self._execute(tokens[:first], start)[-1:]]
+        for at in range(first, len(tokens), self._num_rows):
+            logits.append(self._execute(tokens[at : at + self._num_rows], start + at))
+        return torch.cat(logits)
 
     def all_logits(self, tokens: list[int]) -> torch.Tensor:
         return self.last_logits(tokens, 0, len(tokens))
-
-    def last_logits(self, tokens: list[int], start: int, num_positions: int) -> torch.Tensor:
-        """
-        Runs tokens after `start` cached ones and returns the FP32 logits of the last positions.
-
-        Returns:
-            `torch.Tensor` of shape `(num_positions, vocab)`.
-
-        Raises:
-            ValueError: as `forward`.
-        """
-        self.check_positions(tokens, start)
-        if self.has_all_logits:
-            return self._execute(torch.tensor([tokens]), start)[-num_positions:]
-        # The program returns the last position only: run up to the first wanted one, then token by token.
-        first = len(tokens) - num_positions + 1
-        logits = [self.forward(tokens[:first], start)]
-        logits += [self.forward([token], start + first + i) for i, token in enumerate(tokens[first:])]
-        return torch.stack(logits)
 
 
 def load_language_model(path: str | Path) -> LanguageModel:

@@ -138,8 +138,8 @@ class EagerProgram(LanguageModel):
         self.module, self.max_seq_len, self.eos_ids = module, module.options.max_seq_len, []
 
     @torch.no_grad()
-    def _forward(self, tokens: torch.Tensor, start: int) -> torch.Tensor:
-        return self.module(tokens, torch.tensor([start]))[0, -1]
+    def _forward(self, tokens: list[int], start: int, num_positions: int) -> torch.Tensor:
+        return self.module(torch.tensor([tokens]), torch.tensor([start]))[0, -num_positions:]
 
     @torch.no_grad()
     def all_logits(self, tokens: list[int]) -> torch.Tensor:

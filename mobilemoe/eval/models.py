@@ -248,7 +248,7 @@ class PteLM(TemplateLM):
 
     Args:
         model (`PteModel`): the program. If it returns the logits of all positions, a continuation takes one call,
-            otherwise one call per token.
+            otherwise one for every 8 tokens, or for every token with the stock operators.
 
     Raises:
         ValueError: when a request exceeds the program's context, before the first request of the task runs.

@@ -1,8 +1,9 @@
 """Checkpoint -> directory with `model.pte`, tokenizer, `config.json` and `export.json`.
 
 Shared by `mobilemoe export` and `optimum-cli export executorch`. The program follows the contract of ExecuTorch's
-LLM runners: `forward(tokens, pos)` with tokens int64 `[1, S]` and the start position int64 `[1]`, FP32 logits of the
-last token `[1, vocab]` out, and the constant methods that they read.
+LLM runners: `forward(tokens, pos)` with tokens int64 `[1, S]` and the start position int64 `[1]`, and the constant
+methods that they read. Out come FP32 logits of the last token: `[1, vocab]`, or with our operators `[1, S, vocab]` for
+S up to 8 and `[1, 1, vocab]` above.
 """
 
 import glob

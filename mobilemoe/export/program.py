@@ -14,6 +14,7 @@ from tqdm.auto import tqdm
 
 from modeling_mobilemoe.fused_mobilemoe import Int4Embedding, Int4Format, Int4Linear, unpack_int4
 from modeling_mobilemoe.kernels.modules import (
+    FEW_TOKENS,
     DecoderLayer,
     MoEFFN,
     PackedEmbedding,
@@ -42,7 +43,8 @@ class ProgramOptions:
         expert_bits (`int`): width of the experts, 4, or 8 in `llama::quantized_moe_ffn`.
         embedding_bits (`int`): width of the embedding table, 4 or 8; the integers are the same.
         kv_cache (`str`): `"fp32"`, `"bf16"` with our operators only, or `"int8"`.
-        all_logits (`bool`): logits of every position, for evaluation, instead of the last one.
+        all_logits (`bool`): logits of every position, for evaluation. Otherwise of the last one, and with our
+            operators of every position in calls of up to [`FEW_TOKENS`], to verify drafts.
     """
 
     max_seq_len: int
@@ -367,6 +369,14 @@ class ExportModel(nn.Module):
         hidden_states = self.embed_tokens(tokens).float()
         for layer in self.layers:
             hidden_states = layer(hidden_states, cos, sin, start)
-        if not self.options.all_logits:
+        if self.on_kernels and not self.options.all_logits:
+            # Computed in a tensor: `torch.export` would specialise an expression of `length`.
+            lengths = torch.full((1,), length)
+            kept = lengths.where(lengths <= FEW_TOKENS, 1)[0].item()
+            torch._check(kept >= 1)
+            torch._check(kept <= FEW_TOKENS)
+            torch._check(kept <= length)
+            hidden_states = hidden_states.narrow(1, length - kept, kept)
+        elif not self.options.all_logits:
             hidden_states = hidden_states[:, -1]
         return self.lm_head(self.norm(hidden_states))

@@ -9,6 +9,8 @@ import torch
 from torch import nn
 
 
+# Tokens of which a layer is one parallel region; a program returns the logits of all of them.
+FEW_TOKENS = 8
 # Positions of a block of the cache.
 CACHE_BLOCK = 64
 CACHE_BITS = {"fp32": 32, "bf16": 16, "int8": 8}
