@@ -18,6 +18,11 @@ FORGOTTEN = 1 / 2048
 LEAST_GAIN = 1.05
 
 
+def running_mean(mean: float, seconds: float) -> float:
+    # Not the whole of an interruption by another process.
+    return mean + TIME_WEIGHT * (min(seconds, 2 * mean) - mean)
+
+
 class VerificationTimes:
     """
     Running means of the time of a call that verifies a draft, over that of one token.
@@ -33,11 +38,13 @@ class VerificationTimes:
 
     def record(self, num_draft_tokens: int, seconds: float) -> None:
         """The time of a call of a token and a draft, which may be empty."""
+        if self._step is None:
+            self._step = seconds / self.ratios[num_draft_tokens]
         if num_draft_tokens:
-            if self._step is not None:
-                self.ratios[num_draft_tokens] += TIME_WEIGHT * (seconds / self._step - self.ratios[num_draft_tokens])
+            ratio = self.ratios[num_draft_tokens]
+            self.ratios[num_draft_tokens] = running_mean(ratio, seconds / self._step)
             return
-        self._step = seconds if self._step is None else self._step + TIME_WEIGHT * (seconds - self._step)
+        self._step = running_mean(self._step, seconds)
         for length, assumed in enumerate(self._assumed):
             self.ratios[length] += FORGOTTEN * (assumed - self.ratios[length])
 
