@@ -66,6 +66,23 @@ def test_runner_computes_what_python_does(kernel_pte: Path, tokens: Path):
     check_report(events, kernel_pte, tokens)
 
 
+def test_generation_writes_what_python_does(kernel_pte: Path, tokens: Path):
+    from mobilemoe.runtime import PteModel
+
+    events = run([build_runner()], *request(kernel_pte, tokens), "--generate", "40")
+    made = [row for row in events if row["event"] == "generate"]
+    order = [(row["repeat"], row["prompt_length"], row["prompt_lookup"]) for row in made]
+    assert order == [(repeat, length, lookup) for repeat in (0, 1) for length in (5, 20) for lookup in (False, True)]
+    model, ids = PteModel(kernel_pte), list(map(int, tokens.read_text().split()))
+    model.eos_ids = []
+    for row in made:
+        expected = list(model.generate(ids[: row["prompt_length"]], 40, prompt_lookup=row["prompt_lookup"]))
+        assert row["tokens"] == expected and row["seconds"] > 0
+        assert row["calls"] == 39 if not row["prompt_lookup"] else row["calls"] <= 39
+    # A model of random weights soon repeats itself.
+    assert min(row["calls"] for row in made) < 39
+
+
 def test_bad_requests_are_one_line(kernel_pte: Path, pte_directory: Path, tokens: Path, tmp_path: Path):
     runner, good = [build_runner()], request(kernel_pte, tokens)
 
@@ -76,6 +93,8 @@ def test_bad_requests_are_one_line(kernel_pte: Path, pte_directory: Path, tokens
     assert message() == "--model, --tokens and --prompt-lengths are needed"
     assert "--speed is no option" in message("--speed", "1")
     assert "--threads 0 is no whole number from 1 on" in message(*good, "--threads", "0")
+    assert "--generate -1 is no whole number" in message(*good, "--generate", "-1")
+    assert "a context of 64 tokens and 70 are needed" in message(*good, "--generate", "50")
     assert "tokens.txt has 48 tokens and 63 are needed" in message(*good, "--prompt-lengths", "60")
     many = tmp_path / "many.txt"
     many.write_text("5 " * 80)

@@ -10,6 +10,7 @@
 #include <sys/stat.h>
 #include <unistd.h>
 
+#include <algorithm>
 #include <array>
 #include <chrono>
 #include <cstdio>
@@ -21,6 +22,7 @@
 #include <utility>
 #include <vector>
 
+#include "lookup.h"
 #include "mobilemoe.h"
 
 // Of ExecuTorch's threadpool.h, which its wheel does not ship.
@@ -72,7 +74,7 @@ void check(Error error, const std::string& what) {
 struct Options {
   std::string model, data, tokens;
   std::vector<int> prompt_lengths;
-  int new_tokens = 48, repeats = 5, first_repeat = 0, threads = 0;
+  int new_tokens = 48, repeats = 5, first_repeat = 0, threads = 0, generate = 0;
   double sustained = 0;
   bool cold = false;
 };
@@ -115,11 +117,13 @@ Options parse(int argc, char** argv) {
       options.first_repeat = static_cast<int>(whole_number(name, value, 0));
     } else if (name == "--threads") {
       options.threads = static_cast<int>(whole_number(name, value, 1));
+    } else if (name == "--generate") {
+      options.generate = static_cast<int>(whole_number(name, value, 1));
     } else if (name == "--sustained") {
       options.sustained = static_cast<double>(whole_number(name, value, 0));
     } else {
       fail(name + " is no option. Known: --model --data --tokens --prompt-lengths --new-tokens --repeats --threads "
-                  "--first-repeat --sustained --cold");
+                  "--first-repeat --generate --sustained --cold");
     }
   }
   if (options.model.empty() || options.tokens.empty() || options.prompt_lengths.empty()) {
@@ -202,18 +206,27 @@ class Model {
 
   int64_t context() const { return context_; }
 
-  // Feeds tokens from a position on and returns the most probable next one.
-  int64_t forward(const int64_t* tokens, int length, int64_t position) {
+  // Feeds tokens from a position on and returns the most probable next one of the last `num_rows`.
+  std::vector<int64_t> forward(const int64_t* tokens, int length, int64_t position, int num_rows) {
     const auto input = from_blob(const_cast<int64_t*>(tokens), {1, length}, executorch::aten::ScalarType::Long);
     const auto start = from_blob(&position, {1}, executorch::aten::ScalarType::Long);
     const auto result = module_.forward({input, start});
     check(result.error(), "forward at position " + std::to_string(position));
     const auto& logits = result->at(0).toTensor();
     const int64_t vocab = logits.size(logits.dim() - 1);
-    const float* last = logits.const_data_ptr<float>() + logits.numel() - vocab;
-    int64_t best = 0;
-    for (int64_t i = 1; i < vocab; ++i) best = last[i] > last[best] ? i : best;
-    return best;
+    if (logits.numel() < num_rows * vocab) fail("--generate needs logits of several positions: export the program again");
+    std::vector<int64_t> chosen;
+    for (int row = num_rows; row > 0; --row) {
+      const float* of = logits.const_data_ptr<float>() + logits.numel() - row * vocab;
+      int64_t best = 0;
+      for (int64_t i = 1; i < vocab; ++i) best = of[i] > of[best] ? i : best;
+      chosen.push_back(best);
+    }
+    return chosen;
+  }
+
+  int64_t forward(const int64_t* tokens, int length, int64_t position) {
+    return forward(tokens, length, position, 1)[0];
   }
 
  private:
@@ -241,6 +254,39 @@ Measurement measure(Model& model, const int64_t* tokens, int prompt_length, int 
   return result;
 }
 
+struct Generation {
+  double seconds = 0;  // of the tokens after the first
+  int calls = 0;
+  std::vector<int64_t> tokens;
+};
+
+// Greedy, also past the end of the text: a benchmark wants as many tokens as it asked for.
+Generation generate(Model& model, const int64_t* prompt, int length, int new_tokens, mobilemoe::VerificationTimes* times) {
+  mobilemoe::PromptLookup text(prompt, length);
+  text.append(model.forward(prompt, length, 0));
+  Generation result;
+  const auto start = Clock::now();
+  for (int remaining = new_tokens - 1; remaining > 0; ++result.calls) {
+    const int64_t position = text.tokens().size() - 1;
+    std::vector<int64_t> fed = {text.tokens().back()};
+    if (times != nullptr) {
+      const std::vector<int64_t> draft = text.draft(*times, remaining - 1);
+      fed.insert(fed.end(), draft.begin(), draft.end());
+    }
+    const auto call = Clock::now();
+    const auto chosen = model.forward(fed.data(), static_cast<int>(fed.size()), position, static_cast<int>(fed.size()));
+    if (times != nullptr) times->record(static_cast<int>(fed.size()) - 1, seconds_since(call));
+    for (size_t i = 0; i < chosen.size(); ++i) {
+      text.append(chosen[i]);
+      --remaining;
+      if (i + 1 < fed.size() && fed[i + 1] != chosen[i]) break;
+    }
+  }
+  result.seconds = seconds_since(start);
+  result.tokens.assign(text.tokens().begin() + length, text.tokens().end());
+  return result;
+}
+
 template <typename T>
 std::string json_list(const std::vector<T>& values, const char* format) {
   std::string out;
@@ -260,9 +306,10 @@ int main(int argc, char** argv) {
   const std::vector<int64_t> tokens = read_tokens(options.tokens);
   int longest = 0;
   for (const int length : options.prompt_lengths) longest = length > longest ? length : longest;
-  const size_t needed = longest + options.new_tokens;
-  if (tokens.size() < needed) {
-    fail(options.tokens + " has " + std::to_string(tokens.size()) + " tokens and " + std::to_string(needed) +
+  const size_t given = longest + options.new_tokens;
+  const size_t needed = longest + std::max(options.new_tokens, options.generate);
+  if (tokens.size() < given) {
+    fail(options.tokens + " has " + std::to_string(tokens.size()) + " tokens and " + std::to_string(given) +
          " are needed");
   }
   if (options.cold) {
@@ -297,6 +344,19 @@ int main(int argc, char** argv) {
                   json_list(std::vector<long long>(result.predicted.begin(), result.predicted.end()), "%lld").c_str(),
                   static_cast<long long>(proc_bytes("/proc/self/status", "VmHWM:")), seconds_since(started));
       std::fflush(stdout);
+    }
+  }
+  mobilemoe::VerificationTimes times;
+  for (int repeat = 0; options.generate > 0 && repeat < options.repeats; ++repeat) {
+    for (const int length : options.prompt_lengths) {
+      for (const bool lookup : {false, true}) {
+        const Generation made = generate(model, tokens.data(), length, options.generate, lookup ? &times : nullptr);
+        std::printf("{\"event\":\"generate\",\"repeat\":%d,\"prompt_length\":%d,\"prompt_lookup\":%s,\"calls\":%d,"
+                    "\"seconds\":%.6f,\"tokens\":%s}\n",
+                    repeat, length, lookup ? "true" : "false", made.calls, made.seconds,
+                    json_list(std::vector<long long>(made.tokens.begin(), made.tokens.end()), "%lld").c_str());
+        std::fflush(stdout);
+      }
     }
   }
   const auto sustained = Clock::now();
