@@ -208,6 +208,11 @@ def add_run(commands) -> None:
     run.add_argument("--prompt", required=True, help="text, or the user's turn with --chat")
     run.add_argument("--chat", action="store_true", help="wrap the prompt in the chat template")
     run.add_argument("--max-new-tokens", type=int, default=128, help="default: 128")
+    run.add_argument(
+        "--prompt-lookup",
+        action=argparse.BooleanOptionalAction,
+        help="verify several tokens at once where the text repeats itself (default: where the text stays the same)",
+    )
     sampling = run.add_argument_group("sampling")
     sampling.add_argument("--temperature", type=float, default=0.0, help="default: 0, greedy decoding")
     sampling.add_argument("--top-p", type=float, default=1.0, help="nucleus sampling (default: 1, all tokens)")
@@ -220,9 +225,10 @@ def run_generation(arguments: argparse.Namespace) -> None:
 
     model = load_language_model(arguments.model)
     prompt = model.encode(arguments.prompt, chat=arguments.chat)
-    sampling = {"temperature": arguments.temperature, "top_p": arguments.top_p, "seed": arguments.seed}
+    options = {"temperature": arguments.temperature, "top_p": arguments.top_p, "seed": arguments.seed}
+    options["prompt_lookup"] = arguments.prompt_lookup
     started, times = time.perf_counter(), []
-    for text in model.stream(model.generate(prompt, arguments.max_new_tokens, **sampling)):
+    for text in model.stream(model.generate(prompt, arguments.max_new_tokens, **options)):
         times.append(time.perf_counter())
         print(text, end="", flush=True)
     print()

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from mobilemoe.train.routing import read_routing
+from modeling_mobilemoe import MobileMoEConfig
 
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
@@ -52,6 +53,18 @@ def test_layer_benchmark_prints_json_last():
     result = run_benchmark("bench_layer.py", "--rounds", "1", "--contexts", "16", "--threads", "1")
     (row,) = result["layers"]
     assert row["context"] == 16 and 0 < row["min_ms"] <= row["ms"] <= row["max_ms"] and row["cpu_ms"] > 0
+
+
+@pytest.mark.slow
+def test_lookup_benchmark_prints_json_last(tmp_path):
+    from mobilemoe.export.random_program import write_random_program
+
+    write_random_program(MobileMoEConfig.from_pretrained("recipes/tiny"), tmp_path / "pte", 1024)
+    arguments = ("--model", str(tmp_path / "pte"), "--repeats", "1", "--tokens", "16")
+    result = run_benchmark("bench_lookup.py", *arguments)
+    assert [row["text"] for row in result["texts"]] == ["edits", "repeats", "new code", "new prose"]
+    for row in result["texts"]:
+        assert 0 < row["speedup"]["min"] <= row["speedup"]["median"] and 1 <= row["tokens_per_call"] <= 8
 
 
 @pytest.mark.slow

@@ -11,7 +11,7 @@ from conftest import RELEASED_BLOCK
 from safetensors import safe_open
 from torch import nn
 from torch.nn import functional as F
-from transformers import AutoModel, AutoModelForCausalLM
+from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer
 
 from modeling_mobilemoe import (
     MobileMoEConfig,
@@ -534,3 +534,29 @@ def test_bad_block_stops_loading(int4_checkpoint: Path, tmp_path: Path, key: str
     (path / "config.json").write_text(json.dumps(config))
     with pytest.raises(ValueError, match=rf"\b{key}\b"):
         AutoModelForCausalLM.from_pretrained(path)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@torch.no_grad()
+def test_prompt_lookup_of_transformers_writes_what_greedy_decoding_does(text_checkpoint: Path, dtype: torch.dtype):
+    """In BF16, PyTorch's attention may round several tokens differently: texts part only where two tokens tie."""
+    model = AutoModelForCausalLM.from_pretrained(text_checkpoint, dtype=dtype)
+    tokenizer = AutoTokenizer.from_pretrained(text_checkpoint)
+    calls = []
+    model.register_forward_hook(lambda module, arguments, output: calls.append(output.logits.shape[1]))
+    for prompt in ("import os\n" * 3, "return x\nreturn y\nreturn", "def a(b):\n    return b\n"):
+        input_ids = tokenizer(prompt, return_tensors="pt").input_ids
+        options = {"max_new_tokens": 48, "do_sample": False, "attention_mask": torch.ones_like(input_ids)}
+        expected = model.generate(input_ids, **options)[0].tolist()
+        calls.clear()
+        actual = model.generate(input_ids, prompt_lookup_num_tokens=7, **options)[0].tolist()
+        # Verified several at once, and accepted some.
+        assert max(calls[1:]) > 1 and len(calls) < len(actual) - input_ids.shape[1]
+        apart = next((i for i, pair in enumerate(zip(expected, actual, strict=False)) if pair[0] != pair[1]), None)
+        if apart is None:
+            assert actual == expected
+            continue
+        assert dtype == torch.bfloat16
+        logits = model(torch.tensor([expected[:apart]])).logits[0, -1].float()
+        between = (logits[expected[apart]] - logits[actual[apart]]).abs()
+        assert between <= 4 * torch.finfo(dtype).eps * logits.abs().max()

@@ -7,13 +7,20 @@ import sys
 import pytest
 import torch
 
+from mobilemoe import lookup
 from mobilemoe.cli import main
+from mobilemoe.lookup import VerificationTimes
 from mobilemoe.runtime import CheckpointModel, PteModel, check_operators, nucleus
 
 
 @pytest.fixture(scope="module")
 def pte(pte_directory):
     return PteModel(pte_directory)
+
+
+@pytest.fixture(scope="module")
+def kernels_pte(kernel_pte):
+    return PteModel(kernel_pte)
 
 
 @pytest.fixture(scope="module")
@@ -42,6 +49,72 @@ def test_context_ends_in_a_clear_error(model, request):
         model.forward([], 0)
     # The token after the last position can be read, none after that.
     assert len(list(model.generate(tokens, 5))) <= 1
+
+
+def test_few_tokens_have_the_logits_of_single_ones(kernels_pte):
+    tokens = kernels_pte.encode("def walk(steps):\n    return steps")
+    expected = torch.stack([kernels_pte.forward([token], position) for position, token in enumerate(tokens)])
+    for length in range(1, len(tokens) + 1):
+        assert torch.equal(kernels_pte.last_logits(tokens[-length:], len(tokens) - length, length), expected[-length:])
+    assert torch.equal(kernels_pte.forward(tokens, 0), expected[-1])
+
+
+class Drafting:
+    """A model that drafts wherever a single token has occurred before, however few drafts it accepts."""
+
+    def __init__(self, model, monkeypatch):
+        # Positions whose logits every call returns.
+        self.rows: list[int] = []
+        forward = model._forward
+
+        def recorded(tokens, start, num_positions):
+            self.rows.append(num_positions)
+            return forward(tokens, start, num_positions)
+
+        monkeypatch.setattr(model, "_forward", recorded)
+        monkeypatch.setattr(lookup, "NGRAM_LENGTHS", (2, 1))
+        monkeypatch.setattr(VerificationTimes, "best_length", lambda times, acceptance, longest: longest)
+
+    def generate(self, model, *arguments, **options) -> list[int]:
+        self.rows.clear()
+        return list(model.generate(*arguments, **options))
+
+
+@pytest.mark.parametrize("temperature", [0.0, 0.2, 1.0])
+def test_prompt_lookup_writes_the_same(kernels_pte, temperature, monkeypatch):
+    """With right drafts and wrong ones, up to the end of the context, of the tokens, or of the text."""
+    assert kernels_pte.is_exact
+    drafting = Drafting(kernels_pte, monkeypatch)
+    for prompt in ("import os\n" * 3, "return x\nreturn y\nreturn", "def a(b):\n    return b\n"):
+        ids = kernels_pte.encode(prompt)
+        for seed, max_new_tokens in enumerate((1, 2, 9, 80)):
+            options = {"temperature": temperature, "seed": seed}
+            expected = drafting.generate(kernels_pte, ids, max_new_tokens, prompt_lookup=False, **options)
+            assert set(drafting.rows) == {1}
+            assert drafting.generate(kernels_pte, ids, max_new_tokens, **options) == expected
+            assert max_new_tokens < 9 or max(drafting.rows) > 1
+            # Greedy text of so small a model repeats itself.
+            assert max_new_tokens < 80 or temperature > 0 or len(drafting.rows) < 0.7 * len(expected)
+        with monkeypatch.context() as ending:
+            # An end in the middle of drafts.
+            ending.setattr(kernels_pte, "eos_ids", [expected[-2]])
+            assert drafting.generate(kernels_pte, ids, 80, **options) == expected[: expected.index(expected[-2])]
+
+
+def test_prompt_lookup_in_a_checkpoint_overwrites_what_it_did_not_accept(checkpoint, monkeypatch):
+    assert not checkpoint.is_exact
+    drafting = Drafting(checkpoint, monkeypatch)
+    ids = checkpoint.encode("import os\n" * 3)
+    for temperature in (0.0, 1.0):
+        expected = drafting.generate(checkpoint, ids, 40, temperature, seed=3)
+        assert set(drafting.rows) == {1}
+        assert drafting.generate(checkpoint, ids, 40, temperature, seed=3, prompt_lookup=True) == expected
+        assert max(drafting.rows) > 1
+
+
+def test_prompt_lookup_needs_logits_of_several_positions(pte):
+    with pytest.raises(ValueError, match="returns those of the last one. Export it again with --moe-op mobilemoe"):
+        next(pte.generate([3], 4, prompt_lookup=True))
 
 
 def test_greedy_generation_stops_at_end_ids(pte):
@@ -129,7 +202,9 @@ def test_narrow_nucleus_is_greedy(pte):
     assert list(pte.generate(tokens, 8, temperature=1.0, top_p=1e-6, seed=3)) == list(pte.generate(tokens, 8))
 
 
-@pytest.mark.parametrize("sampling", [{"temperature": -1.0}, {"top_p": 0.0}, {"top_p": 1.5}])
+@pytest.mark.parametrize(
+    "sampling", [{"temperature": -1.0}, {"temperature": float("nan")}, {"top_p": 0.0}, {"top_p": 1.5}]
+)
 def test_draws_that_are_none_are_refused(pte, sampling):
     with pytest.raises(ValueError, match="cannot be sampled with"):
         next(pte.generate([3], 4, **sampling))
