@@ -13,6 +13,7 @@ E num_local_experts, I intermediate_size, V vocab_size; "tokens" is B * T.
 
 import math
 from collections.abc import Callable
+from itertools import islice
 
 import torch
 from torch import nn
@@ -201,7 +202,8 @@ class MobileMoEAttention(nn.Module):
             hidden_states, self.q_proj, self.k_proj, self.v_proj, *position_embeddings
         )
         if cache is not None:
-            key_states, value_states = cache.update(key_states, value_states, self.layer_idx)
+            # The paged cache of continuous batching edits the arguments of its attention.
+            key_states, value_states = cache.update(key_states, value_states, self.layer_idx, kwargs=kwargs)
 
         attention_interface: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(
             self.config._attn_implementation, eager_attention_forward
@@ -446,16 +448,21 @@ class MobileMoEModel(MobileMoEPreTrainedModel):
             position_ids = torch.arange(inputs_embeds.shape[1], device=inputs_embeds.device) + past_seen_tokens
             position_ids = position_ids.unsqueeze(0)  # (1, T)
 
-        causal_mask = create_causal_mask(
-            config=self.config,
-            inputs_embeds=inputs_embeds,
-            attention_mask=attention_mask,
-            cache=cache,
-            position_ids=position_ids,
-        )
+        if isinstance(attention_mask, dict):
+            # `generate` prepares masks by layer type for caches of a fixed size.
+            causal_mask = attention_mask["full_attention"]
+        else:
+            causal_mask = create_causal_mask(
+                config=self.config,
+                inputs_embeds=inputs_embeds,
+                attention_mask=attention_mask,
+                cache=cache,
+                position_ids=position_ids,
+            )
         hidden_states = inputs_embeds
         position_embeddings = self.rotary_emb(hidden_states, position_ids)
-        for decoder_layer in self.layers:
+        # Early exit lowers the number of layers; a slice would build a new ModuleList in every pass.
+        for decoder_layer in islice(self.layers, self.config.num_hidden_layers):
             hidden_states = decoder_layer(
                 hidden_states,
                 position_embeddings,
