@@ -64,13 +64,27 @@ class CheckpointMixin(Base):
         As in transformers, with the checks of [`CheckpointMixin`].
 
         Raises:
-            ValueError: for a damaged file, or a missing, unknown or misshaped tensor.
+            ValueError: for a damaged file, a missing, unknown or misshaped tensor, or an option that asks for a pickle
+                or for random weights.
             OSError: when there is no such checkpoint.
         """
         if pretrained_model_name_or_path is not None:
             check_index(pretrained_model_name_or_path)
+        if kwargs.get("use_safetensors") is False:
+            raise ValueError(
+                "use_safetensors=False asks for a pickle, which can run code when it is read, so it is refused. "
+                "Leave it out, and convert a checkpoint that is no safetensors file."
+            )
+        if kwargs.get("ignore_mismatched_sizes"):
+            raise ValueError(
+                "ignore_mismatched_sizes=True would put random numbers in place of tensors of another shape, and no "
+                "MobileMoE checkpoint is read in part. Leave it out; for another vocabulary call "
+                "resize_token_embeddings on the loaded model."
+            )
         # By default, transformers would open a pickle that has no safetensors file beside it.
         kwargs["use_safetensors"] = True
+        # The weights of a packed model are buffers.
+        kwargs.setdefault("offload_buffers", True)
         kwargs["key_mapping"] = dict([EXPERT_SUFFIX]) | (kwargs.get("key_mapping") or {})
         try:
             loaded = super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)

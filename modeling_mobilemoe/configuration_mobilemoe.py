@@ -9,6 +9,8 @@ from huggingface_hub.errors import StrictDataclassFieldValidationError
 from transformers.configuration_utils import PreTrainedConfig
 from transformers.utils import logging
 
+from .quantization_mobilemoe import register_int4_quantizer
+
 
 logger = logging.get_logger(__name__)
 
@@ -288,5 +290,8 @@ class MobileMoEConfig(PreTrainedConfig):
     def _known_keys(cls) -> set[str]:
         return TRANSFORMERS_KEYS | {field.name for field in dataclasses.fields(cls)}
 
+
+# Here and not with the model: lm-eval looks the format up when it has loaded the configuration.
+register_int4_quantizer()
 
 __all__ = ["MobileMoEConfig"]

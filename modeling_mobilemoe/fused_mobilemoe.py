@@ -11,17 +11,19 @@ the model's dtype. In FP32 a packed model therefore equals its dequantised twin 
 matrix at a time, when they are used, and never kept.
 
 A BF16 model on the CPU skips the expansion where the package's C++ kernels are available: they multiply the packed
-integers by activations rounded to INT8, in finer blocks than QAT rounds them. FP32 and training always take the exact
-path. In decoding, calling a module from Python takes as long as many of them compute, so [`Int4FeedForward`] and
-[`Int4AttentionInputs`] run one operator for several modules.
+integers by activations rounded to INT8, in finer blocks than QAT rounds them. FP32 and training mode always take the
+exact path, with or without gradients: trainers compare log-probabilities of both. In decoding, calling a module from
+Python takes as long as many of them compute, so [`Int4FeedForward`] and [`Int4AttentionInputs`] run one operator for
+several modules.
 """
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any, ClassVar, cast
 
 import torch
 from torch import nn
+from transformers.integrations.moe import grouped_mm_experts_forward
 
 
 @dataclass(frozen=True)
@@ -98,13 +100,26 @@ class Int4Format:
 has_cpu_kernels: Callable[[], bool] = bool
 
 
-def use_kernels(hidden_states: torch.Tensor, *others: torch.Tensor) -> bool:
-    """Whether the `mobilemoe::*` operators can run. They have no backward pass to the activations or other tensors."""
+# Looked up when a graph is traced, and not traced itself: the first call builds the kernels.
+@torch.compiler.assume_constant_result
+def _has_cpu_kernels() -> bool:
+    return has_cpu_kernels()
+
+
+def use_kernels(training: bool, hidden_states: torch.Tensor, *others: torch.Tensor) -> bool:
+    """
+    Whether the `mobilemoe::*` operators may run. They have no backward pass to the activations or other tensors.
+
+    Args:
+        training (`bool`): the mode of the calling module.
+        hidden_states, others (`torch.Tensor`): what a backward pass would reach.
+    """
     return (
         hidden_states.dtype == torch.bfloat16
         and hidden_states.device.type == "cpu"
+        and not training
         and not (torch.is_grad_enabled() and any(tensor.requires_grad for tensor in (hidden_states, *others)))
-        and has_cpu_kernels()
+        and _has_cpu_kernels()
     )
 
 
@@ -161,7 +176,11 @@ def dequantize_tensor(packed: torch.Tensor, scale: torch.Tensor, dtype: torch.dt
 
 
 class FixedDtypeModule(nn.Module):
-    """A module whose tensors keep their dtype: `model.to(...)` moves them between devices but never rounds them."""
+    """
+    A module whose own tensors keep their dtype: `model.to(...)` moves them between devices but never rounds them.
+
+    The modules inside it follow the dtype.
+    """
 
     # `nn.Module` has no public way to exempt a tensor from `to(dtype)`.
     def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> nn.Module:
@@ -170,7 +189,10 @@ class FixedDtypeModule(nn.Module):
             # An empty tensor does take the new dtype: `Int4Embedding` has one to follow the model's dtype.
             return moved if moved.dtype == tensor.dtype or not tensor.numel() else tensor.to(moved.device)
 
-        return super()._apply(move, recurse)
+        if recurse:
+            for child in self.children():
+                child._apply(fn)
+        return super()._apply(move, recurse=False)
 
 
 class Int4Module(FixedDtypeModule):
@@ -200,7 +222,7 @@ class Int4Linear(Int4Module):
         self._add_packed("qweight", "weight_scale", out_features, in_features)
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        if use_kernels(hidden_states):
+        if use_kernels(self.training, hidden_states):
             return torch.ops.mobilemoe.int4_linear(hidden_states.contiguous(), self.qweight, self.weight_scale)
         weight = dequantize_tensor(self.qweight, self.weight_scale, hidden_states.dtype)
         return nn.functional.linear(hidden_states, weight)
@@ -212,6 +234,9 @@ class Int4Linear(Int4Module):
 
 class Int4Embedding(Int4Module):
     """A packed embedding, `[vocab, hidden]`, grouped along its rows. Only those that are read are expanded."""
+
+    # Rows of the output head that are expanded at a time, to bound the memory of one call.
+    chunk_size = 8192
 
     qweight: torch.Tensor
     weight_scale: torch.Tensor
@@ -225,8 +250,23 @@ class Int4Embedding(Int4Module):
         # Empty: it only follows `model.to(dtype)`, so that embeddings are returned in the model's dtype.
         self.output_dtype = nn.Buffer(torch.empty(0, dtype=dtype), persistent=False)
 
-    def forward(self, input_ids: torch.Tensor) -> torch.Tensor:
+    def forward(
+        self, input_ids: torch.Tensor | None = None, hidden_states: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """The embeddings of `input_ids`, or the logits of `hidden_states`, whose head is this table."""
+        if hidden_states is not None:
+            return self._project(hidden_states)
         return dequantize_tensor(self.qweight[input_ids], self.weight_scale[input_ids], self.output_dtype.dtype)
+
+    def _project(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        if use_kernels(self.training, hidden_states):
+            return torch.ops.mobilemoe.int4_linear(hidden_states.contiguous(), self.qweight, self.weight_scale)
+        logits = hidden_states.new_empty(*hidden_states.shape[:-1], self.num_embeddings)
+        for start in range(0, self.num_embeddings, self.chunk_size):
+            rows = slice(start, start + self.chunk_size)
+            weight = dequantize_tensor(self.qweight[rows], self.weight_scale[rows], hidden_states.dtype)
+            logits[..., rows] = nn.functional.linear(hidden_states, weight)
+        return logits
 
     def extra_repr(self) -> str:
         return f"{self.num_embeddings}, {self.embedding_dim}, int4, group_size={Int4Format.group_size}"
@@ -235,8 +275,6 @@ class Int4Embedding(Int4Module):
 class Int4Head(nn.Module):
     """The output head, tied to the packed embedding. It has no tensors of its own."""
 
-    # Number of rows expanded at a time, to bound the memory of one call.
-    chunk_size = 8192
     bias = None
 
     def __init__(self, embedding: Int4Embedding):
@@ -252,20 +290,27 @@ class Int4Head(nn.Module):
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
         (embedding,) = self._embedding
-        if use_kernels(hidden_states):
-            return torch.ops.mobilemoe.int4_linear(
-                hidden_states.contiguous(), embedding.qweight, embedding.weight_scale
-            )
-        logits = hidden_states.new_empty(*hidden_states.shape[:-1], embedding.num_embeddings)
-        for start in range(0, embedding.num_embeddings, self.chunk_size):
-            rows = slice(start, start + self.chunk_size)
-            weight = dequantize_tensor(embedding.qweight[rows], embedding.weight_scale[rows], hidden_states.dtype)
-            logits[..., rows] = nn.functional.linear(hidden_states, weight)
-        return logits
+        # Called as a module: under accelerate's offloading, its tensors are there during its call only.
+        return embedding(hidden_states=hidden_states)
+
+
+class ExpandedExperts:
+    """An experts module with other weights, for the experts functions of transformers."""
+
+    def __init__(self, experts: nn.Module, gate_up_proj: torch.Tensor, down_proj: torch.Tensor):
+        self.experts = experts
+        self.gate_up_proj = gate_up_proj
+        self.down_proj = down_proj
+
+    def __getattr__(self, name: str):
+        return getattr(self.experts, name)
 
 
 class Int4Experts(Int4Module):
     """Routed experts `[E, in, out]`, grouped along `group_dim`. Only the experts that a batch uses are expanded."""
+
+    # Read by the experts functions of transformers.
+    has_gate, has_bias, is_transposed = True, False, True
 
     gate_up_qweight: torch.Tensor
     gate_up_scale: torch.Tensor
@@ -288,7 +333,7 @@ class Int4Experts(Int4Module):
         self, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
     ) -> torch.Tensor:
         # The operator reads experts that are grouped along their output only.
-        if self.group_dim == -1 and use_kernels(hidden_states, top_k_weights):
+        if self.group_dim == -1 and use_kernels(self.training, hidden_states, top_k_weights):
             return torch.ops.mobilemoe.moe_experts(
                 hidden_states.contiguous(),
                 top_k_index.contiguous(),
@@ -298,20 +343,46 @@ class Int4Experts(Int4Module):
                 self.down_qweight,
                 self.down_scale,
             )
+        if torch.compiler.is_compiling():
+            return self._compilable(hidden_states, top_k_index, top_k_weights)
         dtype = hidden_states.dtype
         final_hidden_states = torch.zeros_like(hidden_states)  # (tokens, hidden)
         for expert_idx in top_k_index.unique().tolist():
             token_idx, top_k_pos = torch.where(top_k_index == expert_idx)
             gate_up = self._expand(self.gate_up_qweight, self.gate_up_scale, expert_idx, dtype)
             down = self._expand(self.down_qweight, self.down_scale, expert_idx, dtype)
-            gate, up = (hidden_states[token_idx] @ gate_up).chunk(2, dim=-1)  # (routed, intermediate)
-            expert_output = (self.act_fn(gate) * up) @ down  # (routed, hidden)
+            expert_output = self._apply_gate(hidden_states[token_idx] @ gate_up) @ down  # (routed, hidden)
             expert_output = expert_output * top_k_weights[token_idx, top_k_pos, None]
             final_hidden_states.index_add_(0, token_idx, expert_output.to(dtype))
         return final_hidden_states
 
-    def _expand(self, qweight: torch.Tensor, scale: torch.Tensor, expert: int, dtype: torch.dtype) -> torch.Tensor:
-        return dequantize_tensor(qweight[expert], scale[expert], dtype, self.group_dim)
+    def _compilable(
+        self, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
+    ) -> torch.Tensor:
+        """The same without shapes that depend on the routing, on which `torch.compile` would break the graph."""
+        dtype, top_k = hidden_states.dtype, top_k_index.shape[1]
+        if top_k_index.numel() >= self.num_experts:
+            gate_up = self._expand(self.gate_up_qweight, self.gate_up_scale, slice(None), dtype)
+            down = self._expand(self.down_qweight, self.down_scale, slice(None), dtype)
+            # It has what transformers reads of the module.
+            experts = cast(nn.Module, ExpandedExperts(self, gate_up, down))
+            return grouped_mm_experts_forward(experts, hidden_states, top_k_index, top_k_weights)
+        # Few tokens: every one expands its own experts, fewer than there are.
+        expert_ids = top_k_index.flatten()  # (tokens * top_k)
+        gate_up = self._expand(self.gate_up_qweight, self.gate_up_scale, expert_ids, dtype)
+        down = self._expand(self.down_qweight, self.down_scale, expert_ids, dtype)
+        inputs = hidden_states.repeat_interleave(top_k, dim=0).unsqueeze(1)  # (tokens * top_k, 1, hidden)
+        expert_output = (self._apply_gate(inputs @ gate_up) @ down).view(-1, top_k, self.hidden_dim)
+        return (expert_output * top_k_weights.unsqueeze(-1)).sum(dim=1).to(dtype)
+
+    def _apply_gate(self, gate_up: torch.Tensor) -> torch.Tensor:
+        gate, up = gate_up.chunk(2, dim=-1)  # (routed, intermediate)
+        return self.act_fn(gate) * up
+
+    def _expand(
+        self, qweight: torch.Tensor, scale: torch.Tensor, experts: int | slice | torch.Tensor, dtype: torch.dtype
+    ) -> torch.Tensor:
+        return dequantize_tensor(qweight[experts], scale[experts], dtype, self.group_dim)
 
     def extra_repr(self) -> str:
         sizes = f"{self.num_experts}, {self.hidden_dim}, {self.intermediate_dim}"
@@ -320,11 +391,13 @@ class Int4Experts(Int4Module):
 
 def is_untouched(*modules: nn.Module) -> bool:
     """Whether these modules have no hooks, so that one operator may run in place of all of them."""
-    # `nn.Module` has no public way to list its hooks.
-    return not any(module._forward_hooks or module._forward_pre_hooks for module in modules)
+    # `nn.Module` has no public way to list its hooks. accelerate replaces `forward` to load offloaded tensors.
+    return not any(
+        module._forward_hooks or module._forward_pre_hooks or "forward" in module.__dict__ for module in modules
+    )
 
 
-class Int4FeedForward(nn.Module):
+class Int4FeedForward(FixedDtypeModule):
     """
     Takes over the modules of a `MobileMoEFeedForward` whose experts are packed, under their names.
 
@@ -367,14 +440,11 @@ class Int4FeedForward(nn.Module):
         # The operator reads experts that are grouped along their output only.
         if type(self.experts) is not Int4Experts or self.experts.group_dim != -1:
             return False
-        if not use_kernels(hidden_states, self.router.weight):
+        if not use_kernels(self.training, hidden_states, self.router.weight):
             return False
         linears = self._shared_linears()
-        return (
-            all(type(linear) is Int4Linear for linear in linears)
-            and is_untouched(self.router, self.experts, self.shared_expert, *linears)
-            and self.router.weight.dtype == torch.float32
-            and self.expert_bias.dtype == torch.float32
+        return all(type(linear) is Int4Linear for linear in linears) and is_untouched(
+            self.router, self.experts, self.shared_expert, *linears
         )
 
     def _fused(self, hidden_states: torch.Tensor) -> torch.Tensor:
@@ -416,7 +486,7 @@ class Int4AttentionInputs(nn.Module):
         linears = (q_proj, k_proj, v_proj)
         if (
             not all(type(linear) is Int4Linear for linear in linears)
-            or not use_kernels(hidden_states)
+            or not use_kernels(self.training, hidden_states)
             or not is_untouched(*linears)
         ):
             return self.plain(hidden_states, q_proj, k_proj, v_proj, cos, sin)

@@ -35,8 +35,8 @@ from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
 from .checkpoint_mobilemoe import CheckpointMixin
 from .configuration_mobilemoe import MobileMoEConfig
-from .fused_mobilemoe import FixedDtypeModule
-from .quantization_mobilemoe import register_int4_quantizer
+from .fused_mobilemoe import ExpandedExperts, FixedDtypeModule
+from .quantization_mobilemoe import prepare_packed, resize_packed_embedding
 
 
 class MobileMoERMSNorm(nn.Module):
@@ -236,18 +236,6 @@ class MobileMoEMLP(nn.Module):
         return self.down_proj(self.act_fn(self.gate_proj(hidden_states)) * self.up_proj(hidden_states))
 
 
-class AutocastExperts:
-    """An experts module with its weights in the dtype of autocast."""
-
-    def __init__(self, experts: nn.Module, dtype: torch.dtype):
-        self.experts = experts
-        self.gate_up_proj = experts.gate_up_proj.to(dtype)
-        self.down_proj = experts.down_proj.to(dtype)
-
-    def __getattr__(self, name: str):
-        return getattr(self.experts, name)
-
-
 def grouped_mm_experts(
     experts: nn.Module, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
 ) -> torch.Tensor:
@@ -259,8 +247,9 @@ def grouped_mm_experts(
     """
     device_type = hidden_states.device.type
     if torch.is_autocast_enabled(device_type):
+        dtype = torch.get_autocast_dtype(device_type)
         # It has what transformers reads of the module.
-        experts = AutocastExperts(experts, torch.get_autocast_dtype(device_type))  # ty: ignore[invalid-assignment]
+        experts = ExpandedExperts(experts, experts.gate_up_proj.to(dtype), experts.down_proj.to(dtype))  # ty: ignore[invalid-assignment]
     return grouped_mm_experts_forward(experts, hidden_states, top_k_index, top_k_weights)
 
 
@@ -300,14 +289,14 @@ class MobileMoEExperts(nn.Module):
         return final_hidden_states
 
 
-class MobileMoERouter(nn.Module):
-    """Chooses the experts of every token and their weights; also returns the logits."""
+class MobileMoERouter(FixedDtypeModule):
+    """Chooses the experts of every token and their weights; also returns the logits. Its weight stays in FP32."""
 
     def __init__(self, config: MobileMoEConfig):
         super().__init__()
         self.top_k = config.num_experts_per_tok
         self.routed_scaling_factor = config.routed_scaling_factor
-        self.weight = nn.Parameter(torch.empty(config.num_local_experts, config.hidden_size))
+        self.weight = nn.Parameter(torch.empty(config.num_local_experts, config.hidden_size, dtype=torch.float32))
 
     def forward(
         self, hidden_states: torch.Tensor, expert_bias: torch.Tensor
@@ -324,8 +313,8 @@ class MobileMoERouter(nn.Module):
         return router_logits, top_k_weights, top_k_index
 
 
-class MobileMoEFeedForward(nn.Module):
-    """The mixture of experts of a layer: router, routed experts and the shared expert."""
+class MobileMoEFeedForward(FixedDtypeModule):
+    """The mixture of experts of a layer: router, routed experts and the shared expert. The bias stays in FP32."""
 
     expert_bias: torch.Tensor
 
@@ -394,6 +383,22 @@ class MobileMoEPreTrainedModel(CheckpointMixin, PreTrainedModel):
         "hidden_states": MobileMoEDecoderLayer,
         "attentions": MobileMoEAttention,
     }
+
+    @classmethod
+    def _from_config(cls, config: MobileMoEConfig, **kwargs) -> "MobileMoEPreTrainedModel":
+        # `from_config` makes the modules that the checkpoint of a packed config is loaded into, as accelerate does.
+        model = super()._from_config(config, **kwargs)
+        if config.quantization is not None:
+            prepare_packed(model)
+        return model
+
+    def resize_token_embeddings(
+        self, new_num_tokens: int | None = None, pad_to_multiple_of: int | None = None, mean_resizing: bool = True
+    ) -> nn.Module:
+        """As in transformers. In a packed model, rows that stay keep their bytes and new rows are rounded to INT4."""
+        if self.config.quantization is None:
+            return super().resize_token_embeddings(new_num_tokens, pad_to_multiple_of, mean_resizing)
+        return resize_packed_embedding(self, new_num_tokens, pad_to_multiple_of, mean_resizing)
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
@@ -544,7 +549,5 @@ class MobileMoEForCausalLM(MobileMoEPreTrainedModel, GenerationMixin):
             router_logits=outputs.router_logits,
         )
 
-
-register_int4_quantizer()
 
 __all__ = ["MobileMoEForCausalLM", "MobileMoEModel", "MobileMoEPreTrainedModel"]

@@ -68,9 +68,10 @@ def _packed_twin(module: nn.Module, dtype: torch.dtype, int4_format: Int4Format)
 
 
 def check_values(model: PreTrainedModel) -> None:
-    """Refuses a packed model with a tensor that no training writes, see [`check_tensor`]."""
+    """Refuses a packed model with a tensor that no training writes, see [`check_tensor`]; not those on disk."""
     for name, tensor in model.state_dict().items():
-        check_tensor(name, tensor)
+        if not tensor.is_meta:
+            check_tensor(name, tensor)
 
 
 def check_tensor(name: str, tensor: torch.Tensor) -> None:
@@ -194,6 +195,42 @@ class MobileMoEInt4Quantizer(HfQuantizer):
     def is_trainable(self) -> bool:
         # With adapters (lora.py). Without them the trainer refuses a packed model.
         return True
+
+
+def prepare_packed(model: PreTrainedModel) -> None:
+    """Puts the modules of the config's `quantization` block in place. Their tensors are still to be loaded."""
+    quantizer = MobileMoEInt4Quantizer(MobileMoEInt4Config(**model.config.quantization))
+    quantizer.preprocess_model(model)
+    # Annotated to hold modules and tensors only.
+    model.hf_quantizer = quantizer  # ty: ignore[invalid-assignment]
+    model.config.quantization_config = quantizer.quantization_config
+
+
+def resize_packed_embedding(
+    model: PreTrainedModel, new_num_tokens: int | None, pad_to_multiple_of: int | None, mean_resizing: bool
+) -> Int4Embedding:
+    """
+    As `resize_token_embeddings`, of a packed model: the rows that stay keep their bytes, and new rows are rounded to
+    the grid.
+
+    Raises:
+        ValueError: as [`quantize_tensor`].
+    """
+    old = cast(Int4Embedding, model.get_input_embeddings())
+    weight = dequantize_tensor(old.qweight, old.weight_scale, torch.float32)
+    plain = nn.Embedding(old.num_embeddings, old.embedding_dim, _weight=weight)
+    resized = model._get_resized_embeddings(plain, new_num_tokens, pad_to_multiple_of, mean_resizing).weight
+    new = Int4Embedding(resized.shape[0], old.embedding_dim, old.output_dtype.dtype)
+    quantized, scale = quantize_tensor(resized)
+    tensors = {"qweight": pack_int4(quantized), "weight_scale": scale}
+    kept = min(old.num_embeddings, new.num_embeddings)
+    for name, tensor in tensors.items():
+        tensor[:kept] = old.get_buffer(name)[:kept]
+    new.load_state_dict(tensors, assign=True)
+    model.set_input_embeddings(new)
+    _pack_head(model)
+    model.config.vocab_size = model.vocab_size = new.num_embeddings
+    return new
 
 
 def quantization_table(model: PreTrainedModel) -> str:

@@ -416,6 +416,19 @@ def test_router_runs_in_fp32_in_a_bf16_model(tiny_checkpoint: Path, input_ids: t
     assert_routed_in_fp32(calls)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_casting_never_rounds_the_router(tiny_model: MobileMoEForCausalLM, dtype: torch.dtype):
+    def assert_only_the_router_is_in_fp32(model):
+        fixed = ("router.weight", "expert_bias")
+        for name, tensor in model.state_dict().items():
+            assert tensor.dtype == (torch.float32 if name.endswith(fixed) else dtype), name
+
+    expected = tiny_model.state_dict()["model.layers.1.feed_forward.router.weight"].clone()
+    assert_only_the_router_is_in_fp32(tiny_model.to(dtype))
+    assert torch.equal(tiny_model.state_dict()["model.layers.1.feed_forward.router.weight"], expected)
+    assert_only_the_router_is_in_fp32(AutoModelForCausalLM.from_config(tiny_model.config, dtype=dtype))
+
+
 @torch.no_grad()
 def test_router_runs_in_fp32_under_autocast(tiny_model: MobileMoEForCausalLM, input_ids: torch.Tensor):
     calls = watch_routers(tiny_model)

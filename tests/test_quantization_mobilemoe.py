@@ -27,7 +27,6 @@ from modeling_mobilemoe.fused_mobilemoe import (
     Int4Experts,
     Int4FeedForward,
     Int4Format,
-    Int4Head,
     Int4Linear,
     dequantize_tensor,
     pack_int4,
@@ -262,7 +261,7 @@ def test_head_in_chunks_equals_the_whole(int4_checkpoint: Path, monkeypatch: pyt
     model = AutoModelForCausalLM.from_pretrained(int4_checkpoint)
     hidden_states = torch.randn(2, 3, 64, generator=torch.Generator().manual_seed(0))
     expected = model.lm_head(hidden_states)
-    monkeypatch.setattr(Int4Head, "chunk_size", 100)
+    monkeypatch.setattr(Int4Embedding, "chunk_size", 100)
     torch.testing.assert_close(model.lm_head(hidden_states), expected)
 
 

@@ -1,13 +1,18 @@
 """Generation modes and loaders of transformers, PEFT, TRL and accelerate, on full-precision and packed models."""
 
 import copy
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, GenerationConfig
+from accelerate import cpu_offload, init_empty_weights, load_checkpoint_and_dispatch
+from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
 
 from modeling_mobilemoe import MobileMoEForCausalLM
+from modeling_mobilemoe.fused_mobilemoe import Int4Embedding
 
 
 NEW_TOKENS = 12
@@ -93,3 +98,139 @@ def test_continuous_batching_equals_plain_greedy(model: MobileMoEForCausalLM, in
     outputs = copy.deepcopy(model).generate_batch(prompts, generation_config=options)
     for prompt, output in zip(prompts, outputs.values(), strict=True):
         assert [output.generated_tokens] == generate(model, torch.tensor([prompt]))
+
+
+IN_MEMORY = dict.fromkeys(["model.embed_tokens", "model.layers", "model.norm", "model.rotary_emb", "lm_head"], "cpu")
+ON_DISK = {
+    "layers": IN_MEMORY | {"model.layers": "disk"},
+    "embedding": IN_MEMORY | {"model.embed_tokens": "disk", "lm_head": "disk"},
+    "everything": {"": "disk"},
+}
+
+
+def unfused(model: MobileMoEForCausalLM) -> MobileMoEForCausalLM:
+    """One operator would read the tensors of several modules, which are there one at a time under offloading."""
+    model.model.layers.apply(lambda module: module.register_forward_hook(lambda *_: None))
+    return model
+
+
+@pytest.fixture(params=["float", "int4"])
+def checkpoint(request: pytest.FixtureRequest, tiny_checkpoint: Path, int4_checkpoint: Path) -> Path:
+    return tiny_checkpoint if request.param == "float" else int4_checkpoint
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("kind", ON_DISK)
+@torch.no_grad()
+def test_disk_offload_equals_memory(
+    checkpoint: Path, kind: str, dtype: torch.dtype, input_ids: torch.Tensor, tmp_path: Path
+):
+    model = AutoModelForCausalLM.from_pretrained(
+        checkpoint, dtype=dtype, device_map=ON_DISK[kind], offload_folder=tmp_path
+    )
+    assert any(tensor.is_meta for tensor in model.state_dict().values())
+    expected = unfused(AutoModelForCausalLM.from_pretrained(checkpoint, dtype=dtype))
+    assert torch.equal(model(input_ids).logits, expected(input_ids).logits)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@torch.no_grad()
+def test_cpu_offload_equals_memory(checkpoint: Path, dtype: torch.dtype, input_ids: torch.Tensor):
+    model = AutoModelForCausalLM.from_pretrained(checkpoint, dtype=dtype)
+    expected = unfused(copy.deepcopy(model))(input_ids).logits
+    cpu_offload(model, "cpu", offload_buffers=True)
+    assert torch.equal(model(input_ids).logits, expected)
+
+
+# accelerate cannot have everything on disk, or a tied head, which is not in the checkpoint.
+@pytest.mark.parametrize("kind", ["memory", "layers"])
+@torch.no_grad()
+def test_load_checkpoint_and_dispatch_equals_from_pretrained(
+    checkpoint: Path, kind: str, input_ids: torch.Tensor, tmp_path: Path
+):
+    with init_empty_weights():
+        model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(checkpoint), dtype=torch.float32)
+    model.tie_weights()
+    device_map = ON_DISK.get(kind, IN_MEMORY)
+    options = {"offload_folder": str(tmp_path), "offload_buffers": True}
+    model = load_checkpoint_and_dispatch(model.eval(), str(checkpoint), device_map=device_map, **options)
+    expected = AutoModelForCausalLM.from_pretrained(checkpoint, dtype=torch.float32)
+    assert torch.equal(model(input_ids).logits, expected(input_ids).logits)
+
+
+@pytest.mark.parametrize("num_tokens", [512, 520, 500])
+@torch.no_grad()
+def test_resized_packed_embedding(int4_checkpoint: Path, input_ids: torch.Tensor, num_tokens: int, tmp_path: Path):
+    input_ids = input_ids.clamp(max=499)
+    model = AutoModelForCausalLM.from_pretrained(int4_checkpoint, dtype=torch.float32)
+    expected = model(input_ids).logits
+    assert isinstance(model.resize_token_embeddings(num_tokens), Int4Embedding)
+    model.save_pretrained(tmp_path)
+    for resized in (model, AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32)):
+        assert resized.config.vocab_size == resized.get_input_embeddings().num_embeddings == num_tokens
+        logits = resized(input_ids).logits
+        assert logits.shape[-1] == num_tokens
+        kept = min(512, num_tokens)
+        assert torch.equal(logits[..., :kept], expected[..., :kept])
+        # New rows are near the mean of the old ones, and not zero.
+        assert (logits[..., kept:].abs().amax(dim=(0, 1)) > 0).all()
+
+
+ADAPTERS = {
+    "linears": {"target_modules": ["q_proj", "shared_expert.down_proj"]},
+    "experts": {"target_parameters": ["experts.gate_up_proj", "experts.down_proj"]},
+    "rank-stabilised": {"target_modules": "all-linear", "use_rslora": True},
+    "norms": {"target_modules": ["o_proj"], "modules_to_save": ["post_attention_layernorm"]},
+}
+
+
+@pytest.mark.parametrize("kind", ADAPTERS)
+@torch.no_grad()
+def test_adapter_directory_loads_as_a_model(tiny_checkpoint: Path, kind: str, input_ids: torch.Tensor, tmp_path: Path):
+    peft = pytest.importorskip("peft", reason="needs the `train` extra")
+    torch.manual_seed(0)
+    base = AutoModelForCausalLM.from_pretrained(tiny_checkpoint)
+    plain = base(input_ids).logits
+    adapted = peft.get_peft_model(base, peft.LoraConfig(init_lora_weights=False, **ADAPTERS[kind])).eval()
+    for name, parameter in adapted.named_parameters():
+        if "modules_to_save" in name:
+            parameter.mul_(1.5)
+    adapted.save_pretrained(tmp_path)
+    expected = adapted(input_ids).logits
+    assert (expected - plain).abs().max() > 0.1
+    assert torch.equal(AutoModelForCausalLM.from_pretrained(tmp_path)(input_ids).logits, expected)
+    loaded = AutoModelForCausalLM.from_pretrained(tiny_checkpoint)
+    loaded.load_adapter(tmp_path)
+    assert torch.equal(loaded(input_ids).logits, expected)
+
+
+LM_EVAL_WITHOUT_THE_PACKAGE = """
+import sys
+
+class Blocker:
+    def find_spec(self, name, path=None, target=None):
+        if name.partition(".")[0] in ("modeling_mobilemoe", "mobilemoe"):
+            raise ModuleNotFoundError(f"{name} is blocked", name=name)
+
+sys.meta_path.insert(0, Blocker())
+from lm_eval.api.instance import Instance
+from lm_eval.models.huggingface import HFLM
+
+model = HFLM(pretrained=sys.argv[1], trust_remote_code=True, device="cpu", dtype="float32")
+request = Instance("loglikelihood", {}, ("def function(", "value):"), 0)
+print(type(model.model.lm_head).__name__, model.loglikelihood([request])[0][0])
+"""
+
+
+def test_lm_eval_reads_a_packed_directory_without_the_package(text_checkpoint: Path, tmp_path: Path):
+    pytest.importorskip("lm_eval", reason="needs the `eval` extra")
+    completed = subprocess.run(
+        [sys.executable, "-I", "-c", LM_EVAL_WITHOUT_THE_PACKAGE, str(text_checkpoint)],
+        cwd=tmp_path,
+        env=os.environ | {"HF_HOME": str(tmp_path / "hf_home")},
+        capture_output=True,
+        text=True,
+    )
+    assert completed.returncode == 0, completed.stderr
+    head, log_likelihood = completed.stdout.split()[-2:]
+    assert head == "Int4Head" and -50 < float(log_likelihood) < 0

@@ -7,7 +7,7 @@ import torch
 from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
 from modeling_mobilemoe.configuration_mobilemoe import MobileMoEConfig
-from modeling_mobilemoe.fused_mobilemoe import Int4FeedForward, Int4Format
+from modeling_mobilemoe.fused_mobilemoe import Int4Format
 from modeling_mobilemoe.kernels.modules import DEFAULT_CACHE
 from modeling_mobilemoe.quantization_mobilemoe import INT4_BLOCK, MobileMoEInt4Config, MobileMoEInt4Quantizer
 
@@ -19,18 +19,13 @@ from ..shapes import program_config
 def random_packed_model(config: PretrainedConfig, seed: int = 0) -> PreTrainedModel:
     """A BF16 model with random INT4 weights. It is created in packed form, never in full precision."""
     block = MobileMoEInt4Config(**INT4_BLOCK)
-    if isinstance(config, MobileMoEConfig):
-        config.quantization, config.quantization_config = dict(INT4_BLOCK), block
     quantizer = MobileMoEInt4Quantizer(block)
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
         quantizer._process_model_before_weight_loading(model)
+    if isinstance(config, MobileMoEConfig):
+        config.quantization, config.quantization_config = dict(INT4_BLOCK), block
     model.to_empty(device="cpu")
-    # `from_pretrained` keeps these in FP32.
-    for module in model.modules():
-        if isinstance(module, Int4FeedForward):
-            module.router.float()
-            module.expert_bias = module.expert_bias.float()
     # The frequencies are not in the state dict: compute them again after `to_empty`.
     model.model.rotary_emb = type(model.model.rotary_emb)(config)
     generator = torch.Generator().manual_seed(seed)

@@ -21,7 +21,6 @@ from modeling_mobilemoe.fused_mobilemoe import unpack_int4
 from modeling_mobilemoe.quantization_mobilemoe import (
     PACKED_NAMES,
     MobileMoEInt4Config,
-    MobileMoEInt4Quantizer,
     check_tensor,
 )
 
@@ -54,11 +53,7 @@ GROUPS = {
 def skeleton(config: MobileMoEConfig) -> torch.nn.Module:
     """The model on the meta device, with packed modules where the config asks for them."""
     with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
-        if config.quantization is not None:
-            quantizer = MobileMoEInt4Quantizer(MobileMoEInt4Config(**config.quantization))
-            quantizer._process_model_before_weight_loading(model)
-    return model
+        return AutoModelForCausalLM.from_config(config, dtype=torch.float32)
 
 
 def plan(config: MobileMoEConfig) -> Iterator[tuple[str, Weight]]:
