@@ -2,7 +2,8 @@
 
 import dataclasses
 import difflib
-from typing import Any
+import math
+from typing import Any, TypeGuard
 
 from huggingface_hub.dataclasses import strict
 from huggingface_hub.errors import StrictDataclassFieldValidationError
@@ -25,7 +26,23 @@ ARCHITECTURE_CONSTANTS = {
     "attention_bias": False,
     "tie_word_embeddings": True,
 }
-ROPE_SCALING_FIELDS = ("factor", "original_max_position_embeddings", "low_freq_factor", "high_freq_factor")
+# The fields of `rope_scaling` by its `rope_type`, those that it needs and those that it may have: the rules of
+# transformers, `modeling_rope_utils.py`.
+ROPE_FIELDS = {
+    "default": ((), ()),
+    "linear": (("factor",), ()),
+    "dynamic": (("factor",), ()),
+    "yarn": (
+        ("factor", "original_max_position_embeddings"),
+        ("attention_factor", "beta_fast", "beta_slow", "mscale", "mscale_all_dim", "truncate"),
+    ),
+    "longrope": (
+        ("short_factor", "long_factor", "original_max_position_embeddings"),
+        ("factor", "attention_factor"),
+    ),
+    "llama3": (("factor", "original_max_position_embeddings", "low_freq_factor", "high_freq_factor"), ()),
+    "proportional": ((), ("factor", "partial_rotary_factor")),
+}
 # Keys that transformers itself passes to a configuration and that are no fields of ours.
 TRANSFORMERS_KEYS = {
     "_attn_implementation",
@@ -42,6 +59,11 @@ TRANSFORMERS_KEYS = {
     "quantization_config",
     "torch_dtype",
 }
+
+
+def _is_positive(value: Any) -> TypeGuard[int | float]:
+    # NaN is not above 0.
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and 0 < value < math.inf
 
 
 @strict
@@ -63,7 +85,8 @@ class MobileMoEConfig(PreTrainedConfig):
         initializer_range (`float`, defaults to 0.02): standard deviation of the initial weights.
         use_cache (`bool`, defaults to `True`): return key and value states for decoding.
         rope_theta (`float`, defaults to 500000.0): base of the rotary frequencies.
-        rope_scaling (`dict`, *optional*): `rope_type` "llama3" and its four fields; the released values when absent.
+        rope_scaling (`dict`, *optional*): `rope_type` and its fields, a rule of transformers: "llama3" with the
+            released values when absent. "yarn", "dynamic", "linear" or "longrope" extend the context.
         num_local_experts (`int`, defaults to 60): routed experts per layer.
         num_experts_per_tok (`int`, defaults to 4): routed experts per token.
         routed_scaling_factor (`float`, defaults to 2.5): what the routing weights of a token sum to.
@@ -193,7 +216,7 @@ class MobileMoEConfig(PreTrainedConfig):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)} cannot be a size. Set {name} to 1 or more.")
         for name in ("rms_norm_eps", "rope_theta", "routed_scaling_factor"):
-            if getattr(self, name) <= 0:
+            if not _is_positive(getattr(self, name)):
                 raise ValueError(f"{name}={getattr(self, name)} cannot work. Set a positive number.")
         if self.num_attention_heads % self.num_key_value_heads:
             raise ValueError(
@@ -221,24 +244,60 @@ class MobileMoEConfig(PreTrainedConfig):
                     f"{name}={values} is not implemented: every layer of every release has {implemented!r}. "
                     f"Set all entries to {implemented!r}."
                 )
-        self._validate_rope_scaling()
+        self.check_rope_scaling()
 
-    def _validate_rope_scaling(self) -> None:
+    def check_rope_scaling(self) -> None:
+        """
+        Raises:
+            ValueError: for a `rope_scaling` of an unknown type, or whose fields are missing, unknown or cannot work.
+        """
         scaling = self.rope_scaling or {}
         rope_type = scaling.get("rope_type")
-        if rope_type != "llama3":
-            raise ValueError(f"rope_scaling has rope_type={rope_type!r}, only 'llama3' is implemented. Set 'llama3'.")
-        for name in ROPE_SCALING_FIELDS:
-            value = scaling.get(name)
-            if isinstance(value, bool) or not isinstance(value, (int, float)) or value <= 0:
-                raise ValueError(
-                    f"rope_scaling[{name!r}] is {value!r}: the llama3 rule needs a positive number. "
-                    f"Give all of {', '.join(ROPE_SCALING_FIELDS)}."
-                )
-        if scaling["high_freq_factor"] < scaling["low_freq_factor"]:
+        if rope_type not in ROPE_FIELDS:
             raise ValueError(
-                f"rope_scaling has high_freq_factor={scaling['high_freq_factor']} below low_freq_factor="
-                f"{scaling['low_freq_factor']}, so the bands overlap. Set it to at least low_freq_factor."
+                f"rope_scaling has rope_type={rope_type!r}, which is not implemented. Set one of "
+                f"{', '.join(ROPE_FIELDS)}."
+            )
+        required, optional = ROPE_FIELDS[rope_type]
+        unknown = sorted(set(scaling) - {"rope_type", *required, *optional})
+        if unknown:
+            raise ValueError(
+                f"rope_scaling has the field {unknown[0]!r}, which rope_type={rope_type!r} does not read. Remove it"
+                f"{'; the base is rope_theta of the configuration' if unknown[0] == 'rope_theta' else ''}."
+            )
+        for name in required + optional:
+            if name in required or scaling.get(name) is not None:
+                self._check_rope_field(name, scaling.get(name))
+        for low, high in (("low_freq_factor", "high_freq_factor"), ("beta_slow", "beta_fast")):
+            # The defaults of YaRN.
+            if (scaling.get(high) or 32) < (scaling.get(low) or 1):
+                raise ValueError(
+                    f"rope_scaling has {high}={scaling.get(high)} below {low}={scaling.get(low)}, so the bands "
+                    f"overlap. Set it to at least {low}."
+                )
+        if rope_type == "dynamic" and self.head_dim < 4:
+            raise ValueError(
+                f"head_dim={self.head_dim} is too small for rope_type='dynamic'. Set head_dim to 4 or more."
+            )
+
+    def _check_rope_field(self, name: str, value: object) -> None:
+        if name == "truncate":
+            legal, needed = isinstance(value, bool), "true or false"
+        elif name in ("short_factor", "long_factor"):
+            legal = isinstance(value, list) and len(value) == self.head_dim // 2 and all(map(_is_positive, value))
+            needed = f"a list of head_dim / 2 = {self.head_dim // 2} positive numbers"
+        elif name == "original_max_position_embeddings":
+            legal, needed = _is_positive(value) and value > 1, "a number of tokens above 1"
+        elif name == "partial_rotary_factor":
+            legal, needed = _is_positive(value) and value <= 1, "a number above 0 and up to 1"
+        else:
+            legal, needed = _is_positive(value), "a positive number"
+        if not legal:
+            rope_type = self.rope_scaling["rope_type"]
+            fields = ", ".join(ROPE_FIELDS[rope_type][0]) or name
+            raise ValueError(
+                f"rope_scaling[{name!r}] is {value!r}, and rope_type={rope_type!r} needs {needed}. "
+                f"Give all of {fields}."
             )
 
     @property

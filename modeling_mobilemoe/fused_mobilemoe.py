@@ -310,7 +310,7 @@ class Int4Experts(Int4Module):
     """Routed experts `[E, in, out]`, grouped along `group_dim`. Only the experts that a batch uses are expanded."""
 
     # Read by the experts functions of transformers.
-    has_gate, has_bias, is_transposed = True, False, True
+    has_gate, has_bias, is_transposed, _is_expert_parallel = True, False, True, False
 
     gate_up_qweight: torch.Tensor
     gate_up_scale: torch.Tensor

@@ -20,12 +20,14 @@ from torch import nn
 from transformers import initialization as init
 from transformers.activations import ACT2FN
 from transformers.cache_utils import Cache, DynamicCache
+from transformers.configuration_utils import PreTrainedConfig
 from transformers.generation import GenerationMixin
 from transformers.integrations import use_experts_implementation
 from transformers.integrations.moe import ExpertsInterface, grouped_mm_experts_forward
 from transformers.masking_utils import create_causal_mask
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import MoeCausalLMOutputWithPast, MoeModelOutputWithPast
+from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS, dynamic_rope_update
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, PreTrainedModel, slice_logits_to_keep
 from transformers.processing_utils import Unpack
 from transformers.utils import TransformersKwargs, can_return_tuple
@@ -60,41 +62,77 @@ def rms_normalize(hidden_states: torch.Tensor, eps: float) -> torch.Tensor:
     return nn.functional.rms_norm(hidden_states, hidden_states.shape[-1:], eps=eps)
 
 
+def default_inv_freq(config: MobileMoEConfig) -> torch.Tensor:
+    """RoPE without scaling: `(head_dim / 2,)`, in radians per token."""
+    exponent = torch.arange(0, config.head_dim, 2, dtype=torch.float32) / config.head_dim
+    return 1.0 / config.rope_theta**exponent
+
+
+def llama3_inv_freq(config: MobileMoEConfig) -> torch.Tensor:
+    """The llama3 rule: short wavelengths are kept, long ones stretched by `factor`, those between interpolated."""
+    scaling = config.rope_scaling
+    # The configuration fills it in.
+    assert scaling is not None
+    factor, context = scaling["factor"], scaling["original_max_position_embeddings"]
+    low, high = scaling["low_freq_factor"], scaling["high_freq_factor"]
+    inv_freq = default_inv_freq(config)
+    # Turns within the original context. Above `high` a frequency is kept, below `low` it is divided by `factor`.
+    turns = context * inv_freq / (2 * math.pi)
+    if high > low:
+        keep = ((turns - low) / (high - low)).clamp(0, 1)
+    else:
+        # The released configs have low == high: no band to interpolate, and its formula would divide by zero.
+        keep = (turns >= low).float()
+    return keep * inv_freq + (1 - keep) * inv_freq / factor
+
+
+def rope_config(config: MobileMoEConfig) -> PreTrainedConfig:
+    """What the RoPE functions of transformers read, under their names: the released configs have others."""
+    stock = PreTrainedConfig()
+    stock.rope_parameters = {**(config.rope_scaling or {}), "rope_theta": config.rope_theta}
+    stock.head_dim, stock.max_position_embeddings = config.head_dim, config.max_position_embeddings
+    stock.hidden_size, stock.num_attention_heads = config.hidden_size, config.num_attention_heads
+    return stock
+
+
+def compute_rope(config: MobileMoEConfig) -> tuple[torch.Tensor, float]:
+    """
+    The frequencies that the rule of `rope_scaling` gives within `max_position_embeddings`.
+
+    Returns:
+        `torch.Tensor` of shape `(head_dim / 2,)` in radians per token, and the attention factor of YaRN and LongRoPE.
+
+    Raises:
+        ValueError: for a `rope_scaling` that [`MobileMoEConfig`] refuses.
+    """
+    # Again: `from_pretrained` may have set it after the configuration was made.
+    config.check_rope_scaling()
+    rope_type = config.rope_scaling["rope_type"]
+    if rope_type == "llama3":
+        return llama3_inv_freq(config), 1.0
+    if rope_type == "default":
+        return default_inv_freq(config), 1.0
+    return ROPE_INIT_FUNCTIONS[rope_type](rope_config(config))
+
+
 class MobileMoERotaryEmbedding(FixedDtypeModule):
     """Cosines and sines of RoPE by position, in FP32 whatever the model's dtype."""
 
     inv_freq: torch.Tensor
+    original_inv_freq: torch.Tensor
 
     def __init__(self, config: MobileMoEConfig):
         super().__init__()
-        self.config = config
-        self.inv_freq = nn.Buffer(self.compute_inv_freq(config), persistent=False)
-
-    @staticmethod
-    def compute_inv_freq(config: MobileMoEConfig) -> torch.Tensor:
-        """
-        The llama3 rule: short wavelengths are kept, long ones stretched by `factor`, those between interpolated.
-
-        Returns:
-            `torch.Tensor` of shape `(head_dim / 2,)`, in radians per token.
-        """
-        scaling = config.rope_scaling
-        # The configuration fills it in.
-        assert scaling is not None
-        factor, context = scaling["factor"], scaling["original_max_position_embeddings"]
-        low, high = scaling["low_freq_factor"], scaling["high_freq_factor"]
-        exponent = torch.arange(0, config.head_dim, 2, dtype=torch.float32) / config.head_dim
-        inv_freq = 1.0 / config.rope_theta**exponent
-        # Turns within the original context. Above `high` a frequency is kept, below `low` it is divided by `factor`.
-        turns = context * inv_freq / (2 * math.pi)
-        if high > low:
-            keep = ((turns - low) / (high - low)).clamp(0, 1)
-        else:
-            # The released configs have low == high: no band to interpolate, and its formula would divide by zero.
-            keep = (turns >= low).float()
-        return keep * inv_freq + (1 - keep) * inv_freq / factor
+        # Under the names that `dynamic_rope_update` reads.
+        self.config = rope_config(config)
+        self.rope_type = self.config.rope_parameters["rope_type"]
+        self.max_seq_len_cached = self.original_max_seq_len = config.max_position_embeddings
+        inv_freq, self.attention_scaling = compute_rope(config)
+        self.inv_freq = nn.Buffer(inv_freq, persistent=False)
+        self.original_inv_freq = nn.Buffer(inv_freq.clone(), persistent=False)
 
     @torch.no_grad()
+    @dynamic_rope_update
     def forward(self, hidden_states: torch.Tensor, position_ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         # In FP32: at position 8191 a half-precision product is wrong by whole turns.
         angles = position_ids[..., None].float() * self.inv_freq.to(hidden_states.device)  # (B, T, D/2)
@@ -180,7 +218,9 @@ class MobileMoEAttention(nn.Module):
         self.layer_idx = layer_idx
         self.head_dim = config.head_dim
         self.num_key_value_groups = config.num_attention_heads // config.num_key_value_heads
-        self.scaling = self.head_dim**-0.5
+        # YaRN and LongRoPE scale queries and keys through the cosines and sines. Here a norm follows, which would undo
+        # that, so the scores are scaled by the square.
+        self.scaling = self.head_dim**-0.5 * compute_rope(config)[1] ** 2
         self.attention_dropout = config.attention_dropout
         self.is_causal = True
         self.q_proj = nn.Linear(config.hidden_size, config.num_attention_heads * self.head_dim, bias=False)
@@ -402,7 +442,8 @@ class MobileMoEPreTrainedModel(CheckpointMixin, PreTrainedModel):
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
-        super()._init_weights(module)
+        if not isinstance(module, MobileMoERotaryEmbedding):
+            super()._init_weights(module)
         std = self.config.initializer_range
         # Its decorator is annotated to return a module, not a class.
         if isinstance(module, MobileMoEExperts):  # ty: ignore[invalid-argument-type]
@@ -413,7 +454,9 @@ class MobileMoEPreTrainedModel(CheckpointMixin, PreTrainedModel):
         elif isinstance(module, MobileMoEFeedForward):
             init.zeros_(module.expert_bias)
         elif isinstance(module, MobileMoERotaryEmbedding):
-            init.copy_(module.inv_freq, module.compute_inv_freq(self.config))
+            inv_freq, _ = compute_rope(self.config)
+            init.copy_(module.inv_freq, inv_freq)
+            init.copy_(module.original_inv_freq, inv_freq)
 
 
 class MobileMoEModel(MobileMoEPreTrainedModel):
@@ -495,6 +538,25 @@ class MobileMoEForCausalLM(MobileMoEPreTrainedModel, GenerationMixin):
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         self.post_init()
 
+    def _check_adapters(self) -> None:
+        # PEFT has no public sign of its layers that does not need PEFT.
+        if "lora_A" in self.lm_head._modules or "lora_A" in self.model.embed_tokens._modules:
+            raise ValueError(
+                "LoRA is set on embed_tokens or lm_head. MobileMoE ties the two, so merging would change both and "
+                "give another model. To train new tokens, set trainable_token_indices in LoraConfig; to train the whole "
+                "embedding, set modules_to_save=['embed_tokens'] and ensure_weight_tying=True."
+            )
+
+    def train(self, mode: bool = True) -> "MobileMoEForCausalLM":
+        """
+        As in torch. Trainers call it before training, and PEFT when it has loaded an adapter.
+
+        Raises:
+            ValueError: for a LoRA adapter on the embedding or the head.
+        """
+        self._check_adapters()
+        return super().train(mode)
+
     @can_return_tuple
     @deprecate_kwarg("past_key_values", "5.40.0", new_name="cache")
     def forward(
@@ -521,6 +583,7 @@ class MobileMoEForCausalLM(MobileMoEPreTrainedModel, GenerationMixin):
             logits_to_keep (`int` or `torch.Tensor`, defaults to 0):
                 Compute logits for this many last positions, or for these positions; 0 for all.
         """
+        self._check_adapters()
         if output_router_logits is None:
             output_router_logits = self.config.output_router_logits
         outputs: MoeModelOutputWithPast = self.model(

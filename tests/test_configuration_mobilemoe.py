@@ -1,4 +1,5 @@
 import json
+import math
 from pathlib import Path
 
 import pytest
@@ -45,6 +46,13 @@ S_CONFIG = {
     "norm_topk_prob": True,
 }
 ROPE_SCALING = S_CONFIG["rope_scaling"]
+YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 8192}
+LONGROPE = {
+    "rope_type": "longrope",
+    "short_factor": [1.0] * 32,
+    "long_factor": [4.0] * 32,
+    "original_max_position_embeddings": 8192,
+}
 ROPE_FIELDS = [field for field in ROPE_SCALING if field != "rope_type"]
 SIZES = {
     "S": {},
@@ -132,7 +140,21 @@ def rope_scaling_without(field: str) -> dict:
         ({"hidden_sizes": 768}, "'hidden_sizes'.*Did you mean 'hidden_size'"),
         ({"rope_theta": 0.0}, "rope_theta"),
         ({"rope_scaling": rope_scaling_without("rope_type")}, "rope_type=None"),
-        ({"rope_scaling": ROPE_SCALING | {"rope_type": "yarn"}}, "rope_type='yarn'"),
+        ({"rope_scaling": ROPE_SCALING | {"rope_type": "axial"}}, "rope_type='axial'"),
+        ({"rope_scaling": ROPE_SCALING | {"rope_type": "yarn"}}, "'high_freq_factor', which rope_type='yarn'"),
+        ({"rope_scaling": ROPE_SCALING | {"rope_theta": 10000.0}}, "'rope_theta'.*the base is rope_theta"),
+        ({"rope_scaling": ROPE_SCALING | {"factor": math.nan}}, r"\['factor'\] is nan"),
+        ({"rope_theta": math.nan}, "rope_theta=nan"),
+        ({"rope_scaling": {"rope_type": "linear"}}, r"\['factor'\] is None"),
+        ({"rope_scaling": {"rope_type": "dynamic", "factor": 0}}, r"\['factor'\] is 0"),
+        ({"rope_scaling": {"rope_type": "dynamic", "factor": 2}, "head_dim": 2}, "head_dim=2 is too small"),
+        ({"rope_scaling": YARN | {"beta_fast": 1, "beta_slow": 2}}, "beta_fast=1 below beta_slow=2"),
+        ({"rope_scaling": YARN | {"truncate": 1}}, r"\['truncate'\] is 1"),
+        ({"rope_scaling": YARN | {"attention_factor": -1.0}}, r"\['attention_factor'\] is -1.0"),
+        ({"rope_scaling": YARN | {"original_max_position_embeddings": 1}}, "a number of tokens above 1"),
+        ({"rope_scaling": LONGROPE | {"long_factor": [1.0] * 31}}, "head_dim / 2 = 32 positive numbers"),
+        ({"rope_scaling": LONGROPE | {"short_factor": [0.0] * 32}}, "head_dim / 2 = 32 positive numbers"),
+        ({"rope_scaling": {"rope_type": "proportional", "partial_rotary_factor": 1.5}}, "above 0 and up to 1"),
         *(({"rope_scaling": rope_scaling_without(field)}, rf"\['{field}'\] is None") for field in ROPE_FIELDS),
         *(({"rope_scaling": ROPE_SCALING | {field: 0}}, rf"\['{field}'\] is 0") for field in ROPE_FIELDS),
         ({"rope_scaling": ROPE_SCALING | {"factor": "16"}}, r"\['factor'\] is '16'"),

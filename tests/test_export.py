@@ -24,6 +24,8 @@ from mobilemoe.cli import main
 from mobilemoe.costs import program_bytes
 from mobilemoe.export import exporter as export_module
 from mobilemoe.export.exporter import export_checkpoint
+from mobilemoe.export.glm4_moe import export_glm4_moe
+from mobilemoe.export.mlx import export_mlx
 from mobilemoe.export.parity import rounded_as
 from mobilemoe.export.program import MOE_MODULES, ProgramOptions
 from mobilemoe.runtime import CheckpointModel, PteModel
@@ -413,6 +415,51 @@ def test_requests_that_cannot_be_met_write_nothing(options, message, text_checkp
         export_checkpoint(model, output, **options)
     assert [path.name for path in tmp_path.iterdir()] == ["existing"]
     assert [path.name for path in (tmp_path / "existing").iterdir()] == ["file"]
+
+
+def with_rope_scaling(checkpoint, directory, **scaling):
+    shutil.copytree(checkpoint, directory)
+    config = json.loads((directory / "config.json").read_text())
+    (directory / "config.json").write_text(json.dumps(config | {"rope_scaling": scaling}))
+    return directory
+
+
+@pytest.mark.parametrize(
+    ("scaling", "message"),
+    [
+        ({"rope_type": "dynamic", "factor": 4.0}, "rope_type='dynamic', whose frequencies change"),
+        (
+            {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64},
+            "attention factor of 1.139, and the kernels",
+        ),
+    ],
+)
+@pytest.mark.parametrize("export", [export_checkpoint, export_glm4_moe, export_mlx])
+def test_rope_that_no_program_has_is_refused(scaling, message, export, text_checkpoint, tmp_path):
+    checkpoint = with_rope_scaling(text_checkpoint, tmp_path / "checkpoint", **scaling)
+    with pytest.raises(ValueError, match=message):
+        export(checkpoint, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_mlx_refuses_other_rope_rules(text_checkpoint, tmp_path):
+    checkpoint = with_rope_scaling(text_checkpoint, tmp_path / "checkpoint", rope_type="linear", factor=4.0)
+    with pytest.raises(ValueError, match="rope_type='linear', and the model file for MLX"):
+        export_mlx(checkpoint, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_program_of_an_extended_context_is_the_checkpoint(text_checkpoint, tmp_path):
+    checkpoint = with_rope_scaling(text_checkpoint, tmp_path / "checkpoint", rope_type="linear", factor=8.0)
+    export_checkpoint(checkpoint, tmp_path / "out", max_seq_len=64)
+    program = PteModel(tmp_path / "out")
+    tokens = program.encode(TEXT)
+    actual, expected, other = (
+        model.last_logits(tokens, 0, 1).flatten() if model is program else model.all_logits(tokens)[-1]
+        for model in (program, CheckpointModel(checkpoint), CheckpointModel(text_checkpoint))
+    )
+    assert torch.nn.functional.cosine_similarity(actual, expected, dim=0) > 0.999
+    assert (actual - expected).norm() < 0.2 * (actual - other).norm()
 
 
 def other_architecture(directory):

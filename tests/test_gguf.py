@@ -16,7 +16,7 @@ from mobilemoe.cli import main
 from mobilemoe.export.relayout import Weight, relayout
 from mobilemoe.export.source import Source, weights_of
 from mobilemoe.runtime import CheckpointModel
-from modeling_mobilemoe import MobileMoEForCausalLM
+from modeling_mobilemoe import MobileMoEConfig, MobileMoEForCausalLM
 from modeling_mobilemoe.fused_mobilemoe import quantize_tensor
 
 
@@ -143,10 +143,14 @@ def test_metadata(exported):
     assert ("tokenizer.chat_template" in found) == (kind != "base")
 
 
+def test_rope_factors_of_other_rules():
+    assert rope_factors(MobileMoEConfig(rope_scaling={"rope_type": "linear", "factor": 4.0})).tolist() == [4.0] * 32
+    with pytest.raises(ValueError, match="leaves some channels unrotated"):
+        rope_factors(MobileMoEConfig(rope_scaling={"rope_type": "proportional", "partial_rotary_factor": 0.5}))
+
+
 def test_rope_factors_of_the_release():
     """Pairs 0 to 17 keep their frequency, the others are divided by 16 (released configs)."""
-    from modeling_mobilemoe import MobileMoEConfig
-
     assert rope_factors(MobileMoEConfig()).tolist() == [1.0] * 18 + [16.0] * 14
 
 

@@ -214,6 +214,71 @@ def test_rope_smooth_band_is_the_llama3_rule():
     torch.testing.assert_close(inv_freq, expected, atol=0, rtol=1e-5)
 
 
+# Of the tiny model: contexts of 64 tokens, extended four times.
+ROPE_SCALINGS = {
+    "default": {},
+    "linear": {"factor": 4.0},
+    "dynamic": {"factor": 4.0},
+    "yarn": {"factor": 4.0, "original_max_position_embeddings": 64},
+    "longrope": {
+        "short_factor": [1.0 + i / 8 for i in range(8)],
+        "long_factor": [2.0 + i for i in range(8)],
+        "factor": 4.0,
+        "original_max_position_embeddings": 64,
+    },
+    "llama3": {
+        "factor": 4.0,
+        "original_max_position_embeddings": 64,
+        "low_freq_factor": 1.0,
+        "high_freq_factor": 4.0,
+    },
+    "proportional": {"partial_rotary_factor": 0.5},
+}
+
+
+def test_every_rope_rule_of_transformers_is_covered():
+    assert ROPE_SCALINGS.keys() == {"default", *transformers.modeling_rope_utils.ROPE_INIT_FUNCTIONS}
+
+
+@pytest.mark.parametrize("rope_type", ROPE_SCALINGS)
+@torch.no_grad()
+def test_rope_rules_are_those_of_transformers(
+    tiny_config: MobileMoEConfig, tiny_checkpoint: Path, input_ids: torch.Tensor, rope_type: str
+):
+    scaling = {"rope_type": rope_type, **ROPE_SCALINGS[rope_type]}
+    context = 64 if rope_type == "dynamic" else 256
+    llama = transformers.LlamaConfig(
+        hidden_size=64,
+        num_attention_heads=4,
+        head_dim=16,
+        max_position_embeddings=context,
+        rope_parameters=scaling | {"rope_theta": tiny_config.rope_theta},
+    )
+    reference = transformers.models.llama.modeling_llama.LlamaRotaryEmbedding(llama)
+    # As people extend a context, of a released checkpoint.
+    options = {"rope_scaling": scaling, "max_position_embeddings": context}
+    model = AutoModelForCausalLM.from_pretrained(tiny_checkpoint, **options)
+    # A short text, a long one, and a short one again.
+    for length in (24, 200, 24):
+        positions = torch.arange(length)[None]
+        cos, sin = reference(torch.ones(1), positions)
+        actual_cos, actual_sin = model.model.rotary_emb(torch.ones(1), positions)
+        # transformers repeats them for both halves of a head.
+        torch.testing.assert_close(actual_cos * reference.attention_scaling, cos[..., :8], atol=2e-5, rtol=1e-5)
+        torch.testing.assert_close(actual_sin * reference.attention_scaling, sin[..., :8], atol=2e-5, rtol=1e-5)
+    assert (reference.attention_scaling != 1) == (rope_type in ("yarn", "longrope"))
+    scores = model.model.layers[0].self_attn.scaling
+    assert scores == pytest.approx(16**-0.5 * reference.attention_scaling**2, rel=1e-6)
+    # It takes part in the model.
+    plain = AutoModelForCausalLM.from_pretrained(tiny_checkpoint)
+    assert not torch.equal(model(input_ids).logits, plain(input_ids).logits)
+
+
+def test_rope_scaling_set_on_loading_is_checked(tiny_checkpoint: Path):
+    with pytest.raises(ValueError, match="'factor'. is None, and rope_type='yarn' needs"):
+        AutoModelForCausalLM.from_pretrained(tiny_checkpoint, rope_scaling={"rope_type": "yarn"})
+
+
 def test_rope_rotates_adjacent_pairs():
     states = torch.randn(1, 3, 2, 8, generator=torch.Generator().manual_seed(0))  # (B, T, heads, D)
     angles = torch.arange(3.0)[None, :, None] * torch.tensor([1.0, 0.1, 0.01, 0.001])  # (B, T, D/2)

@@ -1,6 +1,7 @@
 """Generation modes and loaders of transformers, PEFT, TRL and accelerate, on full-precision and packed models."""
 
 import copy
+import math
 import os
 import subprocess
 import sys
@@ -11,7 +12,8 @@ import torch
 from accelerate import cpu_offload, init_empty_weights, load_checkpoint_and_dispatch
 from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
 
-from modeling_mobilemoe import MobileMoEForCausalLM
+from mobilemoe.train.lora import add_lora
+from modeling_mobilemoe import MobileMoEForCausalLM, kernels
 from modeling_mobilemoe.fused_mobilemoe import Int4Embedding
 
 
@@ -202,6 +204,106 @@ def test_adapter_directory_loads_as_a_model(tiny_checkpoint: Path, kind: str, in
     loaded = AutoModelForCausalLM.from_pretrained(tiny_checkpoint)
     loaded.load_adapter(tmp_path)
     assert torch.equal(loaded(input_ids).logits, expected)
+
+
+@pytest.mark.parametrize("target", ["embed_tokens", "lm_head"])
+def test_lora_on_the_tied_embedding_is_refused(
+    tiny_model: MobileMoEForCausalLM, tiny_checkpoint: Path, input_ids: torch.Tensor, target: str, tmp_path: Path
+):
+    peft = pytest.importorskip("peft", reason="needs the `train` extra")
+    adapted = peft.get_peft_model(tiny_model, peft.LoraConfig(target_modules=[target]))
+    adapted.save_pretrained(tmp_path)
+    base = AutoModelForCausalLM.from_pretrained(tiny_checkpoint)
+    for use in (
+        adapted.train,
+        lambda: adapted(input_ids),
+        lambda: peft.PeftModel.from_pretrained(base, tmp_path).merge_and_unload(),
+    ):
+        with pytest.raises(ValueError, match="MobileMoE ties the two"):
+            use()
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"trainable_token_indices": [1, 2, 180]},
+        {"modules_to_save": ["embed_tokens"], "ensure_weight_tying": True},
+    ],
+    ids=str,
+)
+@torch.no_grad()
+def test_embedding_trained_the_other_ways_merges(
+    tiny_model: MobileMoEForCausalLM, input_ids: torch.Tensor, options: dict, tmp_path: Path
+):
+    peft = pytest.importorskip("peft", reason="needs the `train` extra")
+    plain = tiny_model(input_ids).logits
+    adapted = peft.get_peft_model(tiny_model, peft.LoraConfig(target_modules=["q_proj"], **options)).eval()
+    for parameter in adapted.parameters():
+        if parameter.requires_grad:
+            parameter.add_(0.1 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(0)))
+    expected = adapted(input_ids).logits
+    assert (expected - plain).abs().max() > 0.1
+    adapted.merge_and_unload().save_pretrained(tmp_path)
+    merged = AutoModelForCausalLM.from_pretrained(tmp_path)
+    torch.testing.assert_close(merged(input_ids).logits, expected, atol=1e-4, rtol=1e-4)
+
+
+def first_dpo_loss(checkpoint: Path, chat_tokenizer, output_dir: Path) -> float:
+    trl = pytest.importorskip("trl", reason="needs the `train` extra")
+    from datasets import Dataset
+
+    data = [
+        {
+            "prompt": [{"role": "user", "content": f"What is {i}?"}],
+            "chosen": [{"role": "assistant", "content": f"def number_{i}(self): return"}],
+            "rejected": [{"role": "assistant", "content": "import argparse"}],
+        }
+        for i in range(4)
+    ]
+    model = AutoModelForCausalLM.from_pretrained(checkpoint, dtype=torch.bfloat16)
+    arguments = trl.DPOConfig(
+        output_dir=str(output_dir), max_steps=1, per_device_train_batch_size=4, logging_steps=1, report_to="none",
+        use_cpu=True, bf16=False, gradient_checkpointing=False, save_strategy="no",
+    )  # fmt: skip
+    trainer = trl.DPOTrainer(
+        model=add_lora(model, "dense", rank=4),
+        args=arguments,
+        train_dataset=Dataset.from_list(data),
+        processing_class=chat_tokenizer,
+    )
+    trainer.train()
+    return next(row["loss"] for row in trainer.state.log_history if "loss" in row)
+
+
+def test_dpo_on_a_packed_model_starts_at_log_2(text_checkpoint: Path, chat_tokenizer, tmp_path: Path):
+    """The reference is computed without gradients and the policy with them: both in the exact arithmetic."""
+    assert first_dpo_loss(text_checkpoint, chat_tokenizer, tmp_path) == pytest.approx(math.log(2), abs=1e-6)
+
+
+@pytest.mark.skipif(not kernels.available(), reason="needs the C++ kernels")
+def test_training_mode_has_one_arithmetic(int4_checkpoint: Path, input_ids: torch.Tensor):
+    model = AutoModelForCausalLM.from_pretrained(int4_checkpoint, dtype=torch.bfloat16)
+    exact = model.train()(input_ids).logits
+    with torch.no_grad():
+        assert torch.equal(model(input_ids).logits, exact)
+        # The kernels, which round activations.
+        assert not torch.equal(model.eval()(input_ids).logits, exact)
+
+
+@pytest.mark.parametrize("tokens", [1, 24])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@torch.no_grad()
+def test_compiled_packed_model_is_one_graph(
+    int4_checkpoint: Path, input_ids: torch.Tensor, dtype: torch.dtype, tokens: int
+):
+    torch.compiler.reset()
+    model = AutoModelForCausalLM.from_pretrained(int4_checkpoint, dtype=dtype)
+    # One token uses fewer experts than there are, 24 use all.
+    input_ids = input_ids[:1, :tokens]
+    expected = model(input_ids, use_cache=False).logits
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")(input_ids, use_cache=False).logits
+    close = {"atol": 1e-4, "rtol": 1e-4} if dtype == torch.float32 else {"atol": 0.05, "rtol": 0.05}
+    torch.testing.assert_close(compiled, expected, **close)
 
 
 LM_EVAL_WITHOUT_THE_PACKAGE = """

@@ -26,6 +26,7 @@ from modeling_mobilemoe.configuration_mobilemoe import MobileMoEConfig
 from modeling_mobilemoe.fused_mobilemoe import Int4Format
 from modeling_mobilemoe.kernels import BuildError, load_executorch
 from modeling_mobilemoe.kernels.modules import CACHE_BITS, DEFAULT_CACHE, MoEFFN
+from modeling_mobilemoe.modeling_mobilemoe import compute_rope
 from modeling_mobilemoe.quantization_mobilemoe import MobileMoEInt4Config, dequantize, quantize
 
 from ..artifacts import EXPORT_FILE, PROGRAM_FILE, Export, local_checkpoint, weights_sha256
@@ -272,7 +273,27 @@ def check_config(checkpoint: Path, max_seq_len: int | None) -> MobileMoEConfig:
             f"max_seq_len={max_seq_len} is outside the model's context of {context} tokens, or too short to trace. "
             f"Set {TRACED_TOKENS} to {context}."
         )
+    check_rope(config)
     return config
+
+
+def check_rope(config: MobileMoEConfig) -> None:
+    """
+    Raises:
+        ValueError: for rotary frequencies that depend on the length, or scores that are scaled.
+    """
+    rope_type = config.rope_scaling["rope_type"]
+    if rope_type in ("dynamic", "longrope"):
+        raise ValueError(
+            f"rope_scaling has rope_type={rope_type!r}, whose frequencies change with the length of a text, and an "
+            "exported model has one table of them. Set a rope_type of fixed frequencies, such as 'yarn' or 'linear'."
+        )
+    _, attention_factor = compute_rope(config)
+    if attention_factor != 1:
+        raise ValueError(
+            f"rope_scaling has an attention factor of {attention_factor:.4g}, and the kernels of exported models do "
+            "not scale scores by it. Set attention_factor to 1.0 in rope_scaling, with which quality may differ."
+        )
 
 
 def default_moe_op(stored_axis: str | None, expert_bits: int | None) -> str:

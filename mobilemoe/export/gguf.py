@@ -15,7 +15,7 @@ import torch
 
 from modeling_mobilemoe.configuration_mobilemoe import MobileMoEConfig
 from modeling_mobilemoe.fused_mobilemoe import Int4Format, quantize_tensor
-from modeling_mobilemoe.modeling_mobilemoe import MobileMoERotaryEmbedding
+from modeling_mobilemoe.modeling_mobilemoe import compute_rope, default_inv_freq
 
 from ..artifacts import LogitAgreement
 from .relayout import Weight
@@ -204,10 +204,19 @@ def q4_0_blocks(weight: Weight) -> np.ndarray:
 
 
 def rope_factors(config: MobileMoEConfig) -> np.ndarray:
-    """By what llama.cpp divides the plain rotary frequencies, FP32 `(head_dim / 2,)`."""
-    exponent = torch.arange(0, config.head_dim, 2, dtype=torch.float32) / config.head_dim
-    plain = 1.0 / config.rope_theta**exponent
-    return (plain / MobileMoERotaryEmbedding.compute_inv_freq(config)).numpy()
+    """
+    By what llama.cpp divides the plain rotary frequencies, FP32 `(head_dim / 2,)`.
+
+    Raises:
+        ValueError: for a frequency of zero.
+    """
+    inv_freq, _ = compute_rope(config)
+    if not inv_freq.all():
+        raise ValueError(
+            "rope_scaling leaves some channels unrotated, by which llama.cpp would divide. Set partial_rotary_factor "
+            "to 1.0, or export with --to pte."
+        )
+    return (default_inv_freq(config) / inv_freq).numpy()
 
 
 def add_model(writer, config: MobileMoEConfig) -> None:

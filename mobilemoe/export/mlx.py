@@ -36,6 +36,12 @@ def export_mlx(model: str | Path, output_dir: str | Path, command: str | None = 
             written then.
     """
     source = Source(model, output_dir)
+    rope_type = source.config.rope_scaling["rope_type"]
+    if rope_type != "llama3":
+        raise ValueError(
+            f"rope_scaling has rope_type={rope_type!r}, and the model file for MLX knows the rule 'llama3' only. "
+            "Use --to gguf or pte."
+        )
     config = source.config.to_dict()
     for key in ("auto_map", "quantization", "quantization_config", "architectures"):
         config.pop(key, None)

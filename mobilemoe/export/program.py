@@ -24,8 +24,8 @@ from modeling_mobilemoe.kernels.modules import (
 from modeling_mobilemoe.modeling_mobilemoe import (
     MobileMoEDecoderLayer,
     MobileMoEForCausalLM,
-    MobileMoERotaryEmbedding,
     apply_rotary_emb,
+    compute_rope,
     rms_normalize,
 )
 
@@ -354,7 +354,7 @@ class ExportModel(nn.Module):
         else:
             self.norm = model.model.norm
             self.lm_head = export_linear(embedding if packed else model.lm_head, options.weights)
-        inv_freq = MobileMoERotaryEmbedding.compute_inv_freq(model.config)
+        inv_freq, _ = compute_rope(model.config)
         angles = torch.arange(options.max_seq_len)[:, None] * inv_freq
         self.register_buffer("cos", angles.cos())
         self.register_buffer("sin", angles.sin())
