@@ -309,8 +309,10 @@ class ExpandedExperts:
 class Int4Experts(Int4Module):
     """Routed experts `[E, in, out]`, grouped along `group_dim`. Only the experts that a batch uses are expanded."""
 
-    # Read by the experts functions of transformers.
-    has_gate, has_bias, is_transposed, _is_expert_parallel = True, False, True, False
+    # What the experts functions of transformers read, as its decorator sets it on the experts of a model:
+    # https://github.com/huggingface/transformers/blob/v5.24.0/src/transformers/integrations/moe.py#L620
+    has_gate = is_concatenated = is_transposed = True
+    has_bias = has_post_expert_norm = _is_expert_parallel = False
 
     gate_up_qweight: torch.Tensor
     gate_up_scale: torch.Tensor

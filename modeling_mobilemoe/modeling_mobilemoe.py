@@ -543,8 +543,8 @@ class MobileMoEForCausalLM(MobileMoEPreTrainedModel, GenerationMixin):
         if "lora_A" in self.lm_head._modules or "lora_A" in self.model.embed_tokens._modules:
             raise ValueError(
                 "LoRA is set on embed_tokens or lm_head. MobileMoE ties the two, so merging would change both and "
-                "give another model. To train new tokens, set trainable_token_indices in LoraConfig; to train the whole "
-                "embedding, set modules_to_save=['embed_tokens'] and ensure_weight_tying=True."
+                "give another model. To train new tokens, set trainable_token_indices in LoraConfig; to train the "
+                "whole embedding, set modules_to_save=['embed_tokens'] and ensure_weight_tying=True."
             )
 
     def train(self, mode: bool = True) -> "MobileMoEForCausalLM":
