@@ -6,6 +6,7 @@ through without rounding; llama.cpp has no type for experts grouped along their 
 """
 
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -318,7 +319,16 @@ def add_tokenizer(writer, source: Source) -> None:
             "eos, <|eot|> and <|eom|>. Remove them from eos_token_id of config.json and generation_config.json."
         )
     if tokenizer.chat_template is not None:
-        writer.add_chat_template(tokenizer.chat_template)
+        writer.add_chat_template(without_generation_tags(tokenizer.chat_template))
+
+
+def without_generation_tags(chat_template: str) -> str:
+    """
+    Replaces the tags that mark what an assistant writes by comments, which trim white space as the tags do.
+
+    They are an extension of transformers' (`return_assistant_tokens_mask`), and an error for other readers of Jinja.
+    """
+    return re.sub(r"\{%(-?)\s*(?:end)?generation\s*(-?)%\}", r"{#\1 \2#}", chat_template)
 
 
 def add_description(writer, source: Source, weights: str) -> None:

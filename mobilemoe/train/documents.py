@@ -60,7 +60,8 @@ def render_chat(
         if not (prefix.startswith(done) and whole.startswith(prefix)):
             raise UnreadableExample("the chat template renders its turns differently once more turns follow")
         # Empty answers are context only: learning one would teach the model to end its turn at once.
-        pieces += [(prefix[len(done) :], False), (whole[len(prefix) :], bool(messages[index]["content"]))]
+        has_answer = bool(messages[index]["content"] or messages[index].get("tool_calls"))
+        pieces += [(prefix[len(done) :], False), (whole[len(prefix) :], has_answer)]
         done = whole
     return pieces
 
