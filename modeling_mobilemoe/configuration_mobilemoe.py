@@ -182,6 +182,10 @@ class MobileMoEConfig(PreTrainedConfig):
                 "low_freq_factor": 1.0,
                 "high_freq_factor": 1.0,
             }
+        elif "rope_theta" in self.rope_scaling:
+            # As `to_diff_dict` writes it, and as everywhere in transformers 5.
+            self.rope_scaling = dict(self.rope_scaling)
+            self.rope_theta = self.rope_scaling.pop("rope_theta")
         if self.no_rope_layers is None:
             self.no_rope_layers = [1] * self.num_hidden_layers
         if self.layer_types is None:
@@ -338,7 +342,12 @@ class MobileMoEConfig(PreTrainedConfig):
         return self._with_released_keys(super().to_dict())
 
     def to_diff_dict(self) -> dict[str, Any]:
-        return self._with_released_keys(super().to_diff_dict())
+        serialized = self._with_released_keys(super().to_diff_dict())
+        # What config.json holds. With `rope_theta` beside `rope_scaling`, as released, AutoTokenizer fails where this
+        # class is unknown, that is without remote code and an import. Inside is where transformers 5 keeps it.
+        # https://github.com/jundot/omlx/issues/2129, docs/upstream/README.md
+        serialized["rope_scaling"] = {**serialized["rope_scaling"], "rope_theta": serialized.pop("rope_theta")}
+        return serialized
 
     def _with_released_keys(self, serialized: dict[str, Any]) -> dict[str, Any]:
         # `quantization` is the released name; another method's `quantization_config` stays.

@@ -238,4 +238,11 @@ def test_save_and_load_are_equal(tiny_config: MobileMoEConfig, quantization: dic
 def test_saved_file_has_the_released_keys(tmp_path: Path):
     MobileMoEConfig().save_pretrained(tmp_path)
     saved = json.loads((tmp_path / "config.json").read_text())
+    # But for one that moves to where transformers 5 keeps it: beside `rope_scaling`, AutoTokenizer fails on it.
+    assert "rope_theta" not in saved
+    saved["rope_theta"] = saved["rope_scaling"].pop("rope_theta")
     assert {key: saved.get(key) for key in S_CONFIG} == S_CONFIG
+    # Also where it is not the default.
+    MobileMoEConfig(rope_theta=10000.0).save_pretrained(tmp_path)
+    loaded = AutoConfig.from_pretrained(tmp_path)
+    assert (loaded.rope_theta, loaded.rope_scaling) == (10000.0, ROPE_SCALING)
