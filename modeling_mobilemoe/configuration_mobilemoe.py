@@ -3,10 +3,12 @@
 import dataclasses
 import difflib
 import math
+import sys
 from typing import Any, TypeGuard
 
 from huggingface_hub.dataclasses import strict
 from huggingface_hub.errors import StrictDataclassFieldValidationError
+from transformers import AutoModelForCausalLM
 from transformers.configuration_utils import PreTrainedConfig
 from transformers.utils import logging
 
@@ -361,5 +363,12 @@ class MobileMoEConfig(PreTrainedConfig):
 
 # Here and not with the model: lm-eval looks the format up when it has loaded the configuration.
 register_int4_quantizer()
+
+# `transformers serve` looks for the class that `architectures` names in transformers only. It has read the
+# configuration by then, and no more, so the Auto class, which finds ours, stands there under that name.
+# https://github.com/huggingface/transformers/blob/v5.24.0/src/transformers/cli/serving/model_manager.py#L319
+server = sys.modules.get("transformers.cli.serving.model_manager")
+if server is not None:
+    server.transformers.MobileMoEForCausalLM = AutoModelForCausalLM
 
 __all__ = ["MobileMoEConfig"]
