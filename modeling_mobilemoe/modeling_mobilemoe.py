@@ -613,4 +613,13 @@ class MobileMoEForCausalLM(MobileMoEPreTrainedModel, GenerationMixin):
         )
 
 
+# In a `try`, because remote code that imports a package anywhere else demands that it is installed.
+try:
+    from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
+except ImportError:
+    pass
+else:
+    # What `LoraConfig` adapts when it names no modules, as in `trl sft --use_peft`.
+    TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING["mobilemoe"] = ["q_proj", "k_proj", "v_proj", "o_proj"]
+
 __all__ = ["MobileMoEForCausalLM", "MobileMoEModel", "MobileMoEPreTrainedModel"]
