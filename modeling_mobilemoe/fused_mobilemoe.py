@@ -209,14 +209,35 @@ class Int4Module(FixedDtypeModule):
         self.register_buffer(scale_name, torch.ones(scale_shape, dtype=Int4Format.scale_dtype))
 
 
-class Int4Linear(Int4Module):
-    """A packed linear without bias, `[out, in]`, grouped along the input."""
+class PackedWeight(torch.Tensor):
+    """The integers of an [`Int4Linear`] for readers of `weight`, which must not be written."""
+
+    # Weight initialisation of transformers leaves it alone.
+    _is_hf_initialized = True
+
+    @property
+    def data(self) -> torch.Tensor:  # ty: ignore[invalid-method-override]
+        # PEFT merges adapters by it.
+        raise ValueError(
+            "An adapter cannot be merged into a packed INT4 weight: the sum is not on its grid. Save the adapter, "
+            "load it onto dequantize(model), merge there, and quantize the result."
+        )
+
+
+class Int4Linear(Int4Module, nn.Linear):
+    """
+    A packed linear without bias, `[out, in]`, grouped along the input.
+
+    A subclass of `nn.Linear` because PEFT adapts those and no others. Adapters train on it; merging one is an error.
+    """
 
     qweight: torch.Tensor
     weight_scale: torch.Tensor
 
     def __init__(self, in_features: int, out_features: int):
-        super().__init__()
+        # That of `nn.Linear` would make the weight.
+        nn.Module.__init__(self)
+        self.register_parameter("bias", None)
         self.in_features = in_features
         self.out_features = out_features
         self._add_packed("qweight", "weight_scale", out_features, in_features)
@@ -226,6 +247,11 @@ class Int4Linear(Int4Module):
             return torch.ops.mobilemoe.int4_linear(hidden_states.contiguous(), self.qweight, self.weight_scale)
         weight = dequantize_tensor(self.qweight, self.weight_scale, hidden_states.dtype)
         return nn.functional.linear(hidden_states, weight)
+
+    @property
+    def weight(self) -> torch.Tensor:  # ty: ignore[invalid-method-override]
+        """Where and how the weight is stored, which is what PEFT asks of it; not its values."""
+        return self.qweight.as_subclass(PackedWeight)
 
     def extra_repr(self) -> str:
         sizes = f"in_features={self.in_features}, out_features={self.out_features}"

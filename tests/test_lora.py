@@ -4,6 +4,7 @@ import copy
 
 import pytest
 import torch
+from peft import LoraConfig, PeftModel, get_peft_model
 from peft.tuners.lora import LoraLayer, ParamWrapper
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
@@ -11,7 +12,6 @@ from mobilemoe.train.lora import (
     SCOPES,
     add_lora,
     check_adapters,
-    load_lora,
     lora_config,
     num_adapter_parameters,
     target_shapes,
@@ -182,14 +182,14 @@ def test_adapter_saves_and_loads_on_a_fresh_base(tiny_checkpoint, scope, input_i
     model = randomize_adapters(add_lora(AutoModelForCausalLM.from_pretrained(tiny_checkpoint), scope, rank=6))
     expected = logits(model, input_ids)
     model.save_pretrained(tmp_path)
-    loaded = load_lora(AutoModelForCausalLM.from_pretrained(tiny_checkpoint), tmp_path)
+    loaded = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(tiny_checkpoint), tmp_path)
     assert torch.equal(logits(loaded, input_ids), expected)
     assert not torch.equal(logits(AutoModelForCausalLM.from_pretrained(tiny_checkpoint), input_ids), expected)
     assert not any(parameter.requires_grad for parameter in loaded.parameters())
     with pytest.raises(ValueError, match="has no adapter"):
         check_adapters(loaded, scope)
     base = AutoModelForCausalLM.from_pretrained(tiny_checkpoint)
-    check_adapters(load_lora(base, tmp_path, is_trainable=True), scope)
+    check_adapters(PeftModel.from_pretrained(base, tmp_path, is_trainable=True), scope)
     # PEFT's word for patterns and targets that matched nothing.
     assert not [str(warning.message) for warning in recwarn if "match" in str(warning.message)]
 
@@ -270,18 +270,63 @@ def test_packed_base_trains_under_adapters(int4_checkpoint, scope, batch, input_
     assert moved == {name for name in before if ".lora_" in name}
     expected = logits(model, input_ids)
     for merge in (model.merge_adapter, model.merge_and_unload):
-        with pytest.raises(ValueError, match=r"load_lora it onto dequantize\(model\), merge there"):
+        with pytest.raises(ValueError, match=r"load it onto dequantize\(model\), merge there"):
             merge()
     assert torch.equal(logits(model, input_ids), expected)
 
     model.save_pretrained(tmp_path)
-    packed = load_lora(AutoModelForCausalLM.from_pretrained(int4_checkpoint), tmp_path)
+    packed = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(int4_checkpoint), tmp_path)
     assert torch.equal(logits(packed, input_ids), expected)
     # What the refusal says to do.
-    plain = load_lora(dequantize(AutoModelForCausalLM.from_pretrained(int4_checkpoint)), tmp_path)
+    plain = PeftModel.from_pretrained(dequantize(AutoModelForCausalLM.from_pretrained(int4_checkpoint)), tmp_path)
     assert_same(logits(plain, input_ids), expected)
     assert_same(logits(plain.merge_and_unload(), input_ids), expected)
     assert not [str(warning.message) for warning in recwarn if "Unsupported layer type" in str(warning.message)]
+
+
+@pytest.mark.works_with("LoraConfig(target_modules='all-linear')", "peft")
+def test_stock_all_linear_is_the_dense_scope(int4_checkpoint, tiny_checkpoint, batch, input_ids):
+    """On packed weights as on plain ones, without anything of ours but the model."""
+    for checkpoint in (int4_checkpoint, tiny_checkpoint):
+        model = get_peft_model(
+            AutoModelForCausalLM.from_pretrained(checkpoint), LoraConfig(r=4, target_modules="all-linear")
+        )
+        expected = {f"model.layers.{layer}.{weight}" for layer in range(2) for weight in WEIGHTS["dense"]}
+        assert adapters(model).keys() == expected
+        check_adapters(model, "dense")
+        before = logits(model, input_ids)
+        model(batch, labels=batch).loss.backward()
+        trained = {name for name, parameter in model.named_parameters() if parameter.grad is not None}
+        assert trained == {name for name, parameter in model.named_parameters() if ".lora_" in name}
+        assert (logits(randomize_adapters(model), input_ids) - before).abs().max() > 0.1
+        with model.disable_adapter():
+            assert torch.equal(logits(model, input_ids), before)
+
+
+@pytest.mark.works_with("LoraConfig() without targets", "peft")
+def test_stock_targets_are_those_of_attention(int4_checkpoint, tiny_checkpoint):
+    for checkpoint in (int4_checkpoint, tiny_checkpoint):
+        check_adapters(get_peft_model(AutoModelForCausalLM.from_pretrained(checkpoint), LoraConfig(r=4)), "attention")
+
+
+@pytest.mark.works_with("LoraConfig(target_parameters=[...]) on routed experts", "peft")
+@pytest.mark.parametrize("weights", ["BF16"])
+def test_stock_target_parameters_reach_the_experts(tiny_checkpoint, batch, input_ids, tmp_path, weights):
+    options = {"target_modules": [], "target_parameters": ["experts.gate_up_proj", "experts.down_proj"]}
+    base = AutoModelForCausalLM.from_pretrained(tiny_checkpoint, dtype=torch.bfloat16)
+    model = get_peft_model(base, LoraConfig(r=2, **options))
+    assert adapters(model).keys() == {f"model.layers.{layer}.{weight}" for layer in range(2) for weight in ROUTED}
+    randomize_adapters(model)(batch, labels=batch).loss.backward()
+    assert all(p.grad.abs().max() > 0 for name, p in model.named_parameters() if ".lora_" in name)
+    expected = logits(model, input_ids)
+    model.save_pretrained(tmp_path)
+    base = AutoModelForCausalLM.from_pretrained(tiny_checkpoint, dtype=torch.bfloat16)
+    loaded = PeftModel.from_pretrained(base, tmp_path)
+    assert torch.equal(logits(loaded, input_ids), expected)
+    # In FP32: in BF16 the sum of weight and update is rounded once more.
+    loaded = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(tiny_checkpoint), tmp_path)
+    expected = logits(loaded, input_ids)
+    assert_same(logits(loaded.merge_and_unload(), input_ids), expected)
 
 
 def test_packed_gradients_are_those_of_the_expanded_base(int4_checkpoint, batch):

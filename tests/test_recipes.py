@@ -8,9 +8,9 @@ from pathlib import Path
 
 import torch
 import yaml
+from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
-from mobilemoe.train.lora import load_lora
 from mobilemoe.train.routing import read_routing
 from modeling_mobilemoe.quantization_mobilemoe import INT4_BLOCK
 
@@ -60,7 +60,7 @@ def test_lora_leaves_an_adapter_and_the_merged_model(workspace):
     assert "self_attn.q_proj" in result.stdout and "trainable: 3" in result.stdout
     base = AutoModelForCausalLM.from_pretrained(workspace / "out/demo/2-midtrain")
     merged = AutoModelForCausalLM.from_pretrained(workspace / "out/lora")
-    adapted = load_lora(base, workspace / "out/lora/adapter")
+    adapted = PeftModel.from_pretrained(base, workspace / "out/lora/adapter")
     input_ids = torch.arange(2, 34)[None]
     with torch.no_grad():
         logits = merged(input_ids).logits

@@ -162,9 +162,9 @@ def bf16_scale(scale: torch.Tensor) -> torch.Tensor:
     return scale.bfloat16().half()
 
 
-def export_linear(linear: Int4Linear | Int4Embedding | nn.Linear, weights: str = "int4") -> nn.Module:
+def export_linear(linear: nn.Linear | Int4Embedding, weights: str = "int4") -> nn.Module:
     """A linear that XNNPACK takes: the INT4 integers as they are and INT8 activations per token; or a float one."""
-    if isinstance(linear, nn.Linear):
+    if not isinstance(linear, Int4Linear | Int4Embedding):
         return float_linear(linear.weight.detach(), weights)
     from torchao.quantization import IntxUnpackedToInt8Tensor
     from torchao.quantization.quantize_.workflows.intx.intx_unpacked_to_int8_tensor import (

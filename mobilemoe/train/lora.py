@@ -20,13 +20,13 @@ import math
 import re
 
 from peft import LoraConfig, PeftModel, get_peft_model
-from peft.tuners.lora import Linear, LoraLayer, ParamWrapper
+from peft.tuners.lora import LoraLayer, ParamWrapper
 from torch import nn
 from transformers import PreTrainedModel
 from transformers.utils import logging
 
 from modeling_mobilemoe.configuration_mobilemoe import MobileMoEConfig
-from modeling_mobilemoe.fused_mobilemoe import Int4Experts, Int4Linear
+from modeling_mobilemoe.fused_mobilemoe import Int4Experts
 from modeling_mobilemoe.modeling_mobilemoe import MobileMoEExperts
 
 
@@ -43,26 +43,6 @@ SCOPES = {
     "experts": (SHARED_EXPERT, ROUTED_EXPERTS),
     "all": (ATTENTION + SHARED_EXPERT, ROUTED_EXPERTS),
 }
-
-
-class Int4LoraLinear(Linear):
-    """Adapter on a packed linear, which stays packed and frozen: gradients pass through its expanded weight."""
-
-    # PEFT warns about layer types that it does not know itself.
-    def _get_in_out_features(self, module: Int4Linear) -> tuple[int, int]:
-        return module.in_features, module.out_features
-
-    def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
-        raise ValueError(
-            "An adapter cannot be merged into a packed INT4 weight: the sum is not on its grid. Save the adapter, "
-            "load_lora it onto dequantize(model), merge there, and quantize the result."
-        )
-
-
-def _support_packed(config: LoraConfig) -> LoraConfig:
-    # PEFT documents this method as the way to adapt other layers: https://huggingface.co/docs/peft/developer_guides/custom_models
-    config._register_custom_module({Int4Linear: Int4LoraLinear})
-    return config
 
 
 def _base_name(name: str) -> str:
@@ -86,7 +66,7 @@ def target_shapes(model: PreTrainedModel | PeftModel, scope: str) -> dict[str, t
     shapes: dict[str, tuple[int, ...]] = {}
     for wrapped_name, module in model.named_modules():
         name = _base_name(wrapped_name)
-        if isinstance(module, (nn.Linear, Int4Linear)) and name.endswith(tuple(f".{suffix}" for suffix in linears)):
+        if isinstance(module, nn.Linear) and name.endswith(tuple(f".{suffix}" for suffix in linears)):
             shapes[name] = (module.out_features, module.in_features)
         elif isinstance(module, (MobileMoEExperts, Int4Experts)) and parameters:
             num_experts, hidden, intermediate = module.num_experts, module.hidden_dim, module.intermediate_dim
@@ -169,7 +149,7 @@ def lora_config(
     expert_rank = max(1, rank // top_k) if parameters else rank
     # PEFT divides alpha by the rank of the single adapter. The patterns name the linears because PEFT 0.21 warns
     # incorrectly that it ignores patterns for parameters.
-    config = LoraConfig(
+    return LoraConfig(
         task_type="CAUSAL_LM",
         r=expert_rank,
         lora_alpha=alpha * expert_rank / rank,
@@ -178,7 +158,6 @@ def lora_config(
         rank_pattern=dict.fromkeys(linears, rank),
         alpha_pattern=dict.fromkeys(linears, alpha),
     )
-    return _support_packed(config)
 
 
 def _trainable(model: nn.Module) -> dict[str, tuple[LoraLayer | None, list[nn.Parameter]]]:
@@ -244,9 +223,3 @@ def add_lora(
     check_adapters(peft_model, scope)
     logger.info(f"Trainable weights:\n{trainable_table(peft_model)}")
     return peft_model
-
-
-def load_lora(model: PreTrainedModel, path: str, is_trainable: bool = False) -> PeftModel:
-    """Loads a saved adapter onto its base, which `PeftModel.from_pretrained` alone cannot do for a packed one."""
-    config = _support_packed(LoraConfig.from_pretrained(path))
-    return PeftModel.from_pretrained(model, path, config=config, is_trainable=is_trainable)
