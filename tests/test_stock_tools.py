@@ -1,338 +1,205 @@
-"""Generation modes and loaders of transformers, PEFT, TRL and accelerate, on full-precision and packed models."""
+"""
+Stock tools, typed as people type them, on directories that `save_pretrained` wrote.
+
+Each runs where our package can be imported and where it cannot, in BF16 and packed INT4. `docs/works_with.py` makes
+`docs/works-with.md` from the tests that carry the mark `works_with`.
+"""
 
 import copy
-import math
+import json
 import os
+import socket
 import subprocess
 import sys
+import time
+import urllib.request
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 import torch
-from accelerate import cpu_offload, init_empty_weights, load_checkpoint_and_dispatch
-from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
-
-from mobilemoe.train.lora import add_lora
-from modeling_mobilemoe import MobileMoEForCausalLM, kernels
-from modeling_mobilemoe.fused_mobilemoe import Int4Embedding
+from conftest import ROOT, save_with_tokenizer
+from peft import PeftModel
+from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers.utils.import_utils import is_serve_available
 
 
-NEW_TOKENS = 12
-# transformers prefetches through a CUDA stream.
-needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="offloaded caches need CUDA")
-
-
-@pytest.fixture(scope="module", params=["float", "int4"])
-def model(request: pytest.FixtureRequest, tiny_checkpoint: Path, int4_checkpoint: Path) -> MobileMoEForCausalLM:
-    """In FP32, where both take the exact path. Do not modify it."""
-    path = tiny_checkpoint if request.param == "float" else int4_checkpoint
-    return AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
-
-
-def generate(model: MobileMoEForCausalLM, input_ids: torch.Tensor, **options) -> list[list[int]]:
-    """The new tokens of each row; without end tokens, so that all rows have the same length."""
-    options = {"do_sample": False, "max_new_tokens": NEW_TOKENS, "eos_token_id": [], "pad_token_id": 2} | options
-    tokens = model.generate(input_ids, attention_mask=torch.ones_like(input_ids), **options)
-    return tokens[:, input_ids.shape[1] :].tolist()
-
-
-@pytest.mark.parametrize(
-    "options",
-    [
-        {"cache_implementation": "dynamic"},
-        {"cache_implementation": "static"},
-        pytest.param({"cache_implementation": "offloaded"}, marks=needs_cuda),
-        pytest.param({"cache_implementation": "offloaded_static"}, marks=needs_cuda),
-        {"use_cache": False},
-        {"prefill_chunk_size": 7},
-    ],
-    ids=str,
-)
-def test_generation_equals_plain_greedy(model: MobileMoEForCausalLM, input_ids: torch.Tensor, options: dict):
-    expected = generate(model, input_ids)
-    assert generate(model, input_ids, **options) == expected
-    # A row must not be the same token again and again, which any cache would give.
-    assert all(len(set(row)) > NEW_TOKENS // 2 for row in expected)
-
-
-@pytest.mark.parametrize("cache", [{"use_cache": False}, {"cache_implementation": "static"}], ids=str)
-def test_beams_do_not_depend_on_the_cache(model: MobileMoEForCausalLM, input_ids: torch.Tensor, cache: dict):
-    expected = generate(model, input_ids, num_beams=3)
-    assert generate(model, input_ids, num_beams=3, **cache) == expected
-    assert expected != generate(model, input_ids)
-
-
-@pytest.mark.parametrize("options", [{"prompt_lookup_num_tokens": 3}, {"assistant_model": True}], ids=str)
-def test_speculation_equals_plain_greedy(model: MobileMoEForCausalLM, input_ids: torch.Tensor, options: dict):
-    # Twice the same prompt, so that a look-up finds something.
-    prompt = input_ids[:1].repeat(1, 2)
-    if "assistant_model" in options:
-        options = {"assistant_model": copy.deepcopy(model)}
-    assert generate(model, prompt, **options) == generate(model, prompt)
-
-
-def test_early_exit_equals_plain_greedy(model: MobileMoEForCausalLM, input_ids: torch.Tensor):
-    calls = [0, 0]
-
-    def count(layer, *_):
-        calls[layer.self_attn.layer_idx] += 1
-
-    hooks = [layer.register_forward_hook(count) for layer in model.model.layers]
-    early = generate(model, input_ids[:1], assistant_early_exit=1)
-    for hook in hooks:
-        hook.remove()
-    assert early == generate(model, input_ids[:1])
-    # The drafts come from the first layer alone.
-    assert calls[0] > calls[1] > 0
-
-
-def test_quantised_cache_equals_plain_greedy(model: MobileMoEForCausalLM, input_ids: torch.Tensor):
-    pytest.importorskip("hqq", reason="needs hqq")
-    # In 8 bits: keys and values are rounded, and this prompt has no near-ties.
-    config = {"backend": "hqq", "nbits": 8, "axis_key": 1, "axis_value": 1, "q_group_size": 16}
-    quantised = generate(model, input_ids[:1], cache_implementation="quantized", cache_config=config)
-    assert quantised == generate(model, input_ids[:1])
-
-
-def test_continuous_batching_equals_plain_greedy(model: MobileMoEForCausalLM, input_ids: torch.Tensor):
-    prompts = [input_ids[0, :9].tolist(), input_ids[1].tolist(), input_ids[0, 5:20].tolist()]
-    options = GenerationConfig(do_sample=False, max_new_tokens=NEW_TOKENS, eos_token_id=-1, pad_token_id=2)
-    outputs = copy.deepcopy(model).generate_batch(prompts, generation_config=options)
-    for prompt, output in zip(prompts, outputs.values(), strict=True):
-        assert [output.generated_tokens] == generate(model, torch.tensor([prompt]))
-
-
-IN_MEMORY = dict.fromkeys(["model.embed_tokens", "model.layers", "model.norm", "model.rotary_emb", "lm_head"], "cpu")
-ON_DISK = {
-    "layers": IN_MEMORY | {"model.layers": "disk"},
-    "embedding": IN_MEMORY | {"model.embed_tokens": "disk", "lm_head": "disk"},
-    "everything": {"": "disk"},
-}
-
-
-def unfused(model: MobileMoEForCausalLM) -> MobileMoEForCausalLM:
-    """One operator would read the tensors of several modules, which are there one at a time under offloading."""
-    model.model.layers.apply(lambda module: module.register_forward_hook(lambda *_: None))
-    return model
-
-
-@pytest.fixture(params=["float", "int4"])
-def checkpoint(request: pytest.FixtureRequest, tiny_checkpoint: Path, int4_checkpoint: Path) -> Path:
-    return tiny_checkpoint if request.param == "float" else int4_checkpoint
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("kind", ON_DISK)
-@torch.no_grad()
-def test_disk_offload_equals_memory(
-    checkpoint: Path, kind: str, dtype: torch.dtype, input_ids: torch.Tensor, tmp_path: Path
-):
-    model = AutoModelForCausalLM.from_pretrained(
-        checkpoint, dtype=dtype, device_map=ON_DISK[kind], offload_folder=tmp_path
-    )
-    assert any(tensor.is_meta for tensor in model.state_dict().values())
-    expected = unfused(AutoModelForCausalLM.from_pretrained(checkpoint, dtype=dtype))
-    assert torch.equal(model(input_ids).logits, expected(input_ids).logits)
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@torch.no_grad()
-def test_cpu_offload_equals_memory(checkpoint: Path, dtype: torch.dtype, input_ids: torch.Tensor):
-    model = AutoModelForCausalLM.from_pretrained(checkpoint, dtype=dtype)
-    expected = unfused(copy.deepcopy(model))(input_ids).logits
-    cpu_offload(model, "cpu", offload_buffers=True)
-    assert torch.equal(model(input_ids).logits, expected)
-
-
-# accelerate cannot have everything on disk, or a tied head, which is not in the checkpoint.
-@pytest.mark.parametrize("kind", ["memory", "layers"])
-@torch.no_grad()
-def test_load_checkpoint_and_dispatch_equals_from_pretrained(
-    checkpoint: Path, kind: str, input_ids: torch.Tensor, tmp_path: Path
-):
-    with init_empty_weights():
-        model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(checkpoint), dtype=torch.float32)
-    model.tie_weights()
-    device_map = ON_DISK.get(kind, IN_MEMORY)
-    options = {"offload_folder": str(tmp_path), "offload_buffers": True}
-    model = load_checkpoint_and_dispatch(model.eval(), str(checkpoint), device_map=device_map, **options)
-    expected = AutoModelForCausalLM.from_pretrained(checkpoint, dtype=torch.float32)
-    assert torch.equal(model(input_ids).logits, expected(input_ids).logits)
-
-
-@pytest.mark.parametrize("num_tokens", [512, 520, 500])
-@torch.no_grad()
-def test_resized_packed_embedding(int4_checkpoint: Path, input_ids: torch.Tensor, num_tokens: int, tmp_path: Path):
-    input_ids = input_ids.clamp(max=499)
-    model = AutoModelForCausalLM.from_pretrained(int4_checkpoint, dtype=torch.float32)
-    expected = model(input_ids).logits
-    assert isinstance(model.resize_token_embeddings(num_tokens), Int4Embedding)
-    model.save_pretrained(tmp_path)
-    for resized in (model, AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32)):
-        assert resized.config.vocab_size == resized.get_input_embeddings().num_embeddings == num_tokens
-        logits = resized(input_ids).logits
-        assert logits.shape[-1] == num_tokens
-        kept = min(512, num_tokens)
-        assert torch.equal(logits[..., :kept], expected[..., :kept])
-        # New rows are near the mean of the old ones, and not zero.
-        assert (logits[..., kept:].abs().amax(dim=(0, 1)) > 0).all()
-
-
-ADAPTERS = {
-    "linears": {"target_modules": ["q_proj", "shared_expert.down_proj"]},
-    "experts": {"target_parameters": ["experts.gate_up_proj", "experts.down_proj"]},
-    "rank-stabilised": {"target_modules": "all-linear", "use_rslora": True},
-    "norms": {"target_modules": ["o_proj"], "modules_to_save": ["post_attention_layernorm"]},
-}
-
-
-@pytest.mark.parametrize("kind", ADAPTERS)
-@torch.no_grad()
-def test_adapter_directory_loads_as_a_model(tiny_checkpoint: Path, kind: str, input_ids: torch.Tensor, tmp_path: Path):
-    peft = pytest.importorskip("peft", reason="needs the `train` extra")
-    torch.manual_seed(0)
-    base = AutoModelForCausalLM.from_pretrained(tiny_checkpoint)
-    plain = base(input_ids).logits
-    adapted = peft.get_peft_model(base, peft.LoraConfig(init_lora_weights=False, **ADAPTERS[kind])).eval()
-    for name, parameter in adapted.named_parameters():
-        if "modules_to_save" in name:
-            parameter.mul_(1.5)
-    adapted.save_pretrained(tmp_path)
-    expected = adapted(input_ids).logits
-    assert (expected - plain).abs().max() > 0.1
-    assert torch.equal(AutoModelForCausalLM.from_pretrained(tmp_path)(input_ids).logits, expected)
-    loaded = AutoModelForCausalLM.from_pretrained(tiny_checkpoint)
-    loaded.load_adapter(tmp_path)
-    assert torch.equal(loaded(input_ids).logits, expected)
-
-
-@pytest.mark.parametrize("target", ["embed_tokens", "lm_head"])
-def test_lora_on_the_tied_embedding_is_refused(
-    tiny_model: MobileMoEForCausalLM, tiny_checkpoint: Path, input_ids: torch.Tensor, target: str, tmp_path: Path
-):
-    peft = pytest.importorskip("peft", reason="needs the `train` extra")
-    adapted = peft.get_peft_model(tiny_model, peft.LoraConfig(target_modules=[target]))
-    adapted.save_pretrained(tmp_path)
-    base = AutoModelForCausalLM.from_pretrained(tiny_checkpoint)
-    for use in (
-        adapted.train,
-        lambda: adapted(input_ids),
-        lambda: peft.PeftModel.from_pretrained(base, tmp_path).merge_and_unload(),
-    ):
-        with pytest.raises(ValueError, match="MobileMoE ties the two"):
-            use()
-
-
-@pytest.mark.parametrize(
-    "options",
-    [
-        {"trainable_token_indices": [1, 2, 180]},
-        {"modules_to_save": ["embed_tokens"], "ensure_weight_tying": True},
-    ],
-    ids=str,
-)
-@torch.no_grad()
-def test_embedding_trained_the_other_ways_merges(
-    tiny_model: MobileMoEForCausalLM, input_ids: torch.Tensor, options: dict, tmp_path: Path
-):
-    peft = pytest.importorskip("peft", reason="needs the `train` extra")
-    plain = tiny_model(input_ids).logits
-    adapted = peft.get_peft_model(tiny_model, peft.LoraConfig(target_modules=["q_proj"], **options)).eval()
-    for parameter in adapted.parameters():
-        if parameter.requires_grad:
-            parameter.add_(0.1 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(0)))
-    expected = adapted(input_ids).logits
-    assert (expected - plain).abs().max() > 0.1
-    adapted.merge_and_unload().save_pretrained(tmp_path)
-    merged = AutoModelForCausalLM.from_pretrained(tmp_path)
-    torch.testing.assert_close(merged(input_ids).logits, expected, atol=1e-4, rtol=1e-4)
-
-
-def first_dpo_loss(checkpoint: Path, chat_tokenizer, output_dir: Path) -> float:
-    trl = pytest.importorskip("trl", reason="needs the `train` extra")
-    from datasets import Dataset
-
-    data = [
-        {
-            "prompt": [{"role": "user", "content": f"What is {i}?"}],
-            "chosen": [{"role": "assistant", "content": f"def number_{i}(self): return"}],
-            "rejected": [{"role": "assistant", "content": "import argparse"}],
-        }
-        for i in range(4)
-    ]
-    model = AutoModelForCausalLM.from_pretrained(checkpoint, dtype=torch.bfloat16)
-    arguments = trl.DPOConfig(
-        output_dir=str(output_dir), max_steps=1, per_device_train_batch_size=4, logging_steps=1, report_to="none",
-        use_cpu=True, bf16=False, gradient_checkpointing=False, save_strategy="no",
-    )  # fmt: skip
-    trainer = trl.DPOTrainer(
-        model=add_lora(model, "dense", rank=4),
-        args=arguments,
-        train_dataset=Dataset.from_list(data),
-        processing_class=chat_tokenizer,
-    )
-    trainer.train()
-    return next(row["loss"] for row in trainer.state.log_history if "loss" in row)
-
-
-def test_dpo_on_a_packed_model_starts_at_log_2(text_checkpoint: Path, chat_tokenizer, tmp_path: Path):
-    """The reference is computed without gradients and the policy with them: both in the exact arithmetic."""
-    assert first_dpo_loss(text_checkpoint, chat_tokenizer, tmp_path) == pytest.approx(math.log(2), abs=1e-6)
-
-
-@pytest.mark.skipif(not kernels.available(), reason="needs the C++ kernels")
-def test_training_mode_has_one_arithmetic(int4_checkpoint: Path, input_ids: torch.Tensor):
-    model = AutoModelForCausalLM.from_pretrained(int4_checkpoint, dtype=torch.bfloat16)
-    exact = model.train()(input_ids).logits
-    with torch.no_grad():
-        assert torch.equal(model(input_ids).logits, exact)
-        # The kernels, which round activations.
-        assert not torch.equal(model.eval()(input_ids).logits, exact)
-
-
-@pytest.mark.parametrize("tokens", [1, 24])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@torch.no_grad()
-def test_compiled_packed_model_is_one_graph(
-    int4_checkpoint: Path, input_ids: torch.Tensor, dtype: torch.dtype, tokens: int
-):
-    torch.compiler.reset()
-    model = AutoModelForCausalLM.from_pretrained(int4_checkpoint, dtype=dtype)
-    # One token uses fewer experts than there are, 24 use all.
-    input_ids = input_ids[:1, :tokens]
-    expected = model(input_ids, use_cache=False).logits
-    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")(input_ids, use_cache=False).logits
-    close = {"atol": 1e-4, "rtol": 1e-4} if dtype == torch.float32 else {"atol": 0.05, "rtol": 0.05}
-    torch.testing.assert_close(compiled, expected, **close)
-
-
-LM_EVAL_WITHOUT_THE_PACKAGE = """
+BIN = Path(sys.executable).parent
+WEIGHTS = ("BF16", "INT4")
+ENVIRONMENTS = ("package", "remote code")
+MESSAGES = [{"role": "user", "content": "import argparse"}]
+# Started before anything else in a process: there are no packages of ours, as where nobody has installed them.
+WITHOUT_THE_PACKAGE = """
 import sys
 
 class Blocker:
     def find_spec(self, name, path=None, target=None):
-        if name.partition(".")[0] in ("modeling_mobilemoe", "mobilemoe"):
-            raise ModuleNotFoundError(f"{name} is blocked", name=name)
+        if name.partition(".")[0] in ("mobilemoe", "modeling_mobilemoe"):
+            raise ModuleNotFoundError(f"No module named {name!r}", name=name)
 
 sys.meta_path.insert(0, Blocker())
-from lm_eval.api.instance import Instance
-from lm_eval.models.huggingface import HFLM
+"""
 
-model = HFLM(pretrained=sys.argv[1], trust_remote_code=True, device="cpu", dtype="float32")
-request = Instance("loglikelihood", {}, ("def function(", "value):"), 0)
-print(type(model.model.lm_head).__name__, model.loglikelihood([request])[0][0])
+needs_serve = pytest.mark.skipif(not is_serve_available(), reason="needs transformers[serving]")
+every_weights = pytest.mark.parametrize("weights", WEIGHTS)
+every_environment = pytest.mark.parametrize("environment", ENVIRONMENTS)
+
+
+@pytest.fixture(scope="module")
+def directories(trained_model, text_checkpoint, tokenizer, tmp_path_factory) -> dict[str, Path]:
+    bf16 = tmp_path_factory.mktemp("stock") / "bf16"
+    save_with_tokenizer(copy.deepcopy(trained_model).bfloat16(), tokenizer, bf16)
+    return {"BF16": bf16, "INT4": text_checkpoint}
+
+
+@pytest.fixture(scope="module")
+def process_options(tmp_path_factory) -> dict[str, dict]:
+    """Arguments of `subprocess` by environment."""
+    directory = tmp_path_factory.mktemp("environments")
+    (directory / "sitecustomize.py").write_text(WITHOUT_THE_PACKAGE)
+    # What this process has beside its environment is kept.
+    inherited = os.environ.get("PYTHONPATH", "")
+    options = {}
+    for environment, path in (("package", ROOT), ("remote code", directory)):
+        variables = os.environ | {
+            "PYTHONPATH": os.pathsep.join(filter(None, (str(path), inherited))),
+            # Where transformers copies remote code to.
+            "HF_HOME": str(directory / environment),
+            "HF_HUB_OFFLINE": "1",
+        }
+        options[environment] = {"env": variables, "cwd": directory, "text": True, "stdin": subprocess.DEVNULL}
+    return options
+
+
+def run(command: list, options: dict, **more) -> str:
+    """Standard output of a command that succeeds."""
+    completed = subprocess.run(
+        [str(part) for part in command], **options | {"capture_output": True, "timeout": 300} | more
+    )
+    assert completed.returncode == 0, completed.stderr[-4000:]
+    return completed.stdout
+
+
+def greedy(directory: Path, num_tokens: int) -> str:
+    """What the model answers to `MESSAGES`, by `generate` in this process."""
+    tokenizer = AutoTokenizer.from_pretrained(directory)
+    model = AutoModelForCausalLM.from_pretrained(directory)
+    inputs = tokenizer.apply_chat_template(MESSAGES, add_generation_prompt=True, return_dict=True, return_tensors="pt")
+    output = model.generate(**inputs, max_new_tokens=num_tokens, do_sample=False)
+    return tokenizer.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+
+
+TOKENIZE = """
+import sys
+from transformers import AutoTokenizer
+tokenizer = AutoTokenizer.from_pretrained(sys.argv[1])
+assert "modeling_mobilemoe" not in sys.modules
+print(tokenizer("import os").input_ids)
 """
 
 
-def test_lm_eval_reads_a_packed_directory_without_the_package(text_checkpoint: Path, tmp_path: Path):
-    pytest.importorskip("lm_eval", reason="needs the `eval` extra")
-    completed = subprocess.run(
-        [sys.executable, "-I", "-c", LM_EVAL_WITHOUT_THE_PACKAGE, str(text_checkpoint)],
-        cwd=tmp_path,
-        env=os.environ | {"HF_HOME": str(tmp_path / "hf_home")},
-        capture_output=True,
-        text=True,
+@pytest.mark.works_with("AutoTokenizer, without import or trust", "transformers")
+@every_weights
+@every_environment
+def test_a_directory_gives_its_tokenizer(directories, process_options, weights, environment):
+    printed = run([sys.executable, "-c", TOKENIZE, directories[weights]], process_options[environment])
+    # Without a terminal transformers' question about remote code stands in front.
+    ids = AutoTokenizer.from_pretrained(directories[weights])("import os").input_ids
+    assert printed.strip().endswith(str(ids))
+
+
+@contextmanager
+def serving(directory: Path, options: dict, *flags: str):
+    """The address of `transformers serve`."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    command = [BIN / "transformers", "serve", directory, "--trust-remote-code", "--device", "cpu", "--port", port]
+    log = options["cwd"] / f"serve-{port}.log"
+    with open(log, "w") as output:
+        server = subprocess.Popen(
+            [str(part) for part in (*command, *flags)], **options, stdout=output, stderr=subprocess.STDOUT
+        )
+    try:
+        for _ in range(1200):
+            assert server.poll() is None, log.read_text()[-4000:]
+            try:
+                urllib.request.urlopen(f"http://127.0.0.1:{port}/health", timeout=5)
+                break
+            except OSError:
+                time.sleep(0.1)
+        yield f"http://127.0.0.1:{port}"
+    finally:
+        server.terminate()
+        server.wait()
+
+
+def post(url: str, **body) -> dict:
+    request = urllib.request.Request(url, json.dumps(body).encode(), {"Content-Type": "application/json"})
+    return json.loads(urllib.request.urlopen(request, timeout=120).read())
+
+
+def answers(address: str, directory: Path) -> str:
+    reply = post(
+        f"{address}/v1/chat/completions",
+        model=str(directory),
+        messages=MESSAGES,
+        max_tokens=8,
+        temperature=0,
+        stream=False,
     )
-    assert completed.returncode == 0, completed.stderr
-    head, log_likelihood = completed.stdout.split()[-2:]
-    assert head == "Int4Head" and -50 < float(log_likelihood) < 0
+    return reply["choices"][0]["message"]["content"]
+
+
+@pytest.mark.slow
+@pytest.mark.works_with("transformers serve --trust-remote-code, transformers chat", "transformers")
+@needs_serve
+@every_weights
+@every_environment
+def test_serve_and_chat(directories, process_options, weights, environment):
+    directory, options = directories[weights], process_options[environment]
+    expected = greedy(directory, 8)
+    assert expected
+    with serving(directory, options) as address:
+        assert answers(address, directory) == expected
+        chat = [BIN / "transformers", "chat", directory, address, "do_sample=False", "max_new_tokens=8"]
+        # In offline mode huggingface_hub forbids requests to the server, too.
+        online = options["env"] | {"HF_HUB_OFFLINE": "0"}
+        shown = run(chat, options, stdin=None, input="import argparse\n!exit\n", env=online)
+    # The terminal shows it as Markdown.
+    assert "".join(filter(str.isalnum, expected)) in "".join(filter(str.isalnum, shown))
+
+
+@pytest.fixture(scope="module")
+def conversations(tmp_path_factory) -> Path:
+    directory = tmp_path_factory.mktemp("conversations")
+    rows = [
+        {"messages": [*MESSAGES, {"role": "assistant", "content": f"parser = argparse.ArgumentParser({i})"}]}
+        for i in range(16)
+    ]
+    (directory / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return directory
+
+
+@pytest.mark.slow
+@pytest.mark.works_with("trl sft --use_peft --assistant_only_loss", "trl", "peft")
+@every_weights
+@every_environment
+def test_trl_sft_with_peft(directories, process_options, conversations, weights, environment, tmp_path):
+    command = [BIN / "trl", "sft", "--model_name_or_path", directories[weights], "--trust_remote_code"]
+    command += ["--dataset_name", conversations, "--use_peft", "--assistant_only_loss", "--max_steps", 3]
+    command += ["--learning_rate", 0.01, "--output_dir", tmp_path, "--report_to", "none", "--use_cpu"]
+    command += ["--dtype", "float32", "--bf16", "false", "--gradient_checkpointing", "false", "--logging_steps", 1]
+    printed = run(command, process_options[environment])
+    losses = [float(part.split("'")[0]) for part in printed.split("'loss': '")[1:]]
+    assert len(losses) == 3 and losses[-1] < losses[0]
+    config = json.loads((tmp_path / "adapter_config.json").read_text())
+    assert set(config["target_modules"]) == {"q_proj", "k_proj", "v_proj", "o_proj"}
+    # The adapter is whole and changes the model.
+    base = AutoModelForCausalLM.from_pretrained(directories[weights], dtype=torch.float32)
+    model = PeftModel.from_pretrained(base, tmp_path)
+    input_ids = torch.arange(3, 40)[None]
+    with torch.no_grad():
+        adapted = model(input_ids).logits
+        with model.disable_adapter():
+            assert (adapted - model(input_ids).logits).abs().max() > 1e-3
