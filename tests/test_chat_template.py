@@ -101,7 +101,8 @@ def test_tools_and_their_calls_are_rendered(chat_tokenizer):
         {"role": "assistant", "content": "Again:", "tool_calls": calls[:1]},
     ]
     rendered = chat_tokenizer.apply_chat_template(messages, tools=[TOOL], tokenize=False)
-    first, second = ('<tool_call>\n{"name": "add", "arguments": {"a": %d}}\n</tool_call>' % a for a in (1, 2))
+    first = '<tool_call>\n{"name": "add", "arguments": {"a": 1}}\n</tool_call>'
+    second = first.replace("1", "2")
     start, end = "<|header_start|>{}<|header_end|>\n\n", "<|eot|>"
     assert f"<tools>\n{json.dumps(TOOL)}\n</tools>" in rendered
     assert rendered.startswith("<|begin_of_text|>" + start.format("system"))
