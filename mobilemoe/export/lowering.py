@@ -84,6 +84,8 @@ def lower(model: ExportModel, constant_methods: dict, experts_file: bool, stages
                     memory_planning_pass=MemoryPlanningPass(alloc_graph_input=False),
                     sym_shape_eval_pass=ConstraintBasedSymShapeEvalPass(),
                     external_constants=external_constant if experts_file else False,
+                    # Of a tile's 64-byte columns none should lie in two lines of the cache.
+                    constant_tensor_alignment=64,
                 )
             )
 

@@ -340,17 +340,23 @@ class ExportModel(nn.Module):
         self.options = options
         packed = isinstance(embedding, Int4Embedding)
         self.on_kernels = moe_module in (None, MoEFFN)
-        if self.on_kernels and options.embedding_bits == 4:
-            self.embed_tokens = PackedEmbedding(embedding)
+        # Table and head are one tensor.
+        table = PackedEmbedding(embedding) if self.on_kernels else None
+        if table is not None and options.embedding_bits == 4:
+            self.embed_tokens = table
         elif packed:
             self.embed_tokens = ExportEmbedding(embedding, options.embedding_bits)
         else:
-            # In place, so that table and head stay one tensor.
+            # In place, as the head is the same tensor.
             self.embed_tokens = embedding.bfloat16() if options.weights == "bf16" else embedding
-        layers = tqdm(model.model.layers, desc="pack", unit="layer")
-        self.layers = nn.ModuleList([export_layer(layer, options, moe_module) for layer in layers])
-        if self.on_kernels:
-            self.norm, self.lm_head = RMSNorm(model.model.norm), PackedLinear(embedding)
+        layers = model.model.layers
+        self.layers = nn.ModuleList()
+        for i in tqdm(range(len(layers)), desc="pack", unit="layer"):
+            self.layers.append(export_layer(layers[i], options, moe_module))
+            # Or a model would be in memory twice.
+            layers[i] = nn.Identity()
+        if table is not None:
+            self.norm, self.lm_head = RMSNorm(model.model.norm), PackedLinear(table)
         else:
             self.norm = model.model.norm
             self.lm_head = export_linear(embedding if packed else model.lm_head, options.weights)

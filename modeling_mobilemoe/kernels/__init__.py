@@ -158,24 +158,26 @@ def memory_read_rate(num_threads: int) -> float:
 
 
 # Declared here and not in C++, so that a model can be traced and exported where nothing was compiled.
-EXPERTS = "Tensor gate_up_qweight, Tensor gate_up_scale, Tensor down_qweight, Tensor down_scale"
-MOE_FFN = f"Tensor x, Tensor router, Tensor bias, {EXPERTS}, int top_k, float route_scale"
-# In lists of weights, every matrix is followed by its scales.
+MOE_FFN = "Tensor x, Tensor router, Tensor bias, Tensor gate_up, Tensor down, int top_k, float route_scale"
+# INT4 weights are tiles (../tiles_mobilemoe.py), whose last outputs may be padding.
 OPERATORS = {
     "moe_ffn": f"{MOE_FFN}) -> Tensor",
-    "moe_experts": f"Tensor x, Tensor top_k_index, Tensor top_k_weights, {EXPERTS}) -> Tensor",
+    "moe_experts": "Tensor x, Tensor top_k_index, Tensor top_k_weights, Tensor gate_up, Tensor down) -> Tensor",
     "mlp": "Tensor x, Tensor[] weights) -> Tensor",
     # Two in one, because calling an operator costs as much as some of them take.
     "feed_forward": f"{MOE_FFN}, Tensor[] shared) -> Tensor",
-    "attention_inputs": "Tensor x, Tensor[] qkv, Tensor cos, Tensor sin, float eps) -> (Tensor, Tensor, Tensor)",
+    "attention_inputs": (
+        "Tensor x, Tensor[] qkv, int num_heads, int num_kv_heads, Tensor cos, Tensor sin, float eps) -> "
+        "(Tensor, Tensor, Tensor)"
+    ),
     # The cache is written in place. What it returns has no meaning.
     "update_cache": "Tensor key, Tensor value, Tensor(a!) cache, SymInt start) -> Tensor",
     "attention": "Tensor query, Tensor cache, SymInt start) -> Tensor",
 }
 # What programs are made of: ExecuTorch has these alone, and writes into memory that it has planned.
 PROGRAM_OPERATORS = {
-    "int4_linear": "Tensor x, Tensor qweight, Tensor scale",
-    "int4_embedding": "Tensor tokens, Tensor qweight, Tensor scale",
+    "int4_linear": "Tensor x, Tensor tiles, int out_features",
+    "int4_embedding": "Tensor tokens, Tensor tiles, int num_embeddings",
     "rms_norm": "Tensor x, Tensor weight, float eps",
     # A norm, then query, key, value and output; a norm, then gate, up and down; router, bias and experts, or nothing.
     "decoder_layer": (
@@ -200,9 +202,9 @@ for name in ("moe_ffn", "moe_experts", "mlp", "feed_forward", "attention", "rms_
 
 
 @torch.library.register_fake("mobilemoe::attention_inputs")
-def _attention_inputs_shape(x, qkv, cos, sin, eps):
-    head_dim = 2 * cos.shape[-1]
-    return tuple(x.new_empty(*x.shape[:-1], qweight.shape[0] // head_dim, head_dim) for qweight in qkv[::2])
+def _attention_inputs_shape(x, qkv, num_heads, num_kv_heads, cos, sin, eps):
+    heads = (num_heads, num_kv_heads, num_kv_heads)
+    return tuple(x.new_empty(*x.shape[:-1], count, 2 * cos.shape[-1]) for count in heads)
 
 
 @torch.library.register_fake("mobilemoe::update_cache")
@@ -211,10 +213,10 @@ def _update_cache_shape(key, value, cache, start):
 
 
 @torch.library.register_fake("mobilemoe::int4_linear")
-def _int4_linear_shape(x, qweight, scale):
-    return x.new_empty(*x.shape[:-1], qweight.shape[0])
+def _int4_linear_shape(x, tiles, out_features):
+    return x.new_empty(*x.shape[:-1], out_features)
 
 
 @torch.library.register_fake("mobilemoe::int4_embedding")
-def _int4_embedding_shape(tokens, qweight, scale):
-    return tokens.new_empty(*tokens.shape, 2 * qweight.shape[1], dtype=torch.float32)
+def _int4_embedding_shape(tokens, tiles, num_embeddings):
+    return tokens.new_empty(*tokens.shape, 32 * tiles.shape[1], dtype=torch.float32)

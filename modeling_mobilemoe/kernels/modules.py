@@ -1,12 +1,15 @@
 """
 What a `.pte` has of the kernels, as modules that `torch.export` traces without compiled kernels.
 
-Activations are FP32. Tensors of the model are shared, not copied. A runtime needs the operators: [`load_executorch`]
+Activations are FP32. INT4 weights are tiles (tiles_mobilemoe.py). A runtime needs the operators: [`load_executorch`]
 registers them in this process, `EXECUTORCH_JNI_CUSTOM_LIBRARY` in an app (README.md).
 """
 
 import torch
 from torch import nn
+
+from ..fused_mobilemoe import Int4Experts
+from ..tiles_mobilemoe import expert_tiles, gate_up_tiles, linear_tiles
 
 
 # Tokens of which a layer is one parallel region; a program returns the logits of all of them.
@@ -36,7 +39,7 @@ def empty_cache(num_heads: int, head_dim: int, length: int, kind: str) -> torch.
 
 class MoEFFN(nn.Module):
     """
-    Router and routed experts of one layer: the checkpoint's integers and scales as they are.
+    Router and routed experts of one layer: the checkpoint's integers and scales, in tiles.
 
     Args:
         layer (`nn.Module`): a decoder layer of a packed model.
@@ -54,8 +57,7 @@ class MoEFFN(nn.Module):
     def __init__(self, layer: nn.Module, options: object = None):
         super().__init__()
         router, experts = layer.feed_forward.router, layer.feed_forward.experts
-        packed = ("gate_up_qweight", "gate_up_scale", "down_qweight", "down_scale")
-        if any(name not in experts._buffers for name in packed):
+        if not isinstance(experts, Int4Experts):
             raise ValueError(f"{self.operator} multiplies packed INT4 experts, and these are not: quantize the model.")
         if experts.group_dim != -1:
             raise ValueError(
@@ -66,8 +68,8 @@ class MoEFFN(nn.Module):
         self.route_scale = float(router.routed_scaling_factor)
         self.register_buffer("router", router.weight.detach().float())
         self.register_buffer("expert_bias", layer.feed_forward.expert_bias.float())
-        for name in packed:
-            self.register_buffer(f"packed_{name}", experts._buffers[name])
+        self.register_buffer("packed_gate_up", gate_up_tiles(experts.gate_up_qweight, experts.gate_up_scale))
+        self.register_buffer("packed_down", expert_tiles(experts.down_qweight, experts.down_scale))
 
 
 class PackedMatrices(nn.Module):
@@ -81,22 +83,31 @@ class PackedMatrices(nn.Module):
     def __init__(self, *linears: nn.Module):
         super().__init__()
         for i, linear in enumerate(linears):
-            self.register_buffer(f"qweight_{i}", linear.qweight)
-            self.register_buffer(f"scale_{i}", linear.weight_scale)
+            self.register_buffer(f"tiles_{i}", linear_tiles(linear.qweight, linear.weight_scale))
 
     def weights(self) -> list[torch.Tensor]:
-        """Every matrix, followed by its scales."""
         return list(self._buffers.values())
 
 
-class PackedLinear(PackedMatrices):
+class PackedLinear(nn.Module):
+    """The output head. Its tiles are those of the embedding."""
+
+    def __init__(self, embedding: "PackedEmbedding"):
+        super().__init__()
+        self.out_features = embedding.num_embeddings
+        self.register_buffer("tiles", embedding.tiles_0)
+
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return torch.ops.mobilemoe.int4_linear(x, *self.weights())
+        return torch.ops.mobilemoe.int4_linear(x, self.tiles, self.out_features)
 
 
 class PackedEmbedding(PackedMatrices):
+    def __init__(self, embedding: nn.Module):
+        super().__init__(embedding)
+        self.num_embeddings = embedding.num_embeddings
+
     def forward(self, tokens: torch.Tensor) -> torch.Tensor:
-        return torch.ops.mobilemoe.int4_embedding(tokens, *self.weights())
+        return torch.ops.mobilemoe.int4_embedding(tokens, self.tiles_0, self.num_embeddings)
 
 
 class RMSNorm(nn.Module):

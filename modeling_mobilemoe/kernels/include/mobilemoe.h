@@ -1,8 +1,9 @@
 // C interface of the MobileMoE kernels: INT4 weights as released, INT8 arithmetic, any number of threads.
 //
-// Shapes: T tokens, D model width, F expert width, E experts, N and K output and input features of a linear. Matrices
-// are row-major and dense. "int4" is two signed 4-bit integers per byte, low nibble first, with an FP16 scale for
-// every 32 of them; nibbles and groups run along the last dimension (facts: README.md beside this folder).
+// Shapes: T tokens, D model width, F expert width, E experts, and N and K output and input features of a linear. Matrices
+// are row-major and dense, but for weights: these are tiles of 32 outputs, in the order in which they are read, 18 bytes
+// for each input (README.md beside this folder; `tiles_mobilemoe.py` makes them of a checkpoint's tensors). Tiles of one output
+// column lie side by side; outputs beyond the last one, up to a multiple of 32, are zero.
 //
 // No function allocates once it has seen its largest input, throws, or aborts: a bad argument is a status and a
 // sentence. Calls from several threads at once are fine. A call computes on its own thread and on up to
@@ -37,11 +38,9 @@ typedef struct {
   const int64_t* top_k_index;  // [T, top_k], or null
   const void* top_k_weights;   // [T, top_k] of weights_dtype, or null
   int32_t weights_dtype;
-  const uint8_t* gate_up_qweight;  // int4 [E, D, 2F]: gate, then up
-  const uint16_t* gate_up_scale;   // fp16 [E, D, 2F / 32]
-  const uint8_t* down_qweight;     // int4 [E, F, D]
-  const uint16_t* down_scale;      // fp16 [E, F, D / 32]
-  void* out;                       // [T, D]
+  const uint8_t* gate_up;  // tiles [E, F / 32, 2, D * 18]: those of 32 gates, then those of their ups
+  const uint8_t* down;     // tiles [E, D / 32, F * 18]
+  void* out;               // [T, D]
 } mobilemoe_moe_ffn_args;
 
 // out = sum over the top_k experts e of weight_e * down_e(silu(gate_e(x)) * up_e(x)).
@@ -51,18 +50,16 @@ typedef struct {
   int64_t num_tokens, in_features, out_features;
   int32_t dtype;           // of x and out
   const void* x;           // [T, K]
-  const uint8_t* qweight;  // int4 [N, K]
-  const uint16_t* scale;   // fp16 [N, K / 32]
+  const uint8_t* tiles;    // [N / 32, K * 18]
   void* out;               // [T, N]
 } mobilemoe_linear_args;
 
 // out = x @ weight.T
 MOBILEMOE_EXPORT int mobilemoe_linear(const mobilemoe_linear_args* args, int64_t num_threads);
 
-// INT4 weights of a linear whose inputs are known: int4 [out_features, K], fp16 [out_features, K / 32].
+// INT4 weights of a linear whose inputs are known.
 typedef struct {
-  const uint8_t* qweight;
-  const uint16_t* scale;
+  const uint8_t* tiles;  // [out_features / 32, K * 18]
   int64_t out_features;
 } mobilemoe_matrix;
 
@@ -140,10 +137,9 @@ MOBILEMOE_EXPORT int mobilemoe_decoder_layer(const mobilemoe_layer_args* args, i
 MOBILEMOE_EXPORT int mobilemoe_rms_norm(const float* x, const float* weight, int64_t num_tokens, int64_t dim, float eps,
                                         float* out, int64_t num_threads);
 
-// out [T, D] in FP32 = rows `tokens` [T] of int4 [V, D] with fp16 [V, D / 32].
-MOBILEMOE_EXPORT int mobilemoe_embedding(const int64_t* tokens, const uint8_t* qweight, const uint16_t* scale,
-                                         int64_t num_tokens, int64_t dim, int64_t vocab_size, float* out,
-                                         int64_t num_threads);
+// out [T, D] in FP32 = the weights of outputs `tokens` [T] of a linear with D inputs.
+MOBILEMOE_EXPORT int mobilemoe_embedding(const int64_t* tokens, const mobilemoe_matrix* table, int64_t num_tokens,
+                                         int64_t dim, float* out, int64_t num_threads);
 
 // The router alone, as mobilemoe_moe_ffn runs it: index [T, top_k] and weight [T, top_k].
 MOBILEMOE_EXPORT int mobilemoe_route(const mobilemoe_moe_ffn_args* args, int64_t* index, float* weight,

@@ -1,6 +1,7 @@
 // Attention of a few rows over one block of a head's cache, for vectors.h, whose arithmetic it continues.
 //
-// A row is a query of one token and head. Lanes are keys, so no sum runs across them.
+// A row is a query of one token and head. Lanes are keys or channels, so no sum runs across them but that of the
+// probabilities.
 #pragma once
 
 namespace mobilemoe {
@@ -17,23 +18,24 @@ constexpr int kAttendRows = 2;
 // instruction set has its own.
 void multiply_keys(const int8_t* cells, const AttentionRow* rows, int num_rows, int64_t head_dim, int32_t* dots);
 
-inline f32x16 repeat_value(float value) { return f32x16{} + value; }
+inline f32 repeat_value(float value) { return f32{} + value; }
 
 template <int kRows>
 inline void score_floats(const AttentionRow* rows, const float* keys, int64_t head_dim, float scale,
                          float (*scores)[kKeys]) {
-  for (int j = 0; j < kKeys; j += 32) {
-    f32x16 sums[kRows][2] = {};
+  constexpr int kVectors = kLanes == 4 ? 4 : 2;
+  for (int j = 0; j < kKeys; j += kVectors * kLanes) {
+    f32 sums[kRows][kVectors] = {};
     for (int64_t d = 0; d < head_dim; ++d) {
-      const f32x16 first = load<f32x16>(keys + d * kKeys + j), second = load<f32x16>(keys + d * kKeys + j + 16);
-      for (int r = 0; r < kRows; ++r) {
-        sums[r][0] += first * rows[r].query[d];
-        sums[r][1] += second * rows[r].query[d];
+#pragma GCC unroll 4
+      for (int v = 0; v < kVectors; ++v) {
+        const f32 key = load<f32>(keys + d * kKeys + j + v * kLanes);
+#pragma GCC unroll 4
+        for (int r = 0; r < kRows; ++r) sums[r][v] += key * rows[r].query[d];
       }
     }
     for (int r = 0; r < kRows; ++r) {
-      store(scores[r] + j, sums[r][0] * scale);
-      store(scores[r] + j + 16, sums[r][1] * scale);
+      for (int v = 0; v < kVectors; ++v) store(scores[r] + j + v * kLanes, sums[r][v] * scale);
     }
   }
 }
@@ -49,30 +51,37 @@ inline void score_integers(const AttentionRow* rows, const CachedBlock& block, i
   }
 }
 
-// sums [rows][kVectors * 16] = themselves times `scale`, plus the rows' probabilities times values.
+// sums [rows][kVectors * kLanes] = themselves times `scale`, plus the rows' probabilities times values.
 template <int kRows, int kVectors>
 inline void add_values(const AttentionRow* rows, const float (*probabilities)[kKeys], const float* scale,
                        const float* values, int64_t head_dim, int64_t d) {
-  f32x16 sums[kRows][kVectors];
+  f32 sums[kRows][kVectors];
   int common = kKeys;
+#pragma GCC unroll 4
   for (int r = 0; r < kRows; ++r) {
-    for (int v = 0; v < kVectors; ++v) sums[r][v] = load<f32x16>(rows[r].sums + d + 16 * v) * scale[r];
+#pragma GCC unroll 8
+    for (int v = 0; v < kVectors; ++v) sums[r][v] = load<f32>(rows[r].sums + d + v * kLanes) * scale[r];
     common = rows[r].num_keys < common ? rows[r].num_keys : common;
   }
   for (int j = 0; j < common; ++j) {
+#pragma GCC unroll 8
     for (int v = 0; v < kVectors; ++v) {
-      const f32x16 value = load<f32x16>(values + j * head_dim + d + 16 * v);
+      const f32 value = load<f32>(values + j * head_dim + d + v * kLanes);
+#pragma GCC unroll 4
       for (int r = 0; r < kRows; ++r) sums[r][v] += value * probabilities[r][j];
     }
   }
+#pragma GCC unroll 4
   for (int r = 0; r < kRows; ++r) {
     // Later tokens see more; a bad value among those must not reach this row, not even times zero.
     for (int j = common; j < rows[r].num_keys; ++j) {
+#pragma GCC unroll 8
       for (int v = 0; v < kVectors; ++v) {
-        sums[r][v] += load<f32x16>(values + j * head_dim + d + 16 * v) * probabilities[r][j];
+        sums[r][v] += load<f32>(values + j * head_dim + d + v * kLanes) * probabilities[r][j];
       }
     }
-    for (int v = 0; v < kVectors; ++v) store(rows[r].sums + d + 16 * v, sums[r][v]);
+#pragma GCC unroll 8
+    for (int v = 0; v < kVectors; ++v) store(rows[r].sums + d + v * kLanes, sums[r][v]);
   }
 }
 
@@ -85,32 +94,40 @@ inline void attend_tile(AttentionRow* rows, const CachedBlock& block, int64_t he
   } else {
     score_floats<kRows>(rows, block.keys, head_dim, scale, scores);
   }
-  const f32x16 places = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
   float correction[kRows];
   for (int r = 0; r < kRows; ++r) {
-    f32x16 largest = repeat_value(rows[r].largest);
-    for (int j = 0; j < kKeys; j += 16) {
-      const f32x16 score = load<f32x16>(scores[r] + j);
-      const f32x16 seen = places < static_cast<float>(rows[r].num_keys - j) ? score : largest;
-      largest = seen > largest ? seen : largest;
+    const int num_keys = rows[r].num_keys;
+    for (int j = num_keys; j < kKeys; ++j) scores[r][j] = rows[r].largest;
+    f32 largest = repeat_value(rows[r].largest);
+    for (int j = 0; j < kKeys; j += kLanes) {
+      const f32 score = load<f32>(scores[r] + j);
+      largest = score > largest ? score : largest;
     }
-    float lanes[16];
+    float lanes[16] = {};
     store(lanes, largest);
-    for (const float lane : lanes) lanes[0] = lane > lanes[0] ? lane : lanes[0];
-    f32x16 total = {};
+    for (int i = 1; i < kLanes; ++i) lanes[0] = lanes[i] > lanes[0] ? lanes[i] : lanes[0];
+    const f32 offset = repeat_value(lanes[0]);
+    for (int j = 0; j < kKeys; j += kLanes) store(scores[r] + j, exponential(load<f32>(scores[r] + j) - offset));
+    for (int j = num_keys; j < kKeys; ++j) scores[r][j] = 0.0f;
+    f32 total[16 / kLanes] = {};
     for (int j = 0; j < kKeys; j += 16) {
-      const f32x16 probability = exponential(load<f32x16>(scores[r] + j) - lanes[0]);
-      const f32x16 seen = places < static_cast<float>(rows[r].num_keys - j) ? probability : f32x16{};
-      store(scores[r] + j, is_int8 ? seen * load<f32x16>(block.value_steps + j) : seen);
-      total += seen;
+      for (int i = 0; i < 16 / kLanes; ++i) total[i] += load<f32>(scores[r] + j + i * kLanes);
     }
-    correction[r] = exponential(repeat_value(rows[r].largest - lanes[0]))[0];
+    if (is_int8) {
+      for (int j = 0; j < kKeys; j += kLanes) {
+        store(scores[r] + j, load<f32>(scores[r] + j) * load<f32>(block.value_steps + j));
+      }
+    }
+    correction[r] = exponential(repeat_value(rows[r].largest) - offset)[0];
     rows[r].largest = lanes[0];
-    rows[r].total = rows[r].total * correction[r] + sum_lanes(total);
+    for (int i = 0; i < 16 / kLanes; ++i) store(lanes + i * kLanes, total[i]);
+    rows[r].total = rows[r].total * correction[r] + sum_lanes(lanes);
   }
   int64_t d = 0;
-  for (; d + 32 <= head_dim; d += 32) add_values<kRows, 2>(rows, scores, correction, block.values, head_dim, d);
-  if (d < head_dim) add_values<kRows, 1>(rows, scores, correction, block.values, head_dim, d);
+  for (; d + 32 <= head_dim; d += 32) {
+    add_values<kRows, 32 / kLanes>(rows, scores, correction, block.values, head_dim, d);
+  }
+  if (d < head_dim) add_values<kRows, 16 / kLanes>(rows, scores, correction, block.values, head_dim, d);
 }
 
 inline void attend(AttentionRow* rows, int num_rows, const CachedBlock& block, int64_t head_dim, float scale) {
@@ -129,8 +146,8 @@ inline void merge_row(const AttentionRow& part, AttentionRow* whole, int64_t hea
   const float now = exponential(repeat_value(part.largest - largest))[0];
   whole->largest = largest;
   whole->total = whole->total * before + part.total * now;
-  for (int64_t d = 0; d < head_dim; d += 16) {
-    store(whole->sums + d, load<f32x16>(whole->sums + d) * before + load<f32x16>(part.sums + d) * now);
+  for (int64_t d = 0; d < head_dim; d += kLanes) {
+    store(whole->sums + d, load<f32>(whole->sums + d) * before + load<f32>(part.sums + d) * now);
   }
 }
 
@@ -143,14 +160,11 @@ inline float quantize_head(const float* x, int64_t dim, int8_t* out) {
     magnitude &= 0x7FFFFFFFu;
     bits = magnitude > bits ? magnitude : bits;
   }
-  float largest;
-  std::memcpy(&largest, &bits, sizeof(largest));
-  const bool is_zero = !(largest > kSmallest), is_finite = bits < kInfinityBits;
-  const float inverse = is_zero || !is_finite ? 0.0f : 127.0f / largest;
+  const Rounding rounding(bits);
   for (int64_t d = 0; d < dim; d += 16) {
-    store(out + d, __builtin_convertvector((u32x16)(load<f32x16>(x + d) * inverse + kRound), u8x16));
+    store(out + d, __builtin_convertvector((u32x16)(load<f32x16>(x + d) * rounding.inverse + kRound), u8x16));
   }
-  return !is_finite ? __builtin_nanf("") : is_zero ? 0.0f : largest / 127.0f;
+  return rounding.step;
 }
 
 inline void from_int8(const int8_t* x, int64_t count, float* out) {

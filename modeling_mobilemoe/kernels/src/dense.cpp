@@ -13,7 +13,6 @@ struct Mlp {
   int64_t num_threads;
   int64_t first, hidden;
   Tokens tokens, hidden_tokens;
-  Panels panels;
   float* mid;        // [T, hidden]
   float* converted;  // [threads, D]
 
@@ -24,27 +23,23 @@ struct Mlp {
         hidden(a.gate.out_features),
         tokens(layout, count, a.dim),
         hidden_tokens(layout, count, hidden),
-        panels(layout, threads, a.dim > hidden ? a.dim : hidden),
         mid(layout.take<float>(count * hidden)),
         converted(layout.take<float>(threads * a.dim)) {}
 
   void run() const {
     const Rows rows = {args.x, args.dtype, args.dim};
-    // Whole vectors for SwiGLU.
-    const Product gate(tokens, args.gate, num_threads, kGroup), up(tokens, args.up, num_threads, kGroup);
-    const Product down(hidden_tokens, args.down, num_threads);
+    const Product gate(tokens, args.gate), up(tokens, args.up), down(hidden_tokens, args.down);
     Phase quantized([this] { return tokens.num_units(); },
                     [&](int64_t unit, int64_t, int64_t worker) {
                       tokens.quantize(unit,
                                       [&](int64_t t) { return rows.in(first + t, converted + worker * args.dim); });
                     });
     Phase gated([&] { return gate.num_units(); },
-                [&](int64_t unit, int64_t, int64_t worker) {
-                  const Panels::Panel panel = panels.of(worker);
-                  gate.run(unit, panel, [&](int64_t t, int64_t row, const float* values, int64_t count) {
+                [&](int64_t unit, int64_t, int64_t) {
+                  gate.run(unit, [&](int64_t t, int64_t row, const float* values, int64_t count) {
                     std::memcpy(mid + t * hidden + row, values, count * sizeof(float));
                   });
-                  up.run(unit, panel, [&](int64_t t, int64_t row, const float* values, int64_t count) {
+                  up.run(unit, [&](int64_t t, int64_t row, const float* values, int64_t count) {
                     isa().silu_multiply(mid + t * hidden + row, values, count);
                   });
                 });
@@ -53,8 +48,8 @@ struct Mlp {
                         hidden_tokens.quantize(unit, [&](int64_t t) { return mid + t * hidden; });
                       });
     Phase multiplied([&] { return down.num_units(); },
-                     [&](int64_t unit, int64_t, int64_t worker) {
-                       down.run(unit, panels.of(worker), [&](int64_t t, int64_t row, const float* values, int64_t n) {
+                     [&](int64_t unit, int64_t, int64_t) {
+                       down.run(unit, [&](int64_t t, int64_t row, const float* values, int64_t n) {
                          write_rows(args.out, args.dtype, args.dim, first + t, row, values, n);
                        });
                      });
@@ -67,7 +62,6 @@ struct AttentionInputs {
   int64_t num_threads;
   int64_t first;
   Tokens tokens;
-  Panels panels;
   float* converted;  // [threads, the widest of x, queries and keys]
 
   AttentionInputs(Layout& layout, const mobilemoe_attention_inputs_args& a, int64_t threads, int64_t at,
@@ -76,7 +70,6 @@ struct AttentionInputs {
         num_threads(threads),
         first(at),
         tokens(layout, count, a.dim),
-        panels(layout, threads, a.dim),
         converted(layout.take<float>(threads * widest())) {}
 
   int64_t widest() const {
@@ -103,19 +96,17 @@ struct AttentionInputs {
     const auto scratch = [this](int64_t worker) { return converted + worker * widest(); };
     const mobilemoe_matrix matrices[] = {args.query, args.key, args.value};
     void* const outs[] = {args.query_out, args.key_out, args.value_out};
-    const Product products[] = {{tokens, matrices[0], num_threads},
-                                {tokens, matrices[1], num_threads},
-                                {tokens, matrices[2], num_threads}};
+    const Product products[] = {{tokens, matrices[0]}, {tokens, matrices[1]}, {tokens, matrices[2]}};
     Phase quantized([this] { return tokens.num_units(); },
                     [&](int64_t unit, int64_t, int64_t worker) {
                       tokens.quantize(unit, [&](int64_t t) { return rows.in(first + t, scratch(worker)); });
                     });
     Phase multiplied(
         [&] { return products[0].num_units() + products[1].num_units() + products[2].num_units(); },
-        [&](int64_t unit, int64_t, int64_t worker) {
+        [&](int64_t unit, int64_t, int64_t) {
           int i = 0;
           for (; unit >= products[i].num_units(); ++i) unit -= products[i].num_units();
-          products[i].run(unit, panels.of(worker), [&](int64_t t, int64_t row, const float* values, int64_t n) {
+          products[i].run(unit, [&](int64_t t, int64_t row, const float* values, int64_t n) {
             write_rows(outs[i], args.dtype, matrices[i].out_features, first + t, row, values, n);
           });
         });
@@ -208,20 +199,22 @@ int mobilemoe_rms_norm(const float* x, const float* weight, int64_t num_tokens, 
   return MOBILEMOE_OK;
 }
 
-int mobilemoe_embedding(const int64_t* tokens, const uint8_t* qweight, const uint16_t* scale, int64_t num_tokens,
-                        int64_t dim, int64_t vocab_size, float* out, int64_t num_threads) {
+int mobilemoe_embedding(const int64_t* tokens, const mobilemoe_matrix* table, int64_t num_tokens, int64_t dim,
+                        float* out, int64_t num_threads) {
   using namespace mobilemoe;
   if (const int status = check_dense("dim", num_tokens, dim, MOBILEMOE_FP32, num_threads)) return status;
-  if (const int status = check_matrix("the table", {qweight, scale, vocab_size})) return status;
+  if (table == nullptr) return fail("the table is null");
+  if (const int status = check_matrix("the table", *table)) return status;
   if (num_tokens > 0 && (tokens == nullptr || out == nullptr)) return fail("tokens or out is null");
   for (int64_t t = 0; t < num_tokens; ++t) {
-    if (tokens[t] < 0 || tokens[t] >= vocab_size) {
-      return fail("tokens[%lld]=%lld is not one of %lld", (long long)t, (long long)tokens[t], (long long)vocab_size);
+    if (tokens[t] < 0 || tokens[t] >= table->out_features) {
+      return fail("tokens[%lld]=%lld is not one of %lld", (long long)t, (long long)tokens[t],
+                  (long long)table->out_features);
     }
   }
   for_tokens(num_tokens, num_threads, [=](int64_t t) {
-    const int64_t groups = dim / kGroup;
-    isa().expand_row(qweight + tokens[t] * dim / 2, scale + tokens[t] * groups, groups, out + t * dim);
+    const uint8_t* tiles = table->tiles + tokens[t] / kGroup * dim * kInputBytes;
+    isa().expand_row(tiles, static_cast<int>(tokens[t] % kGroup), dim / kGroup, out + t * dim);
   });
   return MOBILEMOE_OK;
 }

@@ -30,14 +30,17 @@ bool fits(const Tensor& tensor, ScalarType dtype, std::initializer_list<int64_t>
   return true;
 }
 
-// Router, bias and packed experts of inputs of width d: everything but x and out.
-bool to_experts(const Tensor& router, const Tensor& bias, const Tensor& gate_up_qweight, const Tensor& gate_up_scale,
-                const Tensor& down_qweight, const Tensor& down_scale, int64_t d, mobilemoe_moe_ffn_args& args) {
-  if (gate_up_qweight.dim() != 3) return false;
-  const int64_t e = gate_up_qweight.size(0), f = gate_up_qweight.size(2);
+// Bytes of 32 outputs' weights for each input (isa.h).
+constexpr int64_t kInputBytes = 18;
+
+// Router, bias and experts of inputs of width d: everything but x and out.
+bool to_experts(const Tensor& router, const Tensor& bias, const Tensor& gate_up, const Tensor& down, int64_t d,
+                mobilemoe_moe_ffn_args& args) {
+  if (gate_up.dim() != 4) return false;
+  const int64_t e = gate_up.size(0), f = gate_up.size(1) * 32;
   if (!fits(router, ScalarType::Float, {e, d}) || !fits(bias, ScalarType::Float, {e}) ||
-      !fits(gate_up_qweight, ScalarType::Byte, {e, d, f}) || !fits(gate_up_scale, ScalarType::Half, {e, d, f / 16}) ||
-      !fits(down_qweight, ScalarType::Byte, {e, f, d / 2}) || !fits(down_scale, ScalarType::Half, {e, f, d / 32})) {
+      !fits(gate_up, ScalarType::Byte, {e, f / 32, 2, d * kInputBytes}) ||
+      !fits(down, ScalarType::Byte, {e, d / 32, f * kInputBytes})) {
     return false;
   }
   args.dim = d;
@@ -46,24 +49,32 @@ bool to_experts(const Tensor& router, const Tensor& bias, const Tensor& gate_up_
   args.dtype = MOBILEMOE_FP32;
   args.router = router.const_data_ptr<float>();
   args.bias = bias.const_data_ptr<float>();
-  args.gate_up_qweight = gate_up_qweight.const_data_ptr<uint8_t>();
-  args.gate_up_scale = static_cast<const uint16_t*>(gate_up_scale.const_data_ptr());
-  args.down_qweight = down_qweight.const_data_ptr<uint8_t>();
-  args.down_scale = static_cast<const uint16_t*>(down_scale.const_data_ptr());
+  args.gate_up = gate_up.const_data_ptr<uint8_t>();
+  args.down = down.const_data_ptr<uint8_t>();
   return true;
 }
 
-Tensor& int4_linear_out(KernelRuntimeContext& context, const Tensor& x, const Tensor& qweight, const Tensor& scale,
+// Tiles [out_features / 32, in_features / 32, 576] of a linear.
+bool to_matrix(const Tensor& tiles, int64_t out_features, int64_t in_features, mobilemoe_matrix& matrix) {
+  if (!fits(tiles, ScalarType::Byte, {(out_features + 31) / 32, in_features / 32, 32 * kInputBytes})) return false;
+  matrix = {tiles.const_data_ptr<uint8_t>(), out_features};
+  return true;
+}
+
+// The number of inputs of tiles, or 0.
+int64_t inputs_of(const Tensor& tiles) { return tiles.dim() == 3 ? tiles.size(1) * 32 : 0; }
+
+Tensor& int4_linear_out(KernelRuntimeContext& context, const Tensor& x, const Tensor& tiles, int64_t out_features,
                         Tensor& out) {
-  ET_KERNEL_CHECK_MSG(context, x.dim() > 0 && qweight.dim() == 2, InvalidArgument, out,
-                      "mobilemoe::int4_linear: x is [..., K] and qweight [N, K / 2]");
-  const int64_t k = x.size(x.dim() - 1), n = qweight.size(0);
+  ET_KERNEL_CHECK_MSG(context, x.dim() > 0, InvalidArgument, out, "mobilemoe::int4_linear: x is [..., K]");
+  const int64_t k = x.size(x.dim() - 1);
   executorch::aten::SizesType shape[executorch::runtime::kTensorDimensionLimit];
   for (ssize_t i = 0; i < x.dim(); ++i) shape[i] = x.size(i);
-  shape[x.dim() - 1] = n;
+  shape[x.dim() - 1] = out_features;
+  mobilemoe_matrix matrix = {};
   ET_KERNEL_CHECK_MSG(context,
                       x.scalar_type() == ScalarType::Float && executorch::runtime::tensor_is_default_dim_order(x) &&
-                          fits(qweight, ScalarType::Byte, {n, k / 2}) && fits(scale, ScalarType::Half, {n, k / 32}),
+                          to_matrix(tiles, out_features, k, matrix),
                       InvalidArgument, out,
                       "mobilemoe::int4_linear: the types or shapes of its inputs do not belong together");
   ET_KERNEL_CHECK_MSG(context,
@@ -72,11 +83,10 @@ Tensor& int4_linear_out(KernelRuntimeContext& context, const Tensor& x, const Te
   mobilemoe_linear_args args = {};
   args.num_tokens = k == 0 ? 0 : x.numel() / k;
   args.in_features = k;
-  args.out_features = n;
+  args.out_features = out_features;
   args.dtype = MOBILEMOE_FP32;
   args.x = x.const_data_ptr();
-  args.qweight = qweight.const_data_ptr<uint8_t>();
-  args.scale = static_cast<const uint16_t*>(scale.const_data_ptr());
+  args.tiles = matrix.tiles;
   args.out = out.mutable_data_ptr();
   ET_KERNEL_CHECK_MSG(context, mobilemoe_linear(&args, num_threads()) == MOBILEMOE_OK, InvalidArgument, out,
                       "mobilemoe::int4_linear: %s", mobilemoe_last_error());
@@ -87,18 +97,6 @@ Tensor& int4_linear_out(KernelRuntimeContext& context, const Tensor& x, const Te
 bool is_rows(const Tensor& x) {
   return x.dim() > 0 && x.size(x.dim() - 1) > 0 && x.scalar_type() == ScalarType::Float &&
          executorch::runtime::tensor_is_default_dim_order(x);
-}
-
-// A packed linear with its scales, as two tensors of a list.
-bool to_matrix(const TensorList& weights, size_t at, int64_t in_features, mobilemoe_matrix& matrix) {
-  const Tensor &qweight = weights[at], &scale = weights[at + 1];
-  if (qweight.dim() != 2) return false;
-  const int64_t n = qweight.size(0);
-  if (!fits(qweight, ScalarType::Byte, {n, in_features / 2}) || !fits(scale, ScalarType::Half, {n, in_features / 32})) {
-    return false;
-  }
-  matrix = {qweight.const_data_ptr<uint8_t>(), static_cast<const uint16_t*>(scale.const_data_ptr()), n};
-  return true;
 }
 
 Tensor& rms_norm_out(KernelRuntimeContext& context, const Tensor& x, const Tensor& weight, double eps, Tensor& out) {
@@ -132,19 +130,20 @@ Tensor& decoder_layer_out(KernelRuntimeContext& context, const Tensor& x, const 
                           Tensor& cache, int64_t start, TensorList attention, TensorList feed_forward,
                           TensorList experts, int64_t top_k, double route_scale, double eps, Tensor& out) {
   mobilemoe_layer_args args = {};
-  const bool is_layer = is_rows(x) && x.dim() == 3 && x.size(0) == 1 && cos.dim() == 3 && attention.size() == 9 &&
-                        feed_forward.size() == 7 && (experts.empty() || experts.size() == 6);
+  const bool is_layer = is_rows(x) && x.dim() == 3 && x.size(0) == 1 && cos.dim() == 3 && attention.size() == 5 &&
+                        feed_forward.size() == 4 && (experts.empty() || experts.size() == 4);
   const int64_t t = is_layer ? x.size(1) : 0, d = is_layer ? x.size(2) : 0, half = is_layer ? cos.size(2) : 0;
+  const int64_t queries = is_layer ? inputs_of(attention[4]) : 0, hidden = is_layer ? inputs_of(feed_forward[3]) : 0;
+  const int64_t keys = is_layer && cache.dim() == 3 ? cache.size(0) * 2 * half : 0;
   ET_KERNEL_CHECK_MSG(
       context,
       is_layer && fits(cos, ScalarType::Float, {1, t, half}) && fits(sin, ScalarType::Float, {1, t, half}) &&
           to_cache(cache, 2 * half, args.cache) && fits(attention[0], ScalarType::Float, {d}) &&
-          to_matrix(attention, 1, d, args.query) && to_matrix(attention, 3, d, args.key) &&
-          to_matrix(attention, 5, d, args.value) && to_matrix(attention, 7, args.query.out_features, args.output) &&
-          fits(feed_forward[0], ScalarType::Float, {d}) && to_matrix(feed_forward, 1, d, args.gate) &&
-          to_matrix(feed_forward, 3, d, args.up) && to_matrix(feed_forward, 5, args.gate.out_features, args.down) &&
-          (experts.empty() ||
-           to_experts(experts[0], experts[1], experts[2], experts[3], experts[4], experts[5], d, args.experts)),
+          to_matrix(attention[1], queries, d, args.query) && to_matrix(attention[2], keys, d, args.key) &&
+          to_matrix(attention[3], keys, d, args.value) && to_matrix(attention[4], d, queries, args.output) &&
+          fits(feed_forward[0], ScalarType::Float, {d}) && to_matrix(feed_forward[1], hidden, d, args.gate) &&
+          to_matrix(feed_forward[2], hidden, d, args.up) && to_matrix(feed_forward[3], d, hidden, args.down) &&
+          (experts.empty() || to_experts(experts[0], experts[1], experts[2], experts[3], d, args.experts)),
       InvalidArgument, out, "mobilemoe::decoder_layer: the types or shapes of its inputs do not belong together");
   ET_KERNEL_CHECK_MSG(context, executorch::runtime::resize_tensor(out, x.sizes()) == Error::Ok, InvalidArgument, out,
                       "mobilemoe::decoder_layer: out is smaller than x");
@@ -165,15 +164,15 @@ Tensor& decoder_layer_out(KernelRuntimeContext& context, const Tensor& x, const 
   return out;
 }
 
-Tensor& int4_embedding_out(KernelRuntimeContext& context, const Tensor& tokens, const Tensor& qweight,
-                           const Tensor& scale, Tensor& out) {
-  const int64_t dim = qweight.dim() == 2 ? 2 * qweight.size(1) : 0;
+Tensor& int4_embedding_out(KernelRuntimeContext& context, const Tensor& tokens, const Tensor& tiles,
+                           int64_t num_embeddings, Tensor& out) {
+  const int64_t dim = inputs_of(tiles);
+  mobilemoe_matrix table = {};
   ET_KERNEL_CHECK_MSG(context,
                       dim > 0 && tokens.dim() + 1 < static_cast<ssize_t>(executorch::runtime::kTensorDimensionLimit) &&
                           tokens.scalar_type() == ScalarType::Long &&
                           executorch::runtime::tensor_is_default_dim_order(tokens) &&
-                          fits(qweight, ScalarType::Byte, {qweight.size(0), dim / 2}) &&
-                          fits(scale, ScalarType::Half, {qweight.size(0), dim / 32}),
+                          to_matrix(tiles, num_embeddings, dim, table),
                       InvalidArgument, out,
                       "mobilemoe::int4_embedding: the types or shapes of its inputs do not belong together");
   executorch::aten::SizesType shape[executorch::runtime::kTensorDimensionLimit];
@@ -182,9 +181,8 @@ Tensor& int4_embedding_out(KernelRuntimeContext& context, const Tensor& tokens, 
   ET_KERNEL_CHECK_MSG(
       context, executorch::runtime::resize_tensor(out, {shape, static_cast<size_t>(tokens.dim()) + 1}) == Error::Ok,
       InvalidArgument, out, "mobilemoe::int4_embedding: out is too small");
-  const int status = mobilemoe_embedding(tokens.const_data_ptr<int64_t>(), qweight.const_data_ptr<uint8_t>(),
-                                         static_cast<const uint16_t*>(scale.const_data_ptr()), tokens.numel(), dim,
-                                         qweight.size(0), out.mutable_data_ptr<float>(), num_threads());
+  const int status = mobilemoe_embedding(tokens.const_data_ptr<int64_t>(), &table, tokens.numel(), dim,
+                                         out.mutable_data_ptr<float>(), num_threads());
   ET_KERNEL_CHECK_MSG(context, status == MOBILEMOE_OK, InvalidArgument, out, "mobilemoe::int4_embedding: %s",
                       mobilemoe_last_error());
   return out;

@@ -2,6 +2,7 @@
 #pragma once
 
 #include <cstdint>
+#include <cstring>
 
 #include "errors.h"
 #include "isa.h"
@@ -12,32 +13,27 @@
 
 namespace mobilemoe {
 
-// INT4 matrices [E, rows, columns] with their scales.
+// Matrices [E, inputs, outputs]. A column: the tiles of 32 outputs of one expert.
 struct Experts {
-  const uint8_t* qweight;
-  const uint16_t* scale;
-  int64_t rows, columns;
+  const uint8_t* tiles;
+  int64_t inputs, outputs;
 
-  int64_t num_groups() const { return columns / kGroup; }
-  int64_t num_blocks() const { return ceil_div(rows, kBlock); }
+  int64_t num_columns() const { return outputs / kGroup; }
 
-  // The strip that begins at a group, from some row on.
-  Strip strip(int64_t expert, int64_t row, int64_t group) const {
-    const int64_t left = num_groups() - group;
-    return {qweight + ((expert * rows + row) * columns / 2 + group * kGroup / 2), columns / 2,
-            left <= 0 ? 0 : static_cast<int>(smaller(left, kStripGroups))};
-  }
-
-  ChunkScales scales(int64_t expert, int64_t row, const Strip& low, int64_t low_group, const Strip& high,
-                     int64_t high_group) const {
-    const uint16_t* first = scale + (expert * rows + row) * num_groups();
-    return {first + low_group, first + high_group, low.num_groups, high.num_groups, num_groups()};
+  // out [num_tokens, 32] = x[t] [inputs] times a column, for up to `expert_tokens` tokens.
+  void multiply(int64_t expert, int64_t column, const float* const* x, int num_tokens, float* out) const {
+    TileInputs of_tile[kTileTokens];
+    const float* rows[kTileTokens];
+    const uint8_t* tile = tiles + (expert * num_columns() + column) * inputs * kInputBytes;
+    for (int64_t first = 0; first < inputs; first += kBlock) {
+      const int count = static_cast<int>(smaller(inputs - first, kBlock));
+      for (int t = 0; t < num_tokens; ++t) rows[t] = x[t] + first;
+      isa().quantize(rows, num_tokens, reinterpret_cast<const uint16_t*>(tile + 16 * count), count, of_tile);
+      isa().multiply_tile(tile, count, of_tile, num_tokens, first > 0, out, kGroup);
+      tile += count * kInputBytes;
+    }
   }
 };
-
-inline int rows_in_block(int64_t rows, int64_t block) {
-  return static_cast<int>(smaller(rows - block * kBlock, kBlock));
-}
 
 struct Problem {
   const mobilemoe_moe_ffn_args& args;
@@ -47,8 +43,16 @@ struct Problem {
   Problem(const mobilemoe_moe_ffn_args& a, int64_t threads)
       : args(a),
         num_threads(threads),
-        gate_up{a.gate_up_qweight, a.gate_up_scale, a.dim, 2 * a.expert_dim},
-        down{a.down_qweight, a.down_scale, a.expert_dim, a.dim} {}
+        gate_up{a.gate_up, a.dim, 2 * a.expert_dim},
+        down{a.down, a.expert_dim, a.dim} {}
+
+  // mid [num_tokens, 32] = SwiGLU of 32 gates and ups, which are neighbouring columns.
+  void multiply_gate_up(int64_t expert, int64_t column, const float* const* x, int num_tokens, float* mid) const {
+    alignas(64) float up[kTileTokens * kGroup];
+    gate_up.multiply(expert, 2 * column, x, num_tokens, mid);
+    gate_up.multiply(expert, 2 * column + 1, x, num_tokens, up);
+    isa().silu_multiply(mid, up, num_tokens * kGroup);
+  }
 };
 
 // Memory of one pass over up to kPassTokens tokens.
@@ -82,14 +86,13 @@ struct Pass {
     return Phase([] { return int64_t{1}; }, [this](int64_t, int64_t, int64_t) { router.finish(); });
   }
 
-  // Token t of the output from its sum, which is in accumulator order. `ordered` [D] is scratch memory.
-  void write(int64_t t, const float* sum, float* ordered) const {
-    const int64_t dim = problem.args.dim, offset = (first + t) * dim;
+  // Some outputs of token t, from `column` on.
+  void write(int64_t t, int64_t column, const float* values, int64_t count) const {
+    const int64_t offset = (first + t) * problem.args.dim + column;
     if (problem.args.dtype == MOBILEMOE_FP32) {
-      isa().in_order(sum, dim, static_cast<float*>(problem.args.out) + offset);
+      std::memcpy(static_cast<float*>(problem.args.out) + offset, values, count * sizeof(float));
     } else {
-      isa().in_order(sum, dim, ordered);
-      isa().to_bf16(ordered, dim, static_cast<uint16_t*>(problem.args.out) + offset);
+      isa().to_bf16(values, count, static_cast<uint16_t*>(problem.args.out) + offset);
     }
   }
 };

@@ -1,13 +1,16 @@
 // What an instruction set provides, and the arithmetic that all of them share bit for bit.
 //
-// y[n] = sum_k x[k] * s[k, n / 32] * q[k, n] has its scale inside the reduction. So for every group of 32 outputs and
-// every block of 128 inputs, the activations are multiplied by that group's scales and rounded to INT8 with one step;
-// all products are then integers, and the blocks' sums are added in FP32, in order. Every path rounds in the same
-// places, so results do not depend on the machine, the number of threads, or how tokens are batched.
+// Weights come in tiles of 32 outputs by some inputs. For every 4 inputs a tile has 64 bytes, 16 cells: the low nibbles of
+// cell n are 4 integers of output n, its high nibbles those of output n + 16, all plus 8. FP16 scales follow. Tiles of
+// the same outputs lie side by side, so that reading them is one stream forward.
 //
-// Linears have their groups along the input. A group's products add up to an integer. Times the group's scale and step,
-// it is added in FP32 to one of four sums: group g to sum g % 4, in order. The result is ((s0 + s1) + s2) + s3. With
-// few tokens the four are lanes of a register; with many tokens they are computed one after the other.
+// Experts: y[n] = sum_k x[k] * s[k, n / 32] * q[k, n] has its scale inside the reduction. So for every tile of 32 outputs
+// and up to 128 inputs, which has a scale for each input, the activations are multiplied by its scales and rounded to INT8
+// with one step; all products are then integers, and the tiles' sums are added in FP32, in order. Every path rounds in
+// the same places, so results do not depend on the machine, the number of threads, or how tokens are batched.
+//
+// Linears: a tile has 32 inputs, which are a group, and a scale for each output. A group's products add up to an integer. Times the group's scale and step,
+// it is added in FP32 to one of four sums: group g to sum g % 4, in order. The result is ((s0 + s1) + s2) + s3.
 //
 // These orders are part of the operators' definition. FP32 sums in another order differ in their last bits, which can
 // move an input of the next operator by a whole INT8 step, and some layers later select another expert.
@@ -20,53 +23,29 @@ namespace mobilemoe {
 inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 inline int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
 
-constexpr int kGroup = 32;       // outputs that share a scale: 16 bytes of a row
-constexpr int kStripGroups = 4;  // a strip: 4 groups, 128 outputs, 64 bytes of a row
-constexpr int kStrip = kStripGroups * kGroup;
-constexpr int kChunkGroups = 8;  // a chunk: two strips, quantised together
-constexpr int kBlock = 128;      // inputs that share an INT8 step
-constexpr int kCellBytes = 4;    // a cell: 4 consecutive inputs of one output, what one integer instruction adds up
-constexpr int kMaxTile = 12;     // tokens that a panel is multiplied with at a time
-// Integers are stored plus 8, because x86 multiplies unsigned by signed bytes; `Activations::offset` takes it back.
+constexpr int kGroup = 32;       // weights that share a scale, and outputs of a tile
+constexpr int kBlock = 128;      // inputs of an expert's tile, which share an INT8 step; the last tile may have fewer
+constexpr int kCellBytes = 4;    // a cell: what one integer instruction adds up
+constexpr int kColumnBytes = 64;  // 4 inputs of a tile
+constexpr int kInputBytes = 18;  // of a tile for each input, with its share of the scales
+// Integers are stored plus 8, because x86 multiplies unsigned by signed bytes; `offset` takes it back.
 constexpr int kBias = 8;
+constexpr int kTileTokens = 12;  // that a tile is multiplied with at a time
+constexpr int kSums = 4;        // FP32 sums of a linear's output
 
-// Within a group, accumulators hold the 16 even outputs and then the 16 odd ones, as the nibbles come out of a byte.
-
-// One block of one token, scaled and rounded once for each of the 8 groups of a chunk.
-struct alignas(64) Activations {
-  int32_t cells[kBlock / 16][kChunkGroups][4];  // cells of 4 INT8; 16 inputs of each group side by side
-  float step[kChunkGroups];
-  int32_t offset[kChunkGroups];  // -8 times the sum of the integers
+// One token's inputs of an expert's tile: times the scales, in INT8.
+struct alignas(64) TileInputs {
+  int8_t cells[kBlock];  // in the order in which the instruction set takes them
+  float step;
+  int32_t offset;  // -8 times the sum of the integers
 };
 
-// FP16 scales of some rows of a chunk: `num_low` groups of one strip, `num_high` of another, `stride` apart by row.
-struct ChunkScales {
-  const uint16_t* low;
-  const uint16_t* high;
-  int num_low, num_high;
-  int64_t stride;
-};
-
-// INT4 rows of a strip, `stride` bytes apart; the last strip of a matrix may have fewer than 4 groups.
-struct Strip {
-  const uint8_t* rows;
-  int64_t stride;
-  int num_groups;
-};
-
-// One token's inputs of a linear, whose groups run along the input: INT8 with a step for each 32 of them. Even and odd
-// inputs lie apart, as their weights' nibbles do. All is padded with zeros to a multiple of 4 groups.
+// One token's inputs of a linear: INT8 with a step for each group of 32.
 struct LinearInputs {
-  int8_t* even;     // [K / 2]
-  int8_t* odd;      // [K / 2]
-  float* step;      // [K / 32]
-  int32_t* offset;  // [K / 8]: -8 times the sum of the 4 even and 4 odd integers that meet in one cell
+  int8_t* integers;  // [K]
+  float* step;       // [K / 32]
+  int32_t* offset;   // [K / 32]: -8 times the sum of the group's integers
 };
-
-constexpr int kSums = 4;           // FP32 sums of a linear's output
-constexpr int kAhead = 8192;       // bytes that reading a linear's weights fetches in advance, into the second level
-constexpr int kPanelRows = 32;     // outputs of a linear that are unpacked together
-constexpr int kMaxLinearTile = 6;  // tokens that they are multiplied with at a time
 
 constexpr int kKeys = 64;  // keys of a block of the cache, which attention takes at a time
 
@@ -92,46 +71,26 @@ struct CachedBlock {
 struct Isa {
   const char* name;
   bool (*supported)();
-  // Tokens per call of `multiply_panel`, at most kMaxTile.
-  int tile;
 
-  // -> scales [num_rows / 4, 8, 4]: 4 rows of each group side by side, zero where the chunk has no group.
-  void (*load_scales)(const ChunkScales& chunk, int num_rows, float* scales);
-  // Each token's x[t] [num_rows] times scales -> INT8. num_rows is a multiple of 32, as everywhere, and at most
-  // kBlock.
-  void (*quantize)(const float* const* x, int num_tokens, const float* scales, int num_rows, Activations* activations);
-  // Unpacks each group of a strip to cells in accumulator order; num_rows * 32 bytes, `group_stride` apart by group.
-  void (*pack_strip)(const Strip& strip, int num_rows, uint8_t* panel, int64_t group_stride);
-  // out[token, 32] (+)= panel of one group times that group's lane of the tokens' activations.
-  void (*multiply_panel)(const uint8_t* panel, int num_rows, const Activations* activations, int lane, int num_tokens,
-                         bool accumulate, float* out, int64_t out_stride);
-  // out[128] = strip times lanes first_lane.. of one token's activations, straight from the packed rows. Prefetches
-  // three quarters as many bytes from `next` on as it reads.
-  void (*multiply_strip)(const Strip& strip, int num_rows, const Activations& activations, int first_lane,
-                         const uint8_t* next, float* out);
+  // Each token's x[t] [num_inputs] times FP16 scales -> INT8. num_inputs is a multiple of 32, at most kBlock.
+  void (*quantize)(const float* const* x, int num_tokens, const uint16_t* scales, int num_inputs, TileInputs* inputs);
+  // out[token, 32] (+)= a tile of an expert times up to `expert_tokens` tokens.
+  int expert_tokens;
+  void (*multiply_tile)(const uint8_t* tile, int num_inputs, const TileInputs* inputs, int num_tokens, bool accumulate,
+                        float* out, int64_t out_stride);
 
   // x [num_groups * 32] -> inputs.
   void (*quantize_inputs)(const float* x, int num_groups, const LinearInputs& inputs);
-  // out[n] = rows of an INT4 matrix times inputs, for few tokens: reads the weights front to back.
-  void (*multiply_rows)(const uint8_t* qweight, const uint16_t* scale, int num_rows, int num_groups,
-                        const LinearInputs& inputs, float* out);
-  // 32 rows -> panel [groups, 4, even or odd, 32, 4 bytes] and scales [groups, 32]; missing rows are zero.
-  void (*pack_rows)(const uint8_t* qweight, const uint16_t* scale, int num_rows, int num_groups, uint8_t* panel,
-                    float* scales);
-  // out[token, 32] = panel times inputs of up to `linear_tile` tokens.
-  int linear_tile;
-  void (*multiply_row_panel)(const uint8_t* panel, const float* scales, int num_groups, const LinearInputs* inputs,
-                             int num_tokens, float* out);
+  // out[token, 32] = the tiles of 32 outputs of a linear times up to `linear_tokens` tokens.
+  int linear_tokens;
+  void (*multiply_rows)(const uint8_t* tiles, int num_groups, const LinearInputs* inputs, int num_tokens, float* out);
 
   // logits[t, e] = x[t] . router[e], t in [0, num_tokens), e in [first, last). D is a multiple of 16.
   void (*router_logits)(const float* x, int64_t num_tokens, int64_t dim, const float* router, int64_t first,
                         int64_t last, int64_t num_experts, float* logits);
   void (*sigmoid)(float* values, int64_t count);
-  // Gates and ups in accumulator order -> mid in order of the outputs; count is a multiple of 32.
-  void (*swiglu)(const float* gate, const float* up, int64_t count, float* mid);
-  // sum += weight * addend, and accumulator order -> order of the outputs; count is a multiple of 32.
+  // sum += weight * addend; count is a multiple of 16.
   void (*add)(float* sum, const float* addend, float weight, int64_t count);
-  void (*in_order)(const float* accumulators, int64_t count, float* out);
   // gate = silu(gate) * up; count is a multiple of 16.
   void (*silu_multiply)(float* gate, const float* up, int64_t count);
   // out = x / sqrt(mean(x^2) + eps) * weight; dim is a multiple of 16.
@@ -147,8 +106,8 @@ struct Isa {
   // x [dim] -> INT8 and their step. dim is a multiple of 16.
   float (*quantize_head)(const float* x, int64_t dim, int8_t* out);
   void (*from_int8)(const int8_t* x, int64_t count, float* out);
-  // One row of packed INT4 -> FP32.
-  void (*expand_row)(const uint8_t* qweight, const uint16_t* scale, int64_t num_groups, float* out);
+  // One output's weights, of 32 in these tiles -> FP32.
+  void (*expand_row)(const uint8_t* tiles, int row, int64_t num_groups, float* out);
   void (*from_bf16)(const uint16_t* x, int64_t count, float* out);
   void (*to_bf16)(const float* x, int64_t count, uint16_t* out);
 };

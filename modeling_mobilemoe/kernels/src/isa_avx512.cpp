@@ -1,7 +1,6 @@
 // AVX-512 with VNNI: 64 products of unsigned and signed bytes per instruction.
 #include <immintrin.h>
 
-#include "scales_x86.h"
 #include "vectors.h"
 
 namespace mobilemoe {
@@ -13,149 +12,61 @@ inline void add_products(__m512i& sums, __m512i cells, __m512i x) {
   asm("vpdpbusd %2, %1, %0" : "+v"(sums) : "v"(cells), "v"(x));
 }
 
-inline __m512 repeat(const float* x) { return _mm512_broadcast_f32x4(_mm_loadu_ps(x)); }
-
-// The largest of each 128-bit lane, in all of it; and the sum.
-inline __m512i largest_in_lane(__m512i v) {
-  v = _mm512_max_epu32(v, _mm512_shuffle_epi32(v, _MM_PERM_CDAB));
-  return _mm512_max_epu32(v, _mm512_shuffle_epi32(v, _MM_PERM_BADC));
-}
-
-inline __m512i sum_of_lane(__m512i v) {
-  v = _mm512_add_epi32(v, _mm512_shuffle_epi32(v, _MM_PERM_CDAB));
-  return _mm512_add_epi32(v, _mm512_shuffle_epi32(v, _MM_PERM_BADC));
-}
-
-// Four values, one per group -> all of that group's 128-bit lane.
-inline __m512i spread(__m128i values) {
-  const __m512i index = _mm512_set_epi32(3, 3, 3, 3, 2, 2, 2, 2, 1, 1, 1, 1, 0, 0, 0, 0);
-  return _mm512_permutexvar_epi32(index, _mm512_castsi128_si512(values));
-}
-
-// The first lane of each group: 4 of two registers -> 8.
-inline __m256i gather_groups(__m512i low, __m512i high) {
-  const __m512i index = _mm512_set_epi32(0, 0, 0, 0, 0, 0, 0, 0, 28, 24, 20, 16, 12, 8, 4, 0);
-  return _mm512_castsi512_si256(_mm512_permutex2var_epi32(low, index, high));
-}
-
-// As in vectors.h. A 128-bit lane is a group, in which four conversions of 4 rows pack to 16 bytes. Loading limits it,
-// so the scales serve two tokens at a time. All loops but those over rows are unrolled, to keep sums in registers.
-template <int kTokens>
-void quantize_tile(const float* const* x, const float* scales, int num_rows, Activations* activations) {
-  const __m512i no_sign = _mm512_set1_epi32(0x7FFFFFFF);
-  __m512i largest[kTokens][2];
-#pragma GCC unroll 2
-  for (int t = 0; t < kTokens; ++t) largest[t][0] = largest[t][1] = _mm512_setzero_si512();
-  for (int k = 0; k < num_rows; k += kCellBytes) {
-    const __m512 low = _mm512_loadu_ps(scales + k * kChunkGroups);
-    const __m512 high = _mm512_loadu_ps(scales + k * kChunkGroups + 16);
-#pragma GCC unroll 2
-    for (int t = 0; t < kTokens; ++t) {
-      const __m512 magnitude = _mm512_castsi512_ps(_mm512_and_si512(_mm512_castps_si512(repeat(x[t] + k)), no_sign));
-      largest[t][0] = _mm512_max_epu32(largest[t][0], _mm512_castps_si512(_mm512_mul_ps(magnitude, low)));
-      largest[t][1] = _mm512_max_epu32(largest[t][1], _mm512_castps_si512(_mm512_mul_ps(magnitude, high)));
-    }
-  }
-  __m512 inverse[kTokens][2];
-  __m512i sums[kTokens][2];
-#pragma GCC unroll 2
-  for (int t = 0; t < kTokens; ++t) {
-    const __m256i bits = gather_groups(largest_in_lane(largest[t][0]), largest_in_lane(largest[t][1]));
-    const __m256 amax = _mm256_castsi256_ps(bits);
-    const __mmask8 is_finite = _mm256_cmplt_epu32_mask(bits, _mm256_set1_epi32(kInfinityBits));
-    const __mmask8 is_used = is_finite & _mm256_cmp_ps_mask(amax, _mm256_set1_ps(kSmallest), _CMP_GT_OQ);
-    const __m256 of_groups = _mm256_maskz_div_ps(is_used, _mm256_set1_ps(127.0f), amax);
-    const __m256 step = _mm256_maskz_div_ps(is_used, amax, _mm256_set1_ps(127.0f));
-    _mm256_storeu_ps(activations[t].step, _mm256_mask_blend_ps(is_finite, _mm256_set1_ps(__builtin_nanf("")), step));
-    inverse[t][0] = _mm512_castsi512_ps(spread(_mm_castps_si128(_mm256_castps256_ps128(of_groups))));
-    inverse[t][1] = _mm512_castsi512_ps(spread(_mm_castps_si128(_mm256_extractf128_ps(of_groups, 1))));
-    sums[t][0] = sums[t][1] = _mm512_setzero_si512();
-  }
-  for (int k = 0; k < num_rows; k += 16) {
-#pragma GCC unroll 2
-    for (int half = 0; half < 2; ++half) {
-      __m512 of_rows[4];
-#pragma GCC unroll 4
-      for (int c = 0; c < 4; ++c) {
-        of_rows[c] = _mm512_loadu_ps(scales + (k + c * kCellBytes) * kChunkGroups + half * 16);
-      }
-#pragma GCC unroll 2
-      for (int t = 0; t < kTokens; ++t) {
-        __m512i rounded[4];
-#pragma GCC unroll 4
-        for (int c = 0; c < 4; ++c) {
-          const __m512 scaled = _mm512_mul_ps(repeat(x[t] + k + c * kCellBytes), of_rows[c]);
-          rounded[c] = _mm512_cvtps_epi32(_mm512_mul_ps(scaled, inverse[t][half]));
-        }
-        const __m512i cells =
-            _mm512_packs_epi16(_mm512_packs_epi32(rounded[0], rounded[1]), _mm512_packs_epi32(rounded[2], rounded[3]));
-        add_products(sums[t][half], _mm512_set1_epi8(1), cells);
-        _mm512_store_si512(activations[t].cells[k / 16][half * kStripGroups], cells);
-      }
-    }
-  }
-#pragma GCC unroll 2
-  for (int t = 0; t < kTokens; ++t) {
-    const __m256i sum = gather_groups(sum_of_lane(sums[t][0]), sum_of_lane(sums[t][1]));
-    _mm256_storeu_si256(reinterpret_cast<__m256i*>(activations[t].offset),
-                        _mm256_mullo_epi32(sum, _mm256_set1_epi32(-kBias)));
-  }
-}
-
-void quantize_lanes(const float* const* x, int num_tokens, const float* scales, int num_rows,
-                    Activations* activations) {
-  int t = 0;
-  for (; t + 1 < num_tokens; t += 2) quantize_tile<2>(x + t, scales, num_rows, activations + t);
-  if (t < num_tokens) quantize_tile<1>(x + t, scales, num_rows, activations + t);
-}
-
-// 4 rows of a strip -> packed cells of its groups: register i has bytes 4i .. 4i + 3 of group g in its 128-bit lane g.
-struct Cells {
-  __m512i byte[4];
-};
-
-inline Cells transpose_rows(const Strip& strip, int row, __mmask64 mask) {
-  const uint8_t* rows = strip.rows + row * strip.stride;
-  const __m512i r0 = _mm512_maskz_loadu_epi8(mask, rows);
-  const __m512i r1 = _mm512_maskz_loadu_epi8(mask, rows + strip.stride);
-  const __m512i r2 = _mm512_maskz_loadu_epi8(mask, rows + 2 * strip.stride);
-  const __m512i r3 = _mm512_maskz_loadu_epi8(mask, rows + 3 * strip.stride);
-  const __m512i low01 = _mm512_unpacklo_epi8(r0, r1), high01 = _mm512_unpackhi_epi8(r0, r1);
-  const __m512i low23 = _mm512_unpacklo_epi8(r2, r3), high23 = _mm512_unpackhi_epi8(r2, r3);
-  return {{_mm512_unpacklo_epi16(low01, low23), _mm512_unpackhi_epi16(low01, low23),
-           _mm512_unpacklo_epi16(high01, high23), _mm512_unpackhi_epi16(high01, high23)}};
-}
-
-inline __mmask64 strip_mask(const Strip& strip) { return ~0ull >> (64 - 16 * strip.num_groups); }
-
-inline __m512i low_nibbles(__m512i packed) {
-  // (packed & 15) ^ 8 in one instruction: the truth table of (a & b) ^ c.
-  return _mm512_ternarylogic_epi32(packed, _mm512_set1_epi8(15), _mm512_set1_epi8(kBias), 0x6A);
-}
+inline __m512i low_nibbles(__m512i packed) { return _mm512_and_si512(packed, _mm512_set1_epi8(15)); }
 
 inline __m512i high_nibbles(__m512i packed) { return low_nibbles(_mm512_srli_epi16(packed, 4)); }
 
-// Four registers as a 4 x 4 matrix of 128-bit lanes, transposed.
-inline void transpose_lanes(__m512i v[4]) {
-  const __m512i a = _mm512_shuffle_i32x4(v[0], v[1], 0x44), b = _mm512_shuffle_i32x4(v[0], v[1], 0xEE);
-  const __m512i c = _mm512_shuffle_i32x4(v[2], v[3], 0x44), d = _mm512_shuffle_i32x4(v[2], v[3], 0xEE);
-  v[0] = _mm512_shuffle_i32x4(a, c, 0x88);
-  v[1] = _mm512_shuffle_i32x4(a, c, 0xDD);
-  v[2] = _mm512_shuffle_i32x4(b, d, 0x88);
-  v[3] = _mm512_shuffle_i32x4(b, d, 0xDD);
+inline __m512i repeat_cell(const int8_t* cell) {
+  int32_t value;
+  std::memcpy(&value, cell, sizeof(value));
+  return _mm512_set1_epi32(value);
 }
 
-void pack_strip(const Strip& strip, int num_rows, uint8_t* panel, int64_t group_stride) {
-  const __mmask64 mask = strip_mask(strip);
-  for (int k = 0; k < num_rows; k += kCellBytes) {
-    Cells cells = transpose_rows(strip, k, mask);
-    transpose_lanes(cells.byte);
-    for (int g = 0; g < strip.num_groups; ++g) {
-      uint8_t* target = panel + g * group_stride + k * kGroup;
-      _mm512_storeu_si512(target, low_nibbles(cells.byte[g]));
-      _mm512_storeu_si512(target + 64, high_nibbles(cells.byte[g]));
+inline __m512 load_halves(const void* halves) {
+  return _mm512_cvtph_ps(_mm256_loadu_si256(static_cast<const __m256i*>(halves)));
+}
+
+// Packing 64 numbers to bytes leaves cell 4i + j of them at place 4j + i.
+inline int place(int cell) { return cell / 16 * 16 + cell % 4 * 4 + cell / 4 % 4; }
+
+// As in vectors.h, of tiles with kVectors * 16 inputs. What is scaled stays in registers.
+template <int kVectors>
+void quantize_tile(const float* const* x, int num_tokens, const uint16_t* scales, TileInputs* inputs) {
+  __m512 factors[kVectors];
+#pragma GCC unroll 8
+  for (int i = 0; i < kVectors; ++i) factors[i] = load_halves(scales + 16 * i);
+  for (int t = 0; t < num_tokens; ++t) {
+    __m512 scaled[8];
+    __m512i largest = _mm512_setzero_si512();
+#pragma GCC unroll 8
+    for (int i = 0; i < 8; ++i) {
+      scaled[i] = i < kVectors ? _mm512_mul_ps(_mm512_loadu_ps(x[t] + 16 * i), factors[i % kVectors]) : _mm512_setzero_ps();
+      const __m512i bits = _mm512_and_si512(_mm512_castps_si512(scaled[i]), _mm512_set1_epi32(0x7FFFFFFF));
+      largest = _mm512_max_epu32(largest, bits);
     }
+    const Rounding rounding(_mm512_reduce_max_epu32(largest));
+    const __m512 inverse = _mm512_set1_ps(rounding.inverse);
+    __m512i sums = _mm512_setzero_si512();
+#pragma GCC unroll 2
+    for (int half = 0; half < (kVectors + 3) / 4; ++half) {
+      __m512i rounded[4];
+#pragma GCC unroll 4
+      for (int i = 0; i < 4; ++i) rounded[i] = _mm512_cvtps_epi32(_mm512_mul_ps(scaled[4 * half + i], inverse));
+      const __m512i cells =
+          _mm512_packs_epi16(_mm512_packs_epi32(rounded[0], rounded[1]), _mm512_packs_epi32(rounded[2], rounded[3]));
+      add_products(sums, _mm512_set1_epi8(1), cells);
+      _mm512_store_si512(inputs[t].cells + 64 * half, cells);
+    }
+    inputs[t].step = rounding.step;
+    inputs[t].offset = -kBias * _mm512_reduce_add_epi32(sums);
   }
+}
+
+void quantize_cells(const float* const* x, int num_tokens, const uint16_t* scales, int num_inputs,
+                    TileInputs* inputs) {
+  constexpr decltype(&quantize_tile<2>) kTiles[] = {quantize_tile<2>, quantize_tile<4>, quantize_tile<6>,
+                                                    quantize_tile<8>};
+  kTiles[num_inputs / 32 - 1](x, num_tokens, scales, inputs);
 }
 
 inline void finish(__m512i sums, float step, bool accumulate, float* out) {
@@ -164,202 +75,125 @@ inline void finish(__m512i sums, float step, bool accumulate, float* out) {
   _mm512_storeu_ps(out, value);
 }
 
+// Every loop over tokens is unrolled, or the sums would live in memory instead of registers. Few tokens have more sums
+// than outputs, or one product would wait for the one before.
 template <int kTokens>
-void multiply_tile(const uint8_t* panel, int num_rows, const Activations* activations, int lane, bool accumulate,
-                   float* out, int64_t out_stride) {
-  __m512i even[kTokens], odd[kTokens];
-  // Every loop over tokens is unrolled, or the sums would live in memory instead of registers.
+void multiply_tokens(const uint8_t* tile, int num_inputs, const TileInputs* inputs, bool accumulate, float* out,
+                     int64_t out_stride) {
+  constexpr int kChains = kTokens <= 2 ? 2 : 1;
+  __m512i low[kTokens][kChains], high[kTokens][kChains];
 #pragma GCC unroll 12
-  for (int t = 0; t < kTokens; ++t) even[t] = odd[t] = _mm512_set1_epi32(activations[t].offset[lane]);
-  for (int c = 0; c < num_rows / kCellBytes; ++c) {
-    const __m512i even_cells = _mm512_loadu_si512(panel + c * 128);
-    const __m512i odd_cells = _mm512_loadu_si512(panel + c * 128 + 64);
+  for (int t = 0; t < kTokens; ++t) {
+    low[t][0] = high[t][0] = _mm512_set1_epi32(inputs[t].offset);
+    if (kChains == 2) low[t][kChains - 1] = high[t][kChains - 1] = _mm512_setzero_si512();
+  }
+  for (int column = 0; column < num_inputs / kCellBytes; column += 8) {
+#pragma GCC unroll 8
+    for (int c = 0; c < 8; ++c) {
+      const __m512i packed = _mm512_loadu_si512(tile + (column + c) * kColumnBytes);
+      const __m512i first = low_nibbles(packed), second = high_nibbles(packed);
 #pragma GCC unroll 12
-    for (int t = 0; t < kTokens; ++t) {
-      const __m512i x = _mm512_set1_epi32(activations[t].cells[c / 4][lane][c % 4]);
-      add_products(even[t], even_cells, x);
-      add_products(odd[t], odd_cells, x);
+      for (int t = 0; t < kTokens; ++t) {
+        const __m512i x = repeat_cell(inputs[t].cells + place(column + c) * kCellBytes);
+        add_products(low[t][c % kChains], first, x);
+        add_products(high[t][c % kChains], second, x);
+      }
     }
   }
 #pragma GCC unroll 12
   for (int t = 0; t < kTokens; ++t) {
-    finish(even[t], activations[t].step[lane], accumulate, out + t * out_stride);
-    finish(odd[t], activations[t].step[lane], accumulate, out + t * out_stride + 16);
-  }
-}
-
-void multiply_panel(const uint8_t* panel, int num_rows, const Activations* activations, int lane, int num_tokens,
-                    bool accumulate, float* out, int64_t out_stride) {
-  constexpr decltype(&multiply_tile<1>) kTiles[kMaxTile] = {
-      multiply_tile<1>, multiply_tile<2>, multiply_tile<3>, multiply_tile<4>,  multiply_tile<5>,  multiply_tile<6>,
-      multiply_tile<7>, multiply_tile<8>, multiply_tile<9>, multiply_tile<10>, multiply_tile<11>, multiply_tile<12>};
-  kTiles[num_tokens - 1](panel, num_rows, activations, lane, accumulate, out, out_stride);
-}
-
-void multiply_strip(const Strip& strip, int num_rows, const Activations& activations, int first_lane,
-                    const uint8_t* next, float* out) {
-  const __mmask64 mask = strip_mask(strip);
-  const auto* offset = reinterpret_cast<const __m128i*>(activations.offset + first_lane);
-  __m512i even[4], odd[4];
-#pragma GCC unroll 4
-  for (int i = 0; i < 4; ++i) even[i] = odd[i] = spread(_mm_loadu_si128(offset));
-  for (int k = 0; k < num_rows; k += 16) {
-    const __m512i inputs = _mm512_loadu_si512(activations.cells[k / 16][first_lane]);
-    const __m512i x[4] = {_mm512_shuffle_epi32(inputs, _MM_PERM_AAAA), _mm512_shuffle_epi32(inputs, _MM_PERM_BBBB),
-                          _mm512_shuffle_epi32(inputs, _MM_PERM_CCCC), _mm512_shuffle_epi32(inputs, _MM_PERM_DDDD)};
-#pragma GCC unroll 4
-    for (int c = 0; c < 4; ++c) {
-      const int row = k + c * kCellBytes;
-      const Cells cells = transpose_rows(strip, row, mask);
-#pragma GCC unroll 4
-      for (int i = 0; i < 4; ++i) {
-        if (i < 3) _mm_prefetch(reinterpret_cast<const char*>(next) + (row / 4 * 3 + i) * 64, _MM_HINT_T1);
-        add_products(even[i], low_nibbles(cells.byte[i]), x[c]);
-        add_products(odd[i], high_nibbles(cells.byte[i]), x[c]);
-      }
+    if (kChains == 2) {
+      low[t][0] = _mm512_add_epi32(low[t][0], low[t][kChains - 1]);
+      high[t][0] = _mm512_add_epi32(high[t][0], high[t][kChains - 1]);
     }
-  }
-  transpose_lanes(even);
-  transpose_lanes(odd);
-#pragma GCC unroll 4
-  for (int g = 0; g < kStripGroups; ++g) {
-    if (g == strip.num_groups) break;
-    finish(even[g], activations.step[first_lane + g], false, out + g * kGroup);
-    finish(odd[g], activations.step[first_lane + g], false, out + g * kGroup + 16);
+    finish(low[t][0], inputs[t].step, accumulate, out + t * out_stride);
+    finish(high[t][0], inputs[t].step, accumulate, out + t * out_stride + 16);
   }
 }
 
-// 4 rows of 4 groups, a group's 4 values in a 128-bit lane -> their sums: lane g has group g of every row.
-inline __m512i sum_groups(const __m512i* rows) {
-  const auto add_halves = [](__m512i a, __m512i b) {
-    return _mm512_add_epi32(_mm512_unpacklo_epi32(a, b), _mm512_unpackhi_epi32(a, b));
-  };
-  const __m512i first = add_halves(rows[0], rows[1]), second = add_halves(rows[2], rows[3]);
-  return _mm512_add_epi32(_mm512_unpacklo_epi64(first, second), _mm512_unpackhi_epi64(first, second));
+void multiply_tile(const uint8_t* tile, int num_inputs, const TileInputs* inputs, int num_tokens, bool accumulate,
+                   float* out, int64_t out_stride) {
+  constexpr decltype(&multiply_tokens<1>) kTiles[kTileTokens] = {
+      multiply_tokens<1>, multiply_tokens<2>, multiply_tokens<3>,  multiply_tokens<4>,
+      multiply_tokens<5>, multiply_tokens<6>, multiply_tokens<7>,  multiply_tokens<8>,
+      multiply_tokens<9>, multiply_tokens<10>, multiply_tokens<11>, multiply_tokens<12>};
+  kTiles[num_tokens - 1](tile, num_inputs, inputs, accumulate, out, out_stride);
 }
 
-// Floats of 4 rows of 16 groups -> register i has groups 4i .. 4i + 3 in its lanes, each of every row.
-inline void transpose_groups(const __m512* rows, __m512i* groups) {
-  __m512i bits[4];
-  for (int i = 0; i < 4; ++i) bits[i] = _mm512_castps_si512(rows[i]);
-  const __m512i low01 = _mm512_unpacklo_epi32(bits[0], bits[1]), high01 = _mm512_unpackhi_epi32(bits[0], bits[1]);
-  const __m512i low23 = _mm512_unpacklo_epi32(bits[2], bits[3]), high23 = _mm512_unpackhi_epi32(bits[2], bits[3]);
-  groups[0] = _mm512_unpacklo_epi64(low01, low23);
-  groups[1] = _mm512_unpackhi_epi64(low01, low23);
-  groups[2] = _mm512_unpacklo_epi64(high01, high23);
-  groups[3] = _mm512_unpackhi_epi64(high01, high23);
-  transpose_lanes(groups);
-}
-
-// 4 rows at a time, whose scales are converted for 16 groups at once. A register's 128-bit lanes are groups.
-void multiply_rows(const uint8_t* qweight, const uint16_t* scale, int num_rows, int num_groups,
-                   const LinearInputs& inputs, float* out) {
-  const int64_t row_bytes = static_cast<int64_t>(num_groups) * 16;
-  // Whole blocks of 4 rows ahead, so that lines arrive in the order in which they are read.
-  const int64_t ahead = ceil_div(kAhead, 4 * row_bytes) * 4 * row_bytes;
-  for (int n = 0; n < num_rows; n += 4) {
-    const int rows = num_rows - n < 4 ? num_rows - n : 4;
-    const uint8_t* of_row[4];
-    const uint16_t* scales[4];
-    __m512 sums = _mm512_setzero_ps();
+// Groups first, first + kStep, ... of kTokens tokens; the sums of group g go to sums[g % kCount].
+template <int kTokens, int kCount>
+void add_groups(const uint8_t* tiles, int first, int num_groups, const LinearInputs* inputs, __m512 (*sums)[kTokens][2]) {
+  constexpr int kStep = kCount == kSums ? 1 : kSums;
+  for (int begin = first; begin < num_groups; begin += kCount * kStep) {
 #pragma GCC unroll 4
-    for (int i = 0; i < 4; ++i) {
-      // A missing row repeats the last one; its sum is dropped.
-      const int64_t row = n + (i < rows ? i : rows - 1);
-      of_row[i] = qweight + row * row_bytes;
-      scales[i] = scale + row * num_groups;
-    }
-    for (int begin = 0; begin < num_groups; begin += 16) {
-      const int count = num_groups - begin < 16 ? num_groups - begin : 16;
-      const auto used = static_cast<__mmask16>((1u << count) - 1);
-      const __m512 step = _mm512_maskz_loadu_ps(used, inputs.step + begin);
-      __m512 of_rows[4];
-#pragma GCC unroll 4
-      for (int i = 0; i < 4; ++i) {
-        const __m512 converted = _mm512_cvtph_ps(_mm256_maskz_loadu_epi16(used, scales[i] + begin));
-        of_rows[i] = _mm512_mul_ps(converted, step);
-        _mm_prefetch(reinterpret_cast<const char*>(scales[i] + begin) + ahead / 8, _MM_HINT_T1);
-      }
-      __m512i steps[4];
-      transpose_groups(of_rows, steps);
-      for (int g = begin; g < begin + count; g += kSums) {
-        const __mmask64 bytes = begin + count - g < 4 ? ~0ull >> (64 - 16 * (begin + count - g)) : ~0ull;
-        const __m512i even = _mm512_loadu_si512(inputs.even + g * 16), odd = _mm512_loadu_si512(inputs.odd + g * 16);
-        const __m512i offset = _mm512_loadu_si512(inputs.offset + g * 4);
-        __m512i products[4];
-#pragma GCC unroll 4
-        for (int i = 0; i < 4; ++i) {
-          const uint8_t* at = of_row[i] + g * 16;
-          const __m512i packed = _mm512_maskz_loadu_epi8(bytes, at);
-          _mm_prefetch(reinterpret_cast<const char*>(at) + ahead, _MM_HINT_T1);
-          products[i] = offset;
-          add_products(products[i], low_nibbles(packed), even);
-          add_products(products[i], high_nibbles(packed), odd);
+    for (int i = 0; i < kCount; ++i) {
+      const int g = begin + i;
+      if (g >= num_groups) break;
+      const uint8_t* tile = tiles + g * kGroup * kInputBytes;
+      __m512i products[kTokens][2];
+#pragma GCC unroll 6
+      for (int t = 0; t < kTokens; ++t) products[t][0] = products[t][1] = _mm512_set1_epi32(inputs[t].offset[g]);
+#pragma GCC unroll 8
+      for (int c = 0; c < kGroup / kCellBytes; ++c) {
+        const __m512i packed = _mm512_loadu_si512(tile + c * kColumnBytes);
+        const __m512i low = low_nibbles(packed), high = high_nibbles(packed);
+#pragma GCC unroll 6
+        for (int t = 0; t < kTokens; ++t) {
+          const __m512i x = repeat_cell(inputs[t].integers + g * kGroup + c * kCellBytes);
+          add_products(products[t][0], low, x);
+          add_products(products[t][1], high, x);
         }
-        const __m512 of_groups = _mm512_castsi512_ps(steps[(g - begin) / kSums]);
-        sums = _mm512_add_ps(sums, _mm512_mul_ps(_mm512_cvtepi32_ps(sum_groups(products)), of_groups));
+      }
+      const __m512 scales[2] = {load_halves(tile + 16 * kGroup), load_halves(tile + 17 * kGroup)};
+#pragma GCC unroll 6
+      for (int t = 0; t < kTokens; ++t) {
+        const __m512 step = _mm512_set1_ps(inputs[t].step[g]);
+#pragma GCC unroll 2
+        for (int half = 0; half < 2; ++half) {
+          const __m512 product = _mm512_cvtepi32_ps(products[t][half]);
+          sums[i][t][half] = _mm512_add_ps(sums[i][t][half], _mm512_mul_ps(product, _mm512_mul_ps(scales[half], step)));
+        }
       }
     }
-    __m128 total = _mm512_castps512_ps128(sums);
-    total = _mm_add_ps(total, _mm512_extractf32x4_ps(sums, 1));
-    total = _mm_add_ps(total, _mm512_extractf32x4_ps(sums, 2));
-    total = _mm_add_ps(total, _mm512_extractf32x4_ps(sums, 3));
-    _mm_mask_storeu_ps(out + n, (1 << rows) - 1, total);
+  }
+}
+
+// One token has its four sums in registers at once, and reads the tiles front to back.
+void multiply_row(const uint8_t* tiles, int num_groups, const LinearInputs* inputs, float* out) {
+  __m512 sums[kSums][1][2];
+  for (auto& sum : sums) sum[0][0] = sum[0][1] = _mm512_setzero_ps();
+  add_groups<1, kSums>(tiles, 0, num_groups, inputs, sums);
+  for (int half = 0; half < 2; ++half) {
+    const __m512 sum = _mm512_add_ps(_mm512_add_ps(sums[0][0][half], sums[1][0][half]), sums[2][0][half]);
+    _mm512_storeu_ps(out + 16 * half, _mm512_add_ps(sum, sums[3][0][half]));
   }
 }
 
 template <int kTokens>
-void multiply_row_tile(const uint8_t* panel, const float* scales, int num_groups, const LinearInputs* inputs,
-                       float* out) {
-  for (int begin = 0; begin < kSums; ++begin) {
-    __m512 sums[kTokens][2];
+void multiply_row_tile(const uint8_t* tiles, int num_groups, const LinearInputs* inputs, float* out) {
+  for (int first = 0; first < kSums; ++first) {
+    __m512 sums[1][kTokens][2];
 #pragma GCC unroll 6
-    for (int t = 0; t < kTokens; ++t) sums[t][0] = sums[t][1] = _mm512_setzero_ps();
-    for (int g = begin; g < num_groups; g += kSums) {
-      __m512i products[kTokens][2];
-#pragma GCC unroll 6
-      for (int t = 0; t < kTokens; ++t) {
-        const int32_t* offset = inputs[t].offset + 4 * g;
-        products[t][0] = products[t][1] = _mm512_set1_epi32(offset[0] + offset[1] + offset[2] + offset[3]);
-      }
-      for (int c = 0; c < 8; ++c) {
-        const uint8_t* cells = panel + (g * 8 + c) * 128;
-        const __m512i first = _mm512_loadu_si512(cells), second = _mm512_loadu_si512(cells + 64);
-#pragma GCC unroll 6
-        for (int t = 0; t < kTokens; ++t) {
-          int32_t cell;
-          std::memcpy(&cell, (c % 2 == 0 ? inputs[t].even : inputs[t].odd) + g * 16 + c / 2 * 4, sizeof(cell));
-          const __m512i x = _mm512_set1_epi32(cell);
-          add_products(products[t][0], first, x);
-          add_products(products[t][1], second, x);
-        }
-      }
-      const __m512 first = _mm512_loadu_ps(scales + g * 32), second = _mm512_loadu_ps(scales + g * 32 + 16);
-#pragma GCC unroll 6
-      for (int t = 0; t < kTokens; ++t) {
-        const __m512 step = _mm512_set1_ps(inputs[t].step[g]);
-        sums[t][0] =
-            _mm512_add_ps(sums[t][0], _mm512_mul_ps(_mm512_cvtepi32_ps(products[t][0]), _mm512_mul_ps(first, step)));
-        sums[t][1] =
-            _mm512_add_ps(sums[t][1], _mm512_mul_ps(_mm512_cvtepi32_ps(products[t][1]), _mm512_mul_ps(second, step)));
-      }
-    }
+    for (int t = 0; t < kTokens; ++t) sums[0][t][0] = sums[0][t][1] = _mm512_setzero_ps();
+    add_groups<kTokens, 1>(tiles, first, num_groups, inputs, sums);
 #pragma GCC unroll 6
     for (int t = 0; t < kTokens; ++t) {
-      for (int i = 0; i < 2; ++i) {
-        float* target = out + t * kPanelRows + i * 16;
-        _mm512_storeu_ps(target, begin > 0 ? _mm512_add_ps(_mm512_loadu_ps(target), sums[t][i]) : sums[t][i]);
+      for (int half = 0; half < 2; ++half) {
+        float* target = out + t * kGroup + half * 16;
+        const __m512 sum = sums[0][t][half];
+        _mm512_storeu_ps(target, first > 0 ? _mm512_add_ps(_mm512_loadu_ps(target), sum) : sum);
       }
     }
   }
 }
 
-void multiply_row_panel(const uint8_t* panel, const float* scales, int num_groups, const LinearInputs* inputs,
-                        int num_tokens, float* out) {
-  constexpr decltype(&multiply_row_tile<1>) kTiles[kMaxLinearTile] = {multiply_row_tile<1>, multiply_row_tile<2>,
-                                                                      multiply_row_tile<3>, multiply_row_tile<4>,
-                                                                      multiply_row_tile<5>, multiply_row_tile<6>};
-  kTiles[num_tokens - 1](panel, scales, num_groups, inputs, out);
+constexpr int kLinearTokens = 6;
+
+void multiply_rows(const uint8_t* tiles, int num_groups, const LinearInputs* inputs, int num_tokens, float* out) {
+  constexpr decltype(&multiply_row_tile<1>) kTiles[kLinearTokens] = {
+      multiply_row,         multiply_row_tile<2>, multiply_row_tile<3>,
+      multiply_row_tile<4>, multiply_row_tile<5>, multiply_row_tile<6>};
+  kTiles[num_tokens - 1](tiles, num_groups, inputs, out);
 }
 
 template <int kRows>
@@ -411,22 +245,15 @@ bool supported() {
 
 const Isa kAvx512 = {"avx512",
                      supported,
-                     kMaxTile,
-                     load_scales,
-                     quantize_lanes,
-                     pack_strip,
-                     multiply_panel,
-                     multiply_strip,
+                     quantize_cells,
+                     kTileTokens,
+                     multiply_tile,
                      quantize_inputs,
+                     kLinearTokens,
                      multiply_rows,
-                     pack_rows,
-                     kMaxLinearTile,
-                     multiply_row_panel,
                      router_logits,
                      sigmoid,
-                     swiglu,
                      add,
-                     in_order,
                      silu_multiply,
                      rms_norm,
                      rotate_and_normalize,

@@ -39,7 +39,6 @@ struct FewTokensLayer {
   int64_t num_threads, num_tokens, dim, head_dim;
   // Inputs of the linears: of query, key and value and then of gate and up; of the output projection; of down.
   Tokens normed_tokens, attended_tokens, mid_tokens;
-  Panels panels;
   float *normed, *query, *key, *value, *attended, *hidden, *mid, *shared;
   float* heads;   // [threads, rows, head_dim]: rotated queries of one head of keys, or one key
   char* scratch;  // [threads, 2 * head_dim]
@@ -58,7 +57,6 @@ struct FewTokensLayer {
         normed_tokens(layout, num_tokens, dim),
         attended_tokens(layout, num_tokens, query_width(a)),
         mid_tokens(layout, num_tokens, hidden_width(a)),
-        panels(layout, threads, larger(larger(dim, query_width(a)), hidden_width(a))),
         normed(layout.take<float>(num_tokens * dim)),
         query(layout.take<float>(num_tokens * query_width(a))),
         key(layout.take<float>(num_tokens * key_width(a))),
@@ -74,8 +72,6 @@ struct FewTokensLayer {
         expert_args(experts_of(a, num_tokens, normed, nullptr)),
         problem(expert_args, threads),
         experts(layout, problem, 0, num_tokens) {}
-
-  static int64_t larger(int64_t a, int64_t b) { return a > b ? a : b; }
 
   void normalize(const float* x, const float* weight) const {
     for (int64_t t = 0; t < num_tokens; ++t) isa().rms_norm(x + t * dim, weight, dim, args.eps, normed + t * dim);
@@ -117,21 +113,17 @@ struct FewTokensLayer {
   void run() const {
     const int64_t num_heads = args.cache.num_kv_heads, num_segments = attention.num_segments;
     const bool is_sparse = has_experts(args);
-    const auto product = [&](const Tokens& tokens, const mobilemoe_matrix& matrix, int64_t rows_at_once = 4) {
-      return Product(tokens, matrix, num_threads, rows_at_once);
-    };
-    const Product inputs[] = {product(normed_tokens, args.query), product(normed_tokens, args.key),
-                              product(normed_tokens, args.value)};
+    const Product inputs[] = {{normed_tokens, args.query}, {normed_tokens, args.key}, {normed_tokens, args.value}};
     float* const outs[] = {query, key, value};
     const Phase projected(
         [&] {
           normalize(args.x, args.attention_norm);
           return inputs[0].num_units() + inputs[1].num_units() + inputs[2].num_units();
         },
-        [&](int64_t unit, int64_t, int64_t worker) {
+        [&](int64_t unit, int64_t, int64_t) {
           int i = 0;
           for (; unit >= inputs[i].num_units(); ++i) unit -= inputs[i].num_units();
-          inputs[i].run(unit, panels.of(worker), [&](int64_t t, int64_t row, const float* values, int64_t count) {
+          inputs[i].run(unit, [&](int64_t t, int64_t row, const float* values, int64_t count) {
             std::memcpy(outs[i] + t * inputs[i].num_rows + row, values, count * sizeof(float));
           });
         });
@@ -139,7 +131,7 @@ struct FewTokensLayer {
                           [&](int64_t unit, int64_t, int64_t worker) {
                             attend(unit / num_segments, unit % num_segments, worker);
                           });
-    const Product output = product(attended_tokens, args.output);
+    const Product output(attended_tokens, args.output);
     const Phase added(
         [&] {
           const Attention::Rows whole = attention.worker(0).whole;
@@ -147,60 +139,53 @@ struct FewTokensLayer {
           quantize(attended_tokens, attended, query_width(args));
           return output.num_units();
         },
-        [&](int64_t unit, int64_t, int64_t worker) {
-          output.run(unit, panels.of(worker), [&](int64_t t, int64_t row, const float* values, int64_t count) {
+        [&](int64_t unit, int64_t, int64_t) {
+          output.run(unit, [&](int64_t t, int64_t row, const float* values, int64_t count) {
             const int64_t at = t * dim + row;
             for (int64_t i = 0; i < count; ++i) hidden[at + i] = args.x[at + i] + values[i];
           });
         });
-    // Whole vectors for SwiGLU.
-    const Product gate = product(normed_tokens, args.gate, kGroup), up = product(normed_tokens, args.up, kGroup);
+    const Product gate(normed_tokens, args.gate), up(normed_tokens, args.up), down(mid_tokens, args.down);
     const int64_t num_scores = is_sparse ? experts.router.num_units() : 0;
     const Phase gated(
         [&] {
           normalize(hidden, args.feed_forward_norm);
           return num_scores + gate.num_units();
         },
-        [&](int64_t unit, int64_t, int64_t worker) {
+        [&](int64_t unit, int64_t, int64_t) {
           if (unit < num_scores) return experts.router.run(unit, normed);
-          const Panels::Panel panel = panels.of(worker);
-          gate.run(unit - num_scores, panel, [&](int64_t t, int64_t row, const float* values, int64_t count) {
+          gate.run(unit - num_scores, [&](int64_t t, int64_t row, const float* values, int64_t count) {
             std::memcpy(mid + t * hidden_width(args) + row, values, count * sizeof(float));
           });
-          up.run(unit - num_scores, panel, [&](int64_t t, int64_t row, const float* values, int64_t count) {
+          up.run(unit - num_scores, [&](int64_t t, int64_t row, const float* values, int64_t count) {
             isa().silu_multiply(mid + t * hidden_width(args) + row, values, count);
           });
         });
-    const Product down = product(mid_tokens, args.down);
-    const int64_t num_in = is_sparse ? experts.num_in() : 0, num_out = is_sparse ? experts.num_out() : 0;
+    // From here on, what has no routed experts has less to do.
+    const auto num_in = [&] { return is_sparse ? experts.num_in() : 0; };
     const Phase multiplied(
         [&] {
           if (is_sparse) experts.router.finish();
           quantize(mid_tokens, mid, hidden_width(args));
-          return num_in + down.num_units();
+          return num_in() + down.num_units();
         },
-        [&](int64_t unit, int64_t next, int64_t worker) {
-          if (unit < num_in) return experts.multiply_in(unit, next, worker, normed);
-          down.run(unit - num_in, panels.of(worker), [&](int64_t t, int64_t row, const float* values, int64_t count) {
-            std::memcpy(shared + t * dim + row, values, count * sizeof(float));
+        [&](int64_t unit, int64_t, int64_t) {
+          if (unit < num_in()) return experts.multiply_in(unit, normed);
+          down.run(unit - num_in(), [&](int64_t t, int64_t row, const float* values, int64_t count) {
+            float* target = (is_sparse ? shared : args.out) + t * dim + row;
+            for (int64_t i = 0; i < count; ++i) target[i] = is_sparse ? values[i] : hidden[t * dim + row + i] + values[i];
           });
         });
-    const Phase returned([&] { return num_out; },
-                         [&](int64_t unit, int64_t next, int64_t) { experts.multiply_out(unit, next); });
-    const Phase summed([&] { return num_tokens; },
-                       [&](int64_t t, int64_t, int64_t worker) {
-                         float *out = args.out + t * dim, *total = experts.sums + worker * 3 * dim;
-                         const float *before = hidden + t * dim, *also = shared + t * dim;
-                         if (!is_sparse) {
-                           for (int64_t i = 0; i < dim; ++i) out[i] = before[i] + also[i];
-                           return;
-                         }
-                         experts.add_up(t, total, total + dim);
-                         float* routed = total + 2 * dim;
-                         isa().in_order(total, dim, routed);
-                         for (int64_t i = 0; i < dim; ++i) out[i] = before[i] + (routed[i] + also[i]);
-                       });
-    run_phases(num_threads, projected, attending, added, gated, multiplied, returned, summed);
+    const Phase returned([&] { return is_sparse ? experts.num_out() : 0; },
+                         [&](int64_t unit, int64_t, int64_t) {
+                           experts.multiply_out(unit, [&](int64_t t, int64_t row, const float* routed, int64_t count) {
+                             const int64_t at = t * dim + row;
+                             for (int64_t i = 0; i < count; ++i) {
+                               args.out[at + i] = hidden[at + i] + (routed[i] + shared[at + i]);
+                             }
+                           });
+                         });
+    run_phases(num_threads, projected, attending, added, gated, multiplied, returned);
   }
 };
 
@@ -237,8 +222,8 @@ struct ManyTokensLayer {
         args.value, args.cos, args.sin,            query,    key,            value};
     mobilemoe_attention_args attention = attention_of(args, attended);
     attention.query = query;
-    const mobilemoe_linear_args output = {num_tokens,          query_width(args), dim,   MOBILEMOE_FP32, attended,
-                                          args.output.qweight, args.output.scale, hidden};
+    const mobilemoe_linear_args output = {num_tokens, query_width(args),  dim,   MOBILEMOE_FP32,
+                                          attended,   args.output.tiles, hidden};
     const mobilemoe_mlp_args shared = {num_tokens, dim, MOBILEMOE_FP32, normed, args.gate, args.up, args.down, args.out};
     if (const int status = norm(args.x, args.attention_norm)) return status;
     if (const int status = mobilemoe_attention_inputs(&inputs, num_threads)) return status;
@@ -308,8 +293,7 @@ int check(const mobilemoe_layer_args* args, int64_t num_threads) {
     }
   }
   if (!has_experts(a)) return MOBILEMOE_OK;
-  if (a.experts.router == nullptr || a.experts.gate_up_qweight == nullptr || a.experts.gate_up_scale == nullptr ||
-      a.experts.down_qweight == nullptr || a.experts.down_scale == nullptr) {
+  if (a.experts.router == nullptr || a.experts.gate_up == nullptr || a.experts.down == nullptr) {
     return fail("the router or an expert weight is null");
   }
   return check_moe_ffn(experts_of(a, a.num_tokens, a.x, a.out));

@@ -13,7 +13,6 @@ struct Linear {
   int64_t num_threads;
   int64_t first;
   Tokens tokens;
-  Panels panels;
   float* converted;  // [threads, K]
 
   Linear(Layout& layout, const mobilemoe_linear_args& a, int64_t threads, int64_t at, int64_t count)
@@ -21,12 +20,11 @@ struct Linear {
         num_threads(threads),
         first(at),
         tokens(layout, count, a.in_features),
-        panels(layout, threads, a.in_features),
         converted(layout.take<float>(threads * a.in_features)) {}
 
   void run() const {
     const Rows rows = {args.x, args.dtype, args.in_features};
-    const Product product(tokens, {args.qweight, args.scale, args.out_features}, num_threads);
+    const Product product(tokens, {args.tiles, args.out_features});
     Phase quantized([this] { return tokens.num_units(); },
                     [&](int64_t unit, int64_t, int64_t worker) {
                       tokens.quantize(unit, [&](int64_t t) {
@@ -34,8 +32,8 @@ struct Linear {
                       });
                     });
     Phase multiplied([&] { return product.num_units(); },
-                     [&](int64_t unit, int64_t, int64_t worker) {
-                       product.run(unit, panels.of(worker), [&](int64_t t, int64_t row, const float* values, int64_t n) {
+                     [&](int64_t unit, int64_t, int64_t) {
+                       product.run(unit, [&](int64_t t, int64_t row, const float* values, int64_t n) {
                          write_rows(args.out, args.dtype, args.out_features, first + t, row, values, n);
                        });
                      });
@@ -47,7 +45,7 @@ int check(const mobilemoe_linear_args* args, int64_t num_threads) {
   if (args == nullptr) return fail("args is null");
   const auto& a = *args;
   if (const int status = check_dense("in_features", a.num_tokens, a.in_features, a.dtype, num_threads)) return status;
-  if (const int status = check_matrix("weight", {a.qweight, a.scale, a.out_features})) return status;
+  if (const int status = check_matrix("weight", {a.tiles, a.out_features})) return status;
   if (a.num_tokens > 0 && (a.x == nullptr || a.out == nullptr)) return fail("x or out is null");
   return MOBILEMOE_OK;
 }
@@ -67,7 +65,7 @@ int check_matrix(const char* name, const mobilemoe_matrix& matrix) {
   if (matrix.out_features < 1 || matrix.out_features > kMaxWidth) {
     return fail("%s has %lld outputs", name, (long long)matrix.out_features);
   }
-  if (matrix.qweight == nullptr || matrix.scale == nullptr) return fail("%s is null", name);
+  if (matrix.tiles == nullptr) return fail("%s is null", name);
   return MOBILEMOE_OK;
 }
 

@@ -1,6 +1,4 @@
-// A linear with INT4 weights [N, K], groups along K: what the dense operators are made of.
-//
-// Few tokens read the weights row by row; many tokens multiply panels of 32 unpacked rows.
+// A linear with INT4 weights, groups along its inputs: what the dense operators are made of.
 #pragma once
 
 #include <cstring>
@@ -14,9 +12,8 @@ namespace mobilemoe {
 
 constexpr int64_t kFewTokens = 3;
 constexpr int64_t kPassTokens = 1024;
-// Bytes of weights in a unit of the few-token path, about: ten microseconds, little to lose when a thread is stopped.
-constexpr int64_t kUnitBytes = 64 * 1024;
-constexpr int64_t kUnitRows = 1024;
+// Bytes of weights in a unit, at least: a microsecond, little to lose when a thread is stopped.
+constexpr int64_t kUnitBytes = 8 * 1024;
 
 // Rows of tokens rounded to INT8.
 struct Tokens {
@@ -42,10 +39,7 @@ struct Tokens {
   template <typename Rows>
   void quantize(int64_t unit, const Rows& x) const {
     for (int64_t t = unit * per_unit(); t < smaller((unit + 1) * per_unit(), count); ++t) {
-      char* memory = quantized + t * bytes_per_token;
-      // Zero beyond the last group.
-      std::memset(memory, 0, bytes_per_token);
-      Layout layout(memory);
+      Layout layout(quantized + t * bytes_per_token);
       inputs[t] = place(layout);
       isa().quantize_inputs(x(t), static_cast<int>(num_groups), inputs[t]);
     }
@@ -53,91 +47,44 @@ struct Tokens {
 
  private:
   LinearInputs place(Layout& layout) const {
-    const int64_t padded = ceil_div(num_groups, 4) * 4;
     LinearInputs of;
-    of.even = layout.take<int8_t>(padded * 16);
-    of.odd = layout.take<int8_t>(padded * 16);
-    of.step = layout.take<float>(padded);
-    of.offset = layout.take<int32_t>(padded * 4);
+    of.integers = layout.take<int8_t>(num_groups * kGroup);
+    of.step = layout.take<float>(num_groups);
+    of.offset = layout.take<int32_t>(num_groups);
     return of;
   }
 };
 
-// Scratch memory of the workers that multiply.
-struct Panels {
-  char* memory;
-  int64_t bytes, num_groups;
-
-  // Of matrices up to this width.
-  Panels(Layout& layout, int64_t num_threads, int64_t width) : num_groups(width / kGroup) {
-    Layout one;
-    Panel(one, num_groups);
-    bytes = one.size();
-    memory = layout.take<char>(bytes * num_threads);
-  }
-
-  struct Panel {
-    uint8_t* cells;  // [K, 32]
-    float* scales;   // [groups, 32]
-    float* out;      // [tile, 32], or the rows of a unit for one token
-
-    Panel(Layout& layout, int64_t num_groups)
-        : cells(layout.take<uint8_t>(num_groups * kGroup * kPanelRows)),
-          scales(layout.take<float>(num_groups * kPanelRows)),
-          out(layout.take<float>(kUnitRows)) {}
-  };
-
-  Panel of(int64_t worker) const {
-    Layout layout(memory + worker * bytes);
-    return Panel(layout, num_groups);
-  }
-};
-
-static_assert(kUnitRows >= kMaxLinearTile * kPanelRows, "both kinds of product share their scratch memory");
-
-// Tokens times one matrix, in units of rows.
+// Tokens times one matrix. A unit is some of its outputs.
 struct Product {
   const Tokens& tokens;
-  const uint8_t* qweight;
-  const uint16_t* scale;
-  int64_t num_rows, rows_per_unit;
+  const uint8_t* tiles;
+  int64_t num_rows, columns_per_unit;  // a column: tiles of 32 outputs
 
-  // `rows_at_once` divides the rows of a unit, but for the last one.
-  Product(const Tokens& of, const mobilemoe_matrix& matrix, int64_t num_threads, int64_t rows_at_once = 4)
-      : tokens(of), qweight(matrix.qweight), scale(matrix.scale), num_rows(matrix.out_features) {
-    rows_per_unit = kPanelRows;
-    if (tokens.is_few()) {
-      // As many units for each thread, or the last one would leave threads idle.
-      const int64_t bytes = num_rows * row_bytes();
-      const int64_t units = num_threads * ceil_div(bytes, kUnitBytes * num_threads);
-      rows_per_unit = smaller(ceil_div(ceil_div(num_rows, units), rows_at_once) * rows_at_once, kUnitRows);
-    }
-  }
+  Product(const Tokens& of, const mobilemoe_matrix& matrix)
+      : tokens(of),
+        tiles(matrix.tiles),
+        num_rows(matrix.out_features),
+        columns_per_unit(of.is_few() ? ceil_div(kUnitBytes, column_bytes()) : 1) {}
 
-  int64_t num_units() const { return ceil_div(num_rows, rows_per_unit); }
-  int64_t row_bytes() const { return tokens.num_groups * kGroup / 2; }
+  int64_t column_bytes() const { return tokens.num_groups * kGroup * kInputBytes; }
+  int64_t num_columns() const { return ceil_div(num_rows, kGroup); }
+  int64_t num_units() const { return ceil_div(num_columns(), columns_per_unit); }
 
-  // Hands finish(t, row, values, count) the products of every token with the unit's rows.
+  // Hands finish(t, row, values, count) the products of every token with the unit's rows, up to 32 at a time.
   template <typename Finish>
-  void run(int64_t unit, const Panels::Panel& panel, const Finish& finish) const {
-    const int groups = static_cast<int>(tokens.num_groups);
-    const int64_t row = unit * rows_per_unit, count = smaller(rows_per_unit, num_rows - row);
-    const uint8_t* rows = qweight + row * row_bytes();
-    const uint16_t* scales = scale + row * tokens.num_groups;
-    if (tokens.is_few()) {
-      for (int64_t t = 0; t < tokens.count; ++t) {
-        isa().multiply_rows(rows, scales, static_cast<int>(count), groups, tokens.inputs[t], panel.out);
-        finish(t, row, panel.out, count);
+  void run(int64_t unit, const Finish& finish) const {
+    alignas(64) float out[kTileTokens * kGroup];
+    const int64_t num_passes = ceil_div(tokens.count, isa().linear_tokens);
+    for (int64_t column = unit * columns_per_unit; column < smaller((unit + 1) * columns_per_unit, num_columns());
+         ++column) {
+      const int64_t row = column * kGroup, count = smaller(kGroup, num_rows - row);
+      for (int64_t pass = 0; pass < num_passes; ++pass) {
+        const int64_t begin = pass * tokens.count / num_passes, end = (pass + 1) * tokens.count / num_passes;
+        isa().multiply_rows(tiles + column * column_bytes(), static_cast<int>(tokens.num_groups),
+                            tokens.inputs + begin, static_cast<int>(end - begin), out);
+        for (int64_t t = begin; t < end; ++t) finish(t, row, out + (t - begin) * kGroup, count);
       }
-      return;
-    }
-    isa().pack_rows(rows, scales, static_cast<int>(count), groups, panel.cells, panel.scales);
-    const int64_t num_tiles = ceil_div(tokens.count, isa().linear_tile);
-    for (int64_t tile = 0; tile < num_tiles; ++tile) {
-      const int64_t begin = tile * tokens.count / num_tiles, end = (tile + 1) * tokens.count / num_tiles;
-      isa().multiply_row_panel(panel.cells, panel.scales, groups, tokens.inputs + begin,
-                               static_cast<int>(end - begin), panel.out);
-      for (int64_t t = begin; t < end; ++t) finish(t, row, panel.out + (t - begin) * kPanelRows, count);
     }
   }
 };

@@ -65,8 +65,7 @@ int mobilemoe_moe_ffn(const mobilemoe_moe_ffn_args* args, int64_t num_threads) {
   if (const int status = check_moe_ffn(*args)) return status;
   if (const int status = check_threads(num_threads)) return status;
   if (args->num_tokens == 0) return MOBILEMOE_OK;
-  if (args->gate_up_qweight == nullptr || args->gate_up_scale == nullptr || args->down_qweight == nullptr ||
-      args->down_scale == nullptr || args->out == nullptr) {
+  if (args->gate_up == nullptr || args->down == nullptr || args->out == nullptr) {
     return fail("an expert weight or out is null");
   }
   const Problem problem(*args, num_threads);

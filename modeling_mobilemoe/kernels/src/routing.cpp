@@ -92,6 +92,10 @@ void Router::sort() const {
   for (int64_t pair = 0; pair < num_pairs; ++pair) sorted[start[index[pair]]++] = pair;
   for (int64_t e = num_experts; e > 0; --e) start[e] = start[e - 1];
   start[0] = 0;
+  int64_t& num_used = used[num_experts] = 0;
+  for (int64_t e = 0; e < num_experts; ++e) {
+    if (start[e + 1] > start[e]) used[num_used++] = e;
+  }
 }
 
 }  // namespace mobilemoe

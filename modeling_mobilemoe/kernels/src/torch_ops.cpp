@@ -25,35 +25,44 @@ const void* address(const Tensor& tensor, const char* name, at::ScalarType dtype
 
 void check(int status) { TORCH_CHECK_VALUE(status == MOBILEMOE_OK, "mobilemoe: ", mobilemoe_last_error(), "."); }
 
-// What both entries to the experts share.
-mobilemoe_moe_ffn_args experts(const Tensor& x, const Tensor& gate_up_qweight, const Tensor& gate_up_scale,
-                               const Tensor& down_qweight, const Tensor& down_scale, Tensor& out) {
+// Bytes of 32 outputs' weights for each input (src/isa.h).
+constexpr int64_t kInputBytes = 18;
+
+// What both entries to the experts share: gate_up [E, F / 32, 2, D * 18] and down [E, D / 32, F * 18].
+mobilemoe_moe_ffn_args experts(const Tensor& x, const Tensor& gate_up, const Tensor& down, Tensor& out) {
   TORCH_CHECK_VALUE(x.dim() == 2, "x is ", x.sizes(), ", the kernel needs [tokens, dim].");
-  TORCH_CHECK_VALUE(gate_up_qweight.dim() == 3, "gate_up_qweight is ", gate_up_qweight.sizes(),
-                    ", the kernel needs [experts, dim, expert_dim].");
+  TORCH_CHECK_VALUE(gate_up.dim() == 4, "gate_up is ", gate_up.sizes(),
+                    ", the kernel needs [experts, expert_dim / 32, 2, dim * 18].");
   mobilemoe_moe_ffn_args args = {};
   args.num_tokens = x.size(0);
   args.dim = x.size(1);
-  args.expert_dim = gate_up_qweight.size(2);
-  args.num_experts = gate_up_qweight.size(0);
+  args.expert_dim = gate_up.size(1) * 32;
+  args.num_experts = gate_up.size(0);
   args.dtype = dtype_of(x, "x");
   const int64_t e = args.num_experts, d = args.dim, f = args.expert_dim;
   args.x = address(x, "x", x.scalar_type(), x.sizes());
-  args.gate_up_qweight =
-      static_cast<const uint8_t*>(address(gate_up_qweight, "gate_up_qweight", at::kByte, {e, d, f}));
-  args.gate_up_scale =
-      static_cast<const uint16_t*>(address(gate_up_scale, "gate_up_scale", at::kHalf, {e, d, f / 16}));
-  args.down_qweight = static_cast<const uint8_t*>(address(down_qweight, "down_qweight", at::kByte, {e, f, d / 2}));
-  args.down_scale = static_cast<const uint16_t*>(address(down_scale, "down_scale", at::kHalf, {e, f, d / 32}));
+  args.gate_up = static_cast<const uint8_t*>(address(gate_up, "gate_up", at::kByte, {e, f / 32, 2, d * kInputBytes}));
+  args.down = static_cast<const uint8_t*>(address(down, "down", at::kByte, {e, d / 32, f * kInputBytes}));
   args.out = out.mutable_data_ptr();
   return args;
 }
 
-Tensor moe_ffn(const Tensor& x, const Tensor& router, const Tensor& bias, const Tensor& gate_up_qweight,
-               const Tensor& gate_up_scale, const Tensor& down_qweight, const Tensor& down_scale, int64_t top_k,
-               double route_scale) {
+// Tiles [out_features / 32, in_features / 32, 576] of a linear.
+mobilemoe_matrix matrix(const Tensor& tiles, int64_t out_features, int64_t in_features, const char* name) {
+  const int64_t shape[] = {(out_features + 31) / 32, in_features / 32, 32 * kInputBytes};
+  return {static_cast<const uint8_t*>(address(tiles, name, at::kByte, shape)), out_features};
+}
+
+// The number of inputs of tiles, and of outputs where these are a multiple of 32.
+int64_t inputs_of(const Tensor& tiles, const char* name) {
+  TORCH_CHECK_VALUE(tiles.dim() == 3, name, " is ", tiles.sizes(), ", the kernel needs [out / 32, in / 32, 576].");
+  return tiles.size(1) * 32;
+}
+
+Tensor moe_ffn(const Tensor& x, const Tensor& router, const Tensor& bias, const Tensor& gate_up, const Tensor& down,
+               int64_t top_k, double route_scale) {
   Tensor out = at::empty(x.sizes(), x.options());
-  mobilemoe_moe_ffn_args args = experts(x, gate_up_qweight, gate_up_scale, down_qweight, down_scale, out);
+  mobilemoe_moe_ffn_args args = experts(x, gate_up, down, out);
   args.top_k = top_k;
   args.route_scale = static_cast<float>(route_scale);
   args.router = static_cast<const float*>(address(router, "router", at::kFloat, {args.num_experts, args.dim}));
@@ -62,11 +71,10 @@ Tensor moe_ffn(const Tensor& x, const Tensor& router, const Tensor& bias, const 
   return out;
 }
 
-Tensor moe_experts(const Tensor& x, const Tensor& top_k_index, const Tensor& top_k_weights,
-                   const Tensor& gate_up_qweight, const Tensor& gate_up_scale, const Tensor& down_qweight,
-                   const Tensor& down_scale) {
+Tensor moe_experts(const Tensor& x, const Tensor& top_k_index, const Tensor& top_k_weights, const Tensor& gate_up,
+                   const Tensor& down) {
   Tensor out = at::empty(x.sizes(), x.options());
-  mobilemoe_moe_ffn_args args = experts(x, gate_up_qweight, gate_up_scale, down_qweight, down_scale, out);
+  mobilemoe_moe_ffn_args args = experts(x, gate_up, down, out);
   args.top_k = top_k_index.size(-1);
   const int64_t shape[] = {args.num_tokens, args.top_k};
   args.weights_dtype = dtype_of(top_k_weights, "top_k_weights");
@@ -76,46 +84,36 @@ Tensor moe_experts(const Tensor& x, const Tensor& top_k_index, const Tensor& top
   return out;
 }
 
-Tensor int4_linear(const Tensor& x, const Tensor& qweight, const Tensor& scale) {
-  TORCH_CHECK_VALUE(x.dim() > 0 && qweight.dim() == 2, "x is ", x.sizes(), " and qweight ", qweight.sizes(),
-                    ", the kernel needs [..., in] and [out, in / 2].");
+Tensor int4_linear(const Tensor& x, const Tensor& tiles, int64_t out_features) {
+  TORCH_CHECK_VALUE(x.dim() > 0, "x is ", x.sizes(), ", the kernel needs [..., in].");
   mobilemoe_linear_args args = {};
   args.in_features = x.size(-1);
-  args.out_features = qweight.size(0);
+  args.out_features = out_features;
   args.num_tokens = args.in_features == 0 ? 0 : x.numel() / args.in_features;
   args.dtype = dtype_of(x, "x");
-  const int64_t n = args.out_features, k = args.in_features;
   args.x = address(x, "x", x.scalar_type(), x.sizes());
-  args.qweight = static_cast<const uint8_t*>(address(qweight, "qweight", at::kByte, {n, k / 2}));
-  args.scale = static_cast<const uint16_t*>(address(scale, "scale", at::kHalf, {n, k / 32}));
+  args.tiles = matrix(tiles, out_features, args.in_features, "the weight").tiles;
   at::DimVector shape(x.sizes());
-  shape.back() = n;
+  shape.back() = out_features;
   Tensor out = at::empty(shape, x.options());
   args.out = out.mutable_data_ptr();
   check(mobilemoe_linear(&args, at::get_num_threads()));
   return out;
 }
 
-// A packed linear [N, K / 2] with its scales.
-mobilemoe_matrix matrix(const Tensor& qweight, const Tensor& scale, int64_t in_features, const char* name) {
-  TORCH_CHECK_VALUE(qweight.dim() == 2, name, " is ", qweight.sizes(), ", the kernel needs [out, in / 2].");
-  const int64_t n = qweight.size(0);
-  return {static_cast<const uint8_t*>(address(qweight, name, at::kByte, {n, in_features / 2})),
-          static_cast<const uint16_t*>(address(scale, name, at::kHalf, {n, in_features / 32})), n};
-}
-
-// weights are gate, up and down, each with its scales.
+// weights are gate, up and down.
 Tensor mlp(const Tensor& x, at::TensorList weights) {
-  TORCH_CHECK_VALUE(weights.size() == 6, "weights has ", weights.size(), " tensors, the kernel needs 6.");
-  TORCH_CHECK_VALUE(x.dim() > 0 && weights[0].dim() == 2, "x is ", x.sizes(), ", the kernel needs [..., dim].");
+  TORCH_CHECK_VALUE(weights.size() == 3, "weights has ", weights.size(), " tensors, the kernel needs 3.");
+  TORCH_CHECK_VALUE(x.dim() > 0, "x is ", x.sizes(), ", the kernel needs [..., dim].");
+  const int64_t hidden = inputs_of(weights[2], "down");
   mobilemoe_mlp_args args = {};
   args.dim = x.size(-1);
   args.num_tokens = args.dim == 0 ? 0 : x.numel() / args.dim;
   args.dtype = dtype_of(x, "x");
   args.x = address(x, "x", x.scalar_type(), x.sizes());
-  args.gate = matrix(weights[0], weights[1], args.dim, "gate");
-  args.up = matrix(weights[2], weights[3], args.dim, "up");
-  args.down = matrix(weights[4], weights[5], args.gate.out_features, "down");
+  args.gate = matrix(weights[0], hidden, args.dim, "gate");
+  args.up = matrix(weights[1], hidden, args.dim, "up");
+  args.down = matrix(weights[2], args.dim, hidden, "down");
   Tensor out = at::empty(x.sizes(), x.options());
   args.out = out.mutable_data_ptr();
   check(mobilemoe_mlp(&args, at::get_num_threads()));
@@ -123,19 +121,18 @@ Tensor mlp(const Tensor& x, at::TensorList weights) {
 }
 
 // A layer's whole feed-forward: routed experts and the shared one.
-Tensor feed_forward(const Tensor& x, const Tensor& router, const Tensor& bias, const Tensor& gate_up_qweight,
-                    const Tensor& gate_up_scale, const Tensor& down_qweight, const Tensor& down_scale, int64_t top_k,
-                    double route_scale, at::TensorList shared) {
+Tensor feed_forward(const Tensor& x, const Tensor& router, const Tensor& bias, const Tensor& gate_up,
+                    const Tensor& down, int64_t top_k, double route_scale, at::TensorList shared) {
   const Tensor tokens = x.reshape({-1, x.size(-1)});
-  Tensor out =
-      moe_ffn(tokens, router, bias, gate_up_qweight, gate_up_scale, down_qweight, down_scale, top_k, route_scale);
+  Tensor out = moe_ffn(tokens, router, bias, gate_up, down, top_k, route_scale);
   return out.add_(mlp(tokens, shared)).view(x.sizes());
 }
 
-// Queries, keys and values [B, T, heads, D] of x [B, T, H]; q, k and v are linears with their scales.
-std::tuple<Tensor, Tensor, Tensor> attention_inputs(const Tensor& x, at::TensorList qkv, const Tensor& cos,
-                                                    const Tensor& sin, double eps) {
-  TORCH_CHECK_VALUE(qkv.size() == 6, "qkv has ", qkv.size(), " tensors, the kernel needs 6.");
+// Queries, keys and values [B, T, heads, D] of x [B, T, H].
+std::tuple<Tensor, Tensor, Tensor> attention_inputs(const Tensor& x, at::TensorList qkv, int64_t num_heads,
+                                                    int64_t num_kv_heads, const Tensor& cos, const Tensor& sin,
+                                                    double eps) {
+  TORCH_CHECK_VALUE(qkv.size() == 3, "qkv has ", qkv.size(), " tensors, the kernel needs 3.");
   TORCH_CHECK_VALUE(x.dim() == 3 && cos.dim() == 3 && cos.size(2) > 0, "x is ", x.sizes(), " and cos ", cos.sizes(),
                     ", the kernel needs [batch, tokens, hidden] and [batch, tokens, head_dim / 2].");
   const int64_t batch = x.size(0), length = x.size(1);
@@ -149,17 +146,13 @@ std::tuple<Tensor, Tensor, Tensor> attention_inputs(const Tensor& x, at::TensorL
   args.eps = static_cast<float>(eps);
   args.dtype = dtype_of(x, "x");
   args.x = address(x, "x", x.scalar_type(), x.sizes());
-  args.query = matrix(qkv[0], qkv[1], args.dim, "query");
-  args.key = matrix(qkv[2], qkv[3], args.dim, "key");
-  args.value = matrix(qkv[4], qkv[5], args.dim, "value");
+  args.query = matrix(qkv[0], num_heads * args.head_dim, args.dim, "query");
+  args.key = matrix(qkv[1], num_kv_heads * args.head_dim, args.dim, "key");
+  args.value = matrix(qkv[2], num_kv_heads * args.head_dim, args.dim, "value");
   args.cos = static_cast<const float*>(address(all_cos, "cos", at::kFloat, angles));
   args.sin = static_cast<const float*>(address(all_sin, "sin", at::kFloat, angles));
-  const auto empty = [&](const mobilemoe_matrix& of) {
-    TORCH_CHECK_VALUE(of.out_features % args.head_dim == 0, "a projection to ", of.out_features,
-                      " features does not divide into heads of ", args.head_dim, ".");
-    return at::empty({batch, length, of.out_features / args.head_dim, args.head_dim}, x.options());
-  };
-  Tensor query = empty(args.query), key = empty(args.key), value = empty(args.value);
+  const auto empty = [&](int64_t heads) { return at::empty({batch, length, heads, args.head_dim}, x.options()); };
+  Tensor query = empty(num_heads), key = empty(num_kv_heads), value = empty(num_kv_heads);
   args.query_out = query.mutable_data_ptr();
   args.key_out = key.mutable_data_ptr();
   args.value_out = value.mutable_data_ptr();
@@ -225,10 +218,10 @@ Tensor decoder_layer(const Tensor& x, const Tensor& cos, const Tensor& sin, Tens
                      int64_t top_k, double route_scale, double eps) {
   TORCH_CHECK_VALUE(x.dim() == 3 && x.size(0) == 1 && cos.dim() == 3, "x is ", x.sizes(), " and cos ", cos.sizes(),
                     ", the kernel needs [1, tokens, dim] and [1, tokens, head_dim / 2].");
-  TORCH_CHECK_VALUE(attention.size() == 9 && feed_forward.size() == 7 &&
-                        (experts_of_layer.empty() || experts_of_layer.size() == 6),
+  TORCH_CHECK_VALUE(attention.size() == 5 && feed_forward.size() == 4 &&
+                        (experts_of_layer.empty() || experts_of_layer.size() == 4),
                     "attention, feed_forward and experts have ", attention.size(), ", ", feed_forward.size(), " and ",
-                    experts_of_layer.size(), " tensors, the kernel needs 9, 7, and 6 or none.");
+                    experts_of_layer.size(), " tensors, the kernel needs 5, 4, and 4 or none.");
   const int64_t d = x.size(2), half = cos.size(2);
   const int64_t angles[] = {1, x.size(1), half};
   const auto floats = [](const Tensor& tensor, const char* name, at::IntArrayRef shape) {
@@ -244,18 +237,19 @@ Tensor decoder_layer(const Tensor& x, const Tensor& cos, const Tensor& sin, Tens
   args.sin = floats(sin, "sin", angles);
   args.cache = cache_of(cache, 2 * half);
   args.attention_norm = floats(attention[0], "the attention's norm", {d});
-  args.query = matrix(attention[1], attention[2], d, "query");
-  args.key = matrix(attention[3], attention[4], d, "key");
-  args.value = matrix(attention[5], attention[6], d, "value");
-  args.output = matrix(attention[7], attention[8], args.query.out_features, "output");
+  const int64_t queries = inputs_of(attention[4], "output"), keys = args.cache.num_kv_heads * args.cache.head_dim;
+  args.query = matrix(attention[1], queries, d, "query");
+  args.key = matrix(attention[2], keys, d, "key");
+  args.value = matrix(attention[3], keys, d, "value");
+  args.output = matrix(attention[4], d, queries, "output");
   args.feed_forward_norm = floats(feed_forward[0], "the feed-forward's norm", {d});
-  args.gate = matrix(feed_forward[1], feed_forward[2], d, "gate");
-  args.up = matrix(feed_forward[3], feed_forward[4], d, "up");
-  args.down = matrix(feed_forward[5], feed_forward[6], args.gate.out_features, "down");
+  const int64_t hidden = inputs_of(feed_forward[3], "down");
+  args.gate = matrix(feed_forward[1], hidden, d, "gate");
+  args.up = matrix(feed_forward[2], hidden, d, "up");
+  args.down = matrix(feed_forward[3], d, hidden, "down");
   Tensor out = at::empty(x.sizes(), x.options());
   if (!experts_of_layer.empty()) {
-    args.experts = experts(x.view({-1, d}), experts_of_layer[2], experts_of_layer[3], experts_of_layer[4],
-                           experts_of_layer[5], out);
+    args.experts = experts(x.view({-1, d}), experts_of_layer[2], experts_of_layer[3], out);
     args.experts.top_k = top_k;
     args.experts.route_scale = static_cast<float>(route_scale);
     args.experts.router = floats(experts_of_layer[0], "router", {args.experts.num_experts, d});
@@ -266,16 +260,14 @@ Tensor decoder_layer(const Tensor& x, const Tensor& cos, const Tensor& sin, Tens
   return out;
 }
 
-Tensor int4_embedding(const Tensor& tokens, const Tensor& qweight, const Tensor& scale) {
-  TORCH_CHECK_VALUE(qweight.dim() == 2, "qweight is ", qweight.sizes(), ", the kernel needs [vocab, dim / 2].");
-  const int64_t dim = 2 * qweight.size(1);
-  const mobilemoe_matrix table = matrix(qweight, scale, dim, "the table");
+Tensor int4_embedding(const Tensor& tokens, const Tensor& tiles, int64_t num_embeddings) {
+  const int64_t dim = inputs_of(tiles, "the table");
+  const mobilemoe_matrix table = matrix(tiles, num_embeddings, dim, "the table");
   at::DimVector shape(tokens.sizes());
   shape.push_back(dim);
   Tensor out = at::empty(shape, tokens.options().dtype(at::kFloat));
-  check(mobilemoe_embedding(static_cast<const int64_t*>(address(tokens, "tokens", at::kLong, tokens.sizes())),
-                            table.qweight, table.scale, tokens.numel(), dim, table.out_features,
-                            out.mutable_data_ptr<float>(), at::get_num_threads()));
+  check(mobilemoe_embedding(static_cast<const int64_t*>(address(tokens, "tokens", at::kLong, tokens.sizes())), &table,
+                            tokens.numel(), dim, out.mutable_data_ptr<float>(), at::get_num_threads()));
   return out;
 }
 

@@ -9,7 +9,16 @@
 namespace mobilemoe {
 namespace {
 
-typedef float f32x4 __attribute__((vector_size(16)));
+// As wide as a register: what sums nothing across lanes uses this.
+#if defined(__AVX512F__)
+constexpr int kLanes = 16;
+#elif defined(__AVX2__)
+constexpr int kLanes = 8;
+#else
+constexpr int kLanes = 4;
+#endif
+typedef float f32 __attribute__((vector_size(4 * kLanes)));
+typedef uint32_t u32 __attribute__((vector_size(4 * kLanes)));
 typedef float f32x16 __attribute__((vector_size(64)));
 typedef uint32_t u32x16 __attribute__((vector_size(64)));
 typedef uint8_t u8x16 __attribute__((vector_size(16)));
@@ -34,7 +43,7 @@ inline void store(void* target, V value) {
 }
 
 // FP16 -> FP32 without the instruction for it.
-[[maybe_unused]] inline float half_to_float(uint16_t half) {
+inline float half_to_float(uint16_t half) {
   const uint32_t sign = static_cast<uint32_t>(half & 0x8000) << 16;
   const uint32_t magnitude = half & 0x7FFF;
   float value;
@@ -50,28 +59,35 @@ inline void store(void* target, V value) {
   return sign ? -value : value;
 }
 
+inline void from_halves(const uint16_t* halves, int count, float* out) {
+  for (int i = 0; i < count; ++i) out[i] = half_to_float(halves[i]);
+}
+
 // Within about 1 ulp (the polynomial is Cephes' expf); NaN stays NaN, the ends saturate at e^-87 and e^88.
-inline f32x16 exponential(f32x16 x) {
-  x = x > 88.0f ? f32x16{} + 88.0f : x;
-  x = x < -87.0f ? f32x16{} - 87.0f : x;
-  const f32x16 shifted = x * 1.44269504088896341f + kRound;
-  const f32x16 n = shifted - kRound;
-  const f32x16 r = (x - n * 0.693359375f) - n * -2.12194440e-4f;
-  f32x16 p = r * 1.9875691500e-4f + 1.3981999507e-3f;
+template <typename Integers, typename V>
+inline V exponential(V x) {
+  x = x > 88.0f ? V{} + 88.0f : x;
+  x = x < -87.0f ? V{} - 87.0f : x;
+  const V shifted = x * 1.44269504088896341f + kRound;
+  const V n = shifted - kRound;
+  const V r = (x - n * 0.693359375f) - n * -2.12194440e-4f;
+  V p = r * 1.9875691500e-4f + 1.3981999507e-3f;
   p = p * r + 8.3334519073e-3f;
   p = p * r + 4.1665795894e-2f;
   p = p * r + 1.6666665459e-1f;
   p = p * r + 5.0000001201e-1f;
   p = p * (r * r) + r + 1.0f;
-  return p * (f32x16)(((u32x16)shifted + 127u) << 23);
+  return p * (V)(((Integers)shifted + 127u) << 23);
 }
+
+inline f32 exponential(f32 x) { return exponential<u32, f32>(x); }
 
 inline void sigmoid(float* values, int64_t count) {
   float padded[16] = {};
   for (int64_t i = 0; i < count; i += 16) {
     const int64_t n = count - i < 16 ? count - i : 16;
     std::memcpy(padded, values + i, n * sizeof(float));
-    store(padded, 1.0f / (1.0f + exponential(-load<f32x16>(padded))));
+    for (int j = 0; j < 16; j += kLanes) store(padded + j, 1.0f / (1.0f + exponential(-load<f32>(padded + j))));
     std::memcpy(values + i, padded, n * sizeof(float));
   }
 }
@@ -82,30 +98,16 @@ inline void interleave(f32x16 even, f32x16 odd, float* out) {
   store(out + 16, __builtin_shufflevector(even, odd, 8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31));
 }
 
-inline f32x16 silu_times(const float* gate, const float* up) {
-  const f32x16 g = load<f32x16>(gate);
-  return g / (1.0f + exponential(-g)) * load<f32x16>(up);
-}
-
 inline void silu_multiply(float* gate, const float* up, int64_t count) {
-  for (int64_t i = 0; i < count; i += 16) store(gate + i, silu_times(gate + i, up + i));
-}
-
-inline void swiglu(const float* gate, const float* up, int64_t count, float* mid) {
-  for (int64_t i = 0; i < count; i += kGroup) {
-    interleave(silu_times(gate + i, up + i), silu_times(gate + i + 16, up + i + 16), mid + i);
-  }
-}
-
-inline void in_order(const float* accumulators, int64_t count, float* out) {
-  for (int64_t i = 0; i < count; i += kGroup) {
-    interleave(load<f32x16>(accumulators + i), load<f32x16>(accumulators + i + 16), out + i);
+  for (int64_t i = 0; i < count; i += kLanes) {
+    const f32 g = load<f32>(gate + i);
+    store(gate + i, g / (1.0f + exponential(-g)) * load<f32>(up + i));
   }
 }
 
 inline void add(float* sum, const float* addend, float weight, int64_t count) {
-  for (int64_t i = 0; i < count; i += 16) {
-    store(sum + i, load<f32x16>(sum + i) + load<f32x16>(addend + i) * weight);
+  for (int64_t i = 0; i < count; i += kLanes) {
+    store(sum + i, load<f32>(sum + i) + load<f32>(addend + i) * weight);
   }
 }
 
@@ -133,52 +135,51 @@ inline void to_bf16(const float* x, int64_t count, uint16_t* out) {
   }
 }
 
-// What is not finite makes that group's step NaN.
-inline void quantize_token(const float* x, const float* scales, int num_rows, Activations* activations) {
-  const auto repeat = [](f32x4 v) {
-    return __builtin_shufflevector(v, v, 0, 1, 2, 3, 0, 1, 2, 3, 0, 1, 2, 3, 0, 1, 2, 3);
-  };
-  for (int half = 0; half < 2; ++half) {
-    const float* of_half = scales + half * 16;
-    // Lanes are (group, row). Compared as integers, where NaN is larger than infinity and thus never lost.
-    u32x16 largest = {};
-    for (int k = 0; k < num_rows; k += kCellBytes) {
-      const u32x16 magnitude =
-          (u32x16)(repeat(load<f32x4>(x + k)) * load<f32x16>(of_half + k * kChunkGroups)) & 0x7FFFFFFFu;
-      largest = magnitude > largest ? magnitude : largest;
-    }
-    float inverse[16];
-    for (int g = 0; g < kStripGroups; ++g) {
-      uint32_t bits = largest[4 * g];
-      for (int row = 1; row < 4; ++row) bits = largest[4 * g + row] > bits ? largest[4 * g + row] : bits;
-      float amax;
-      std::memcpy(&amax, &bits, sizeof(amax));
-      const bool is_zero = !(amax > kSmallest), is_finite = bits < kInfinityBits;
-      activations->step[half * kStripGroups + g] = !is_finite ? __builtin_nanf("") : is_zero ? 0.0f : amax / 127.0f;
-      for (int row = 0; row < 4; ++row) inverse[4 * g + row] = is_zero || !is_finite ? 0.0f : 127.0f / amax;
-    }
-    u32x16 sums = {};
-    for (int k = 0; k < num_rows; k += kCellBytes) {
-      const f32x16 scaled = repeat(load<f32x4>(x + k)) * load<f32x16>(of_half + k * kChunkGroups);
-      const u32x16 rounded = (u32x16)(scaled * load<f32x16>(inverse) + kRound);
-      sums += rounded;
-      int32_t cells[kStripGroups];
-      store(cells, __builtin_convertvector(rounded, u8x16));
-      for (int g = 0; g < kStripGroups; ++g) {
-        activations->cells[k / 16][half * kStripGroups + g][k / kCellBytes % 4] = cells[g];
-      }
-    }
-    for (int g = 0; g < kStripGroups; ++g) {
-      const uint32_t sum = sums[4 * g] + sums[4 * g + 1] + sums[4 * g + 2] + sums[4 * g + 3];
-      activations->offset[half * kStripGroups + g] =
-          -kBias * static_cast<int32_t>(sum - static_cast<uint32_t>(num_rows) * kRoundBits);
-    }
+// Steps that INT8 integers are multiples of, by the largest magnitude's bits, and what to multiply with to get these.
+// What is not finite makes the step NaN.
+struct Rounding {
+  float step, inverse;
+
+  explicit Rounding(uint32_t bits) {
+    float largest;
+    std::memcpy(&largest, &bits, sizeof(largest));
+    const bool is_zero = !(largest > kSmallest), is_finite = bits < kInfinityBits;
+    step = !is_finite ? __builtin_nanf("") : is_zero ? 0.0f : largest / 127.0f;
+    inverse = is_zero || !is_finite ? 0.0f : 127.0f / largest;
   }
+};
+
+// Compared as integers, where NaN is larger than infinity and thus never lost.
+inline uint32_t largest_lane(u32x16 v) {
+  uint32_t lanes[16], bits = 0;
+  store(lanes, v);
+  for (const uint32_t lane : lanes) bits = lane > bits ? lane : bits;
+  return bits;
 }
 
-[[maybe_unused]] inline void quantize(const float* const* x, int num_tokens, const float* scales, int num_rows,
-                                      Activations* activations) {
-  for (int t = 0; t < num_tokens; ++t) quantize_token(x[t], scales, num_rows, activations + t);
+[[maybe_unused]] inline void quantize(const float* const* x, int num_tokens, const uint16_t* scales, int num_inputs,
+                                      TileInputs* inputs) {
+  float factors[kBlock];
+  from_halves(scales, num_inputs, factors);
+  for (int t = 0; t < num_tokens; ++t) {
+    u32x16 largest = {}, sums = {};
+    for (int k = 0; k < num_inputs; k += 16) {
+      const u32x16 magnitude = (u32x16)(load<f32x16>(x[t] + k) * load<f32x16>(factors + k)) & 0x7FFFFFFFu;
+      largest = magnitude > largest ? magnitude : largest;
+    }
+    const Rounding rounding(largest_lane(largest));
+    for (int k = 0; k < num_inputs; k += 16) {
+      const f32x16 scaled = load<f32x16>(x[t] + k) * load<f32x16>(factors + k);
+      const u32x16 rounded = (u32x16)(scaled * rounding.inverse + kRound);
+      sums += rounded;
+      store(inputs[t].cells + k, __builtin_convertvector(rounded, u8x16));
+    }
+    uint32_t lanes[16], sum = 0;
+    store(lanes, sums);
+    for (const uint32_t lane : lanes) sum += lane;
+    inputs[t].step = rounding.step;
+    inputs[t].offset = -kBias * static_cast<int32_t>(sum - static_cast<uint32_t>(num_inputs) * kRoundBits);
+  }
 }
 
 inline float sum_lanes(const float* source) {
@@ -239,13 +240,15 @@ inline void rotate_and_normalize(float* states, const float* cos, const float* s
   }
 }
 
-inline void expand_row(const uint8_t* qweight, const uint16_t* scale, int64_t num_groups, float* out) {
+inline void expand_row(const uint8_t* tiles, int row, int64_t num_groups, float* out) {
   for (int64_t g = 0; g < num_groups; ++g) {
-    const float step = half_to_float(scale[g]);
-    for (int64_t j = 0; j < kGroup / 2; ++j) {
-      const uint8_t byte = qweight[g * (kGroup / 2) + j];
-      out[g * kGroup + 2 * j] = static_cast<float>(static_cast<int>((byte & 15) ^ kBias) - kBias) * step;
-      out[g * kGroup + 2 * j + 1] = static_cast<float>(static_cast<int>((byte >> 4) ^ kBias) - kBias) * step;
+    const uint8_t* tile = tiles + g * kGroup * kInputBytes;
+    uint16_t half;
+    std::memcpy(&half, tile + kGroup * 16 + row * 2, sizeof(half));
+    const float step = half_to_float(half);
+    for (int k = 0; k < kGroup; ++k) {
+      const uint8_t byte = tile[k / kCellBytes * kColumnBytes + row % 16 * kCellBytes + k % kCellBytes];
+      out[g * kGroup + k] = static_cast<float>((row < 16 ? byte & 15 : byte >> 4) - kBias) * step;
     }
   }
 }
@@ -254,72 +257,55 @@ inline void quantize_inputs(const float* x, int num_groups, const LinearInputs& 
   for (int g = 0; g < num_groups; ++g) {
     const f32x16 first = load<f32x16>(x + g * kGroup), second = load<f32x16>(x + g * kGroup + 16);
     const u32x16 magnitude = (u32x16)first & 0x7FFFFFFFu, other = (u32x16)second & 0x7FFFFFFFu;
-    uint32_t lanes[16], bits = 0;
-    store(lanes, magnitude > other ? magnitude : other);
-    for (const uint32_t lane : lanes) bits = lane > bits ? lane : bits;
-    float amax;
-    std::memcpy(&amax, &bits, sizeof(amax));
-    const bool is_zero = !(amax > kSmallest), is_finite = bits < kInfinityBits;
-    const float inverse = is_zero || !is_finite ? 0.0f : 127.0f / amax;
-    inputs.step[g] = !is_finite ? __builtin_nanf("") : is_zero ? 0.0f : amax / 127.0f;
-    int8_t rounded[kGroup];
-    store(rounded, __builtin_convertvector((u32x16)(first * inverse + kRound), u8x16));
-    store(rounded + 16, __builtin_convertvector((u32x16)(second * inverse + kRound), u8x16));
-    int8_t *even = inputs.even + g * 16, *odd = inputs.odd + g * 16;
-    for (int j = 0; j < 16; ++j) {
-      even[j] = rounded[2 * j];
-      odd[j] = rounded[2 * j + 1];
-    }
-    for (int c = 0; c < 4; ++c) {
-      int32_t sum = 0;
-      for (int j = 4 * c; j < 4 * c + 4; ++j) sum += even[j] + odd[j];
-      inputs.offset[4 * g + c] = -kBias * sum;
-    }
+    const Rounding rounding(largest_lane(magnitude > other ? magnitude : other));
+    const u32x16 low = (u32x16)(first * rounding.inverse + kRound), high = (u32x16)(second * rounding.inverse + kRound);
+    store(inputs.integers + g * kGroup, __builtin_convertvector(low, u8x16));
+    store(inputs.integers + g * kGroup + 16, __builtin_convertvector(high, u8x16));
+    uint32_t lanes[16], sum = 0;
+    store(lanes, low + high);
+    for (const uint32_t lane : lanes) sum += lane;
+    inputs.step[g] = rounding.step;
+    inputs.offset[g] = -kBias * static_cast<int32_t>(sum - kGroup * kRoundBits);
   }
 }
 
-// Row by row: 16 bytes of a group hold 4 cells of even inputs and 4 of odd ones.
-[[maybe_unused]] inline void pack_rows(const uint8_t* qweight, const uint16_t* scale, int num_rows, int num_groups,
-                                       uint8_t* panel, float* scales) {
-  for (int g = 0; g < num_groups; ++g) {
-    for (int n = 0; n < kPanelRows; ++n) {
-      uint8_t* cells = panel + (g * 8 * kPanelRows + n) * kCellBytes;
-      scales[g * kPanelRows + n] = n < num_rows ? half_to_float(scale[n * num_groups + g]) : 0.0f;
-      for (int c = 0; c < 4; ++c) {
-        uint32_t packed = 0;
-        if (n < num_rows) std::memcpy(&packed, qweight + (n * num_groups + g) * 16 + 4 * c, sizeof(packed));
-        const uint32_t even = (packed & 0x0F0F0F0Fu) ^ 0x08080808u, odd = (packed >> 4 & 0x0F0F0F0Fu) ^ 0x08080808u;
-        std::memcpy(cells + 2 * c * kPanelRows * kCellBytes, &even, sizeof(even));
-        std::memcpy(cells + (2 * c + 1) * kPanelRows * kCellBytes, &odd, sizeof(odd));
-      }
-    }
-  }
-}
-
+// 16 sums of every token and expert, in registers of kLanes each.
 template <int kTokens, int kExperts>
 inline void router_tile(const float* x, int64_t dim, const float* router, int64_t num_experts, float* logits) {
-  f32x16 sums[kTokens][kExperts] = {};
+  constexpr int kParts = 16 / kLanes;
+  f32 sums[kTokens][kExperts][kParts] = {};
   for (int64_t k = 0; k < dim; k += 16) {
+#pragma GCC unroll 4
     for (int t = 0; t < kTokens; ++t) {
+#pragma GCC unroll 4
       for (int e = 0; e < kExperts; ++e) {
-        sums[t][e] += load<f32x16>(x + t * dim + k) * load<f32x16>(router + e * dim + k);
+#pragma GCC unroll 4
+        for (int i = 0; i < kParts; ++i) {
+          sums[t][e][i] += load<f32>(x + t * dim + k + i * kLanes) * load<f32>(router + e * dim + k + i * kLanes);
+        }
       }
     }
   }
   for (int t = 0; t < kTokens; ++t) {
-    for (int e = 0; e < kExperts; ++e) logits[t * num_experts + e] = sum_lanes(sums[t][e]);
+    for (int e = 0; e < kExperts; ++e) {
+      float lanes[16];
+      for (int i = 0; i < kParts; ++i) store(lanes + i * kLanes, sums[t][e][i]);
+      logits[t * num_experts + e] = sum_lanes(lanes);
+    }
   }
 }
 
 inline void router_logits(const float* x, int64_t num_tokens, int64_t dim, const float* router, int64_t first,
                           int64_t last, int64_t num_experts, float* logits) {
   int64_t t = 0;
-  for (; t < num_tokens; t += num_tokens - t >= 4 ? 4 : 1) {
+  // As many tokens as registers hold the sums of, with 4 experts.
+  constexpr int kTokens = kLanes == 16 ? 4 : 1;
+  for (; t < num_tokens; t += num_tokens - t >= kTokens ? kTokens : 1) {
     const float* rows = x + t * dim;
     int64_t e = first;
     for (; e < last; e += last - e >= 4 ? 4 : 1) {
-      const auto tile = num_tokens - t >= 4 ? (last - e >= 4 ? router_tile<4, 4> : router_tile<4, 1>)
-                                            : (last - e >= 4 ? router_tile<1, 4> : router_tile<1, 1>);
+      const auto tile = num_tokens - t >= kTokens ? (last - e >= 4 ? router_tile<kTokens, 4> : router_tile<kTokens, 1>)
+                                                  : (last - e >= 4 ? router_tile<1, 4> : router_tile<1, 1>);
       tile(rows, dim, router + e * dim, num_experts, logits + t * num_experts + e);
     }
   }

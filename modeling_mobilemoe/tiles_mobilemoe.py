@@ -1,0 +1,101 @@
+"""
+INT4 weights in the order in which the kernels read them: the checkpoint's integers and scales, moved.
+
+A tile holds 32 outputs of some inputs, 18 bytes for each input. For every 4 inputs there are 64 bytes, 16 cells of 4: the
+low nibbles of cell n are the integers of output n, the high ones those of output n + 16, all plus 8. FP16 scales follow:
+one for each output in a linear, whose tiles have 32 inputs; one for each input in an expert, whose tiles have 128, the
+last one perhaps fewer. Tiles of the same outputs lie side by side (kernels/src/isa.h).
+"""
+
+import torch
+from torch import nn
+
+
+GROUP = 32  # weights that share a scale
+HALF = GROUP // 2
+CELL = 4
+BLOCK = 128  # inputs of an expert's tile
+INPUT_BYTES = 18
+
+
+def _columns(nibbles: torch.Tensor) -> torch.Tensor:
+    """Values of 0 to 15 `(..., inputs, 32)` to bytes `(..., inputs * 16)`."""
+    packed = nibbles[..., :HALF] | nibbles[..., HALF:] << 4
+    return packed.unflatten(-2, (-1, CELL)).transpose(-1, -2).flatten(-3)
+
+
+def _nibbles(columns: torch.Tensor) -> torch.Tensor:
+    """Inverse of [`_columns`]."""
+    packed = columns.unflatten(-1, (-1, HALF, CELL)).transpose(-1, -2).flatten(-3, -2)
+    return torch.cat([packed & 15, packed >> 4], dim=-1)
+
+
+def _bytes(scale: torch.Tensor) -> torch.Tensor:
+    return scale.contiguous().view(torch.uint8)
+
+
+def linear_tiles(qweight: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
+    """
+    Args:
+        qweight (`torch.Tensor`): packed integers of shape `(N, K / 2)`.
+        scale (`torch.Tensor`): of shape `(N, K / 32)`.
+
+    Returns:
+        uint8 of shape `(ceil(N / 32), K / 32, 576)`; outputs beyond N are zero.
+    """
+    padding = (0, 0, 0, -len(qweight) % GROUP)
+    # Two's complement plus 8 is its top bit flipped.
+    stored = nn.functional.pad(qweight, padding) ^ 0x88
+    nibbles = torch.stack((stored & 15, stored >> 4), dim=-1).flatten(-2)
+    nibbles = nibbles.unflatten(0, (-1, GROUP)).unflatten(2, (-1, GROUP)).permute(0, 2, 3, 1)  # (N / 32, K / 32, 32, 32)
+    scales = nn.functional.pad(scale, padding).unflatten(0, (-1, GROUP)).transpose(1, 2)  # (N / 32, K / 32, 32)
+    return torch.cat([_columns(nibbles), _bytes(scales)], dim=-1)
+
+
+def linear_weights(tiles: torch.Tensor, out_features: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Inverse of [`linear_tiles`]: integers `(N, K / 2)` and scales `(N, K / 32)` of the checkpoint."""
+    columns, scales = tiles.split([GROUP * HALF, GROUP * 2], dim=-1)
+    nibbles = _nibbles(columns).permute(0, 3, 1, 2).flatten(2).flatten(0, 1)[:out_features]  # (N, K)
+    qweight = (nibbles[:, 0::2] | nibbles[:, 1::2] << 4) ^ 0x88
+    scale = scales.contiguous().view(torch.float16).transpose(1, 2).flatten(0, 1)[:out_features]
+    return qweight.contiguous(), scale.contiguous()
+
+
+def expert_tiles(qweight: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
+    """
+    Args:
+        qweight (`torch.Tensor`): packed integers of shape `(E, K, N / 2)`, K inputs and N outputs.
+        scale (`torch.Tensor`): of shape `(E, K, N / 32)`.
+
+    Returns:
+        uint8 of shape `(E, N / 32, K * 18)`.
+    """
+    tiles = []
+    for integers, scales in zip(qweight.split(BLOCK, dim=1), scale.split(BLOCK, dim=1), strict=True):
+        stored = integers ^ 0x88
+        nibbles = torch.stack((stored & 15, stored >> 4), dim=-1).flatten(-2)
+        nibbles = nibbles.unflatten(-1, (-1, GROUP)).transpose(1, 2)  # (E, N / 32, up to 128, 32)
+        tiles += [_columns(nibbles), _bytes(scales.transpose(1, 2))]
+    return torch.cat(tiles, dim=-1)
+
+
+def expert_weights(tiles: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Inverse of [`expert_tiles`]: integers `(E, K, N / 2)` and scales `(E, K, N / 32)` of the checkpoint."""
+    qweight, scale = [], []
+    for tile in tiles.split(BLOCK * INPUT_BYTES, dim=-1):
+        num_inputs = tile.shape[-1] // INPUT_BYTES
+        columns, scales = tile.split([num_inputs * HALF, num_inputs * 2], dim=-1)
+        nibbles = _nibbles(columns).transpose(1, 2).flatten(2)  # (E, up to 128, N)
+        qweight.append((nibbles[..., 0::2] | nibbles[..., 1::2] << 4) ^ 0x88)
+        scale.append(scales.contiguous().view(torch.float16).transpose(1, 2))
+    return torch.cat(qweight, dim=1), torch.cat(scale, dim=1)
+
+
+def gate_up_tiles(qweight: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
+    """As [`expert_tiles`], with the tiles of 32 gates beside those of their ups: `(E, F / 32, 2, K * 18)`."""
+    return expert_tiles(qweight, scale).unflatten(1, (2, -1)).transpose(1, 2).contiguous()
+
+
+def gate_up_weights(tiles: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Inverse of [`gate_up_tiles`]."""
+    return expert_weights(tiles.transpose(1, 2).flatten(1, 2))
