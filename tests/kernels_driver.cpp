@@ -4,6 +4,7 @@
 //
 // Buffers are allocated to the byte, so that a sanitizer sees a read past the end. The inputs come from integers
 // alone: the checksum in the last line is the same on every machine.
+#include <algorithm>
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
@@ -36,12 +37,22 @@ std::unique_ptr<uint8_t[]> random_bytes(int64_t count) {
   return bytes;
 }
 
-// Positive FP16 numbers: of one size, or anything from the smallest subnormal to the largest.
-std::unique_ptr<uint16_t[]> random_scales(int64_t count, bool is_wild) {
-  auto scales = buffer<uint16_t>(count);
-  for (int64_t i = 0; i < count; ++i)
-    scales[i] = static_cast<uint16_t>(is_wild ? between(1, 0x7BFF) : between(0x1C00, 0x2000));
-  return scales;
+// Columns of tiles: random integers, and positive FP16 scales of one size, or anything from the smallest subnormal to the
+// largest. A linear has 32 inputs in a tile, an expert up to 128.
+std::unique_ptr<uint8_t[]> random_tiles(int64_t num_columns, int64_t num_inputs, int64_t inputs_per_tile, bool is_wild) {
+  auto tiles = random_bytes(num_columns * num_inputs * 18);
+  uint8_t* tile = tiles.get();
+  for (int64_t column = 0; column < num_columns; ++column) {
+    for (int64_t first = 0; first < num_inputs; first += inputs_per_tile) {
+      const int64_t count = std::min(inputs_per_tile, num_inputs - first);
+      for (int64_t i = 0; i < count; ++i) {
+        const auto scale = static_cast<uint16_t>(is_wild ? between(1, 0x7BFF) : between(0x1C00, 0x2000));
+        std::memcpy(tile + count * 16 + i * 2, &scale, sizeof(scale));
+      }
+      tile += count * 18;
+    }
+  }
+  return tiles;
 }
 
 std::unique_ptr<float[]> random_floats(int64_t count, float size) {
@@ -104,9 +115,7 @@ bool fuzz_moe_ffn() {
   const auto x = random_floats(t * d, is_wild ? 1000.0f : 1.0f);
   const auto x_bf16 = to_bf16(x.get(), t * d);
   const auto router = random_floats(e * d, 0.1f), bias = random_floats(e, 0.3f);
-  const auto gate_up = random_bytes(e * d * f), down = random_bytes(e * f * d / 2);
-  const auto gate_up_scale = random_scales(e * d * f / 16, is_wild),
-             down_scale = random_scales(e * f * d / 32, is_wild);
+  const auto gate_up = random_tiles(e * f / 16, d, 128, is_wild), down = random_tiles(e * d / 32, f, 128, is_wild);
   auto index = buffer<int64_t>(t * args.top_k);
   const auto weights = random_floats(t * args.top_k, 1.0f);
   args.x = args.dtype == MOBILEMOE_BF16 ? static_cast<const void*>(x_bf16.get()) : x.get();
@@ -118,10 +127,8 @@ bool fuzz_moe_ffn() {
     args.top_k_index = index.get();
     args.top_k_weights = weights.get();
   }
-  args.gate_up_qweight = gate_up.get();
-  args.gate_up_scale = gate_up_scale.get();
-  args.down_qweight = down.get();
-  args.down_scale = down_scale.get();
+  args.gate_up = gate_up.get();
+  args.down = down.get();
   const int64_t num_bytes = t * d * (args.dtype == MOBILEMOE_BF16 ? 2 : 4);
   const bool good = agree(num_bytes, [&](void* out) {
     args.out = out;
@@ -165,11 +172,9 @@ bool fuzz_linear() {
   const bool is_wild = random_bits() % 4 == 0;
   const auto x = random_floats(t * k, is_wild ? 1000.0f : 1.0f);
   const auto x_bf16 = to_bf16(x.get(), t * k);
-  const auto qweight = random_bytes(n * k / 2);
-  const auto scale = random_scales(n * k / 32, is_wild);
+  const auto tiles = random_tiles((n + 31) / 32, k, 32, is_wild);
   args.x = args.dtype == MOBILEMOE_BF16 ? static_cast<const void*>(x_bf16.get()) : x.get();
-  args.qweight = qweight.get();
-  args.scale = scale.get();
+  args.tiles = tiles.get();
   const bool good = agree(t * n * (args.dtype == MOBILEMOE_BF16 ? 2 : 4), [&](void* out) {
     args.out = out;
     return mobilemoe_linear(&args, between(1, 3));
@@ -181,14 +186,12 @@ bool fuzz_linear() {
 
 // A random packed matrix, which keeps its memory.
 struct Matrix {
-  std::unique_ptr<uint8_t[]> qweight;
-  std::unique_ptr<uint16_t[]> scale;
+  std::unique_ptr<uint8_t[]> tiles;
   int64_t rows;
 
-  Matrix(int64_t n, int64_t k, bool is_wild)
-      : qweight(random_bytes(n * k / 2)), scale(random_scales(n * k / 32, is_wild)), rows(n) {}
+  Matrix(int64_t n, int64_t k, bool is_wild) : tiles(random_tiles((n + 31) / 32, k, 32, is_wild)), rows(n) {}
 
-  mobilemoe_matrix get() const { return {qweight.get(), scale.get(), rows}; }
+  mobilemoe_matrix get() const { return {tiles.get(), rows}; }
 };
 
 bool fuzz_mlp() {
@@ -321,7 +324,7 @@ int run_operators(const mobilemoe_layer_args& args) {
   const mobilemoe_attention_args attention = {t,           args.start, q / args.cache.head_dim,
                                               query.get(), args.cache, attended.get()};
   status += mobilemoe_attention(&attention, 1);
-  const mobilemoe_linear_args output = {t, q, d, 0, attended.get(), args.output.qweight, args.output.scale, args.out};
+  const mobilemoe_linear_args output = {t, q, d, 0, attended.get(), args.output.tiles, args.out};
   status += mobilemoe_linear(&output, 2);
   for (int64_t i = 0; i < t * d; ++i) hidden[i] = args.x[i] + args.out[i];
   status += mobilemoe_rms_norm(hidden.get(), args.feed_forward_norm, t, d, args.eps, normed.get(), 1);
@@ -355,8 +358,7 @@ bool fuzz_layer() {
   const Matrix query(q, d, false), key(kv_heads * head_dim, d, false), value(kv_heads * head_dim, d, false);
   const Matrix output(d, q, false), gate(f, d, false), up(f, d, false), down(d, f, false);
   const auto router = random_floats(e * d, 0.1f), bias = random_floats(e, 0.3f);
-  const auto gate_up = random_bytes(e * d * ef), expert_down = random_bytes(e * ef * d / 2);
-  const auto gate_up_scale = random_scales(e * d * ef / 16, false), down_scale = random_scales(e * ef * d / 32, false);
+  const auto gate_up = random_tiles(e * ef / 16, d, 128, false), expert_down = random_tiles(e * d / 32, ef, 128, false);
   args.x = x.get();
   args.attention_norm = norm.get();
   args.feed_forward_norm = other_norm.get();
@@ -375,10 +377,8 @@ bool fuzz_layer() {
   args.experts.route_scale = 2.5f;
   args.experts.router = router.get();
   args.experts.bias = bias.get();
-  args.experts.gate_up_qweight = gate_up.get();
-  args.experts.gate_up_scale = gate_up_scale.get();
-  args.experts.down_qweight = expert_down.get();
-  args.experts.down_scale = down_scale.get();
+  args.experts.gate_up = gate_up.get();
+  args.experts.down = expert_down.get();
   const int32_t type = static_cast<int32_t>(between(0, 2));
   const int64_t num_blocks = (args.start + t + 63) / 64, cached = args.start * kv_heads * head_dim;
   const int64_t block_bytes = 128 * head_dim * (type == MOBILEMOE_FP32 ? 4 : type == MOBILEMOE_BF16 ? 2 : 1) +
@@ -415,7 +415,7 @@ bool fuzz_layer() {
       args.down.out_features += 32;
       break;
     case 4:
-      args.query.qweight = nullptr;
+      args.query.tiles = nullptr;
       break;
   }
   return good && mobilemoe_decoder_layer(&args, 2) == MOBILEMOE_BAD_ARGUMENT &&
@@ -429,8 +429,8 @@ bool fuzz_rows() {
   auto tokens = buffer<int64_t>(t);
   for (int64_t i = 0; i < t; ++i) tokens[i] = between(0, vocab - 1);
   const auto embed = [&](void* out) {
-    return mobilemoe_embedding(tokens.get(), table.qweight.get(), table.scale.get(), t, d, vocab,
-                               static_cast<float*>(out), between(1, 3));
+    const mobilemoe_matrix matrix = table.get();
+    return mobilemoe_embedding(tokens.get(), &matrix, t, d, static_cast<float*>(out), between(1, 3));
   };
   const bool good = agree(t * d * 4, embed) && agree(t * d * 4, [&](void* out) {
                       return mobilemoe_rms_norm(x.get(), weight.get(), t, d, 1e-5f, static_cast<float*>(out),

@@ -27,6 +27,14 @@ from modeling_mobilemoe.fused_mobilemoe import (
 from modeling_mobilemoe.kernels import reference as reference_operators
 from modeling_mobilemoe.kernels.modules import DecoderLayer, MoEFFN, empty_cache
 from modeling_mobilemoe.modeling_mobilemoe import MobileMoERouter, apply_rotary_emb, rms_normalize
+from modeling_mobilemoe.tiles_mobilemoe import (
+    expert_tiles,
+    expert_weights,
+    gate_up_tiles,
+    gate_up_weights,
+    linear_tiles,
+    linear_weights,
+)
 
 
 TESTS = Path(__file__).parent
@@ -58,7 +66,7 @@ def isas(library):
 
 
 def random_experts(num_experts: int, dim: int, expert_dim: int, scale: str = "usual", seed: int = 0) -> dict:
-    """Weights of `mobilemoe::moe_ffn`, by its names."""
+    """Weights of `mobilemoe::moe_ffn`, as a checkpoint has them."""
     generator = torch.Generator().manual_seed(seed)
 
     def scales(*shape: int) -> torch.Tensor:
@@ -82,6 +90,22 @@ def random_experts(num_experts: int, dim: int, expert_dim: int, scale: str = "us
 
 def tokens(num_tokens: int, dim: int, seed: int = 1) -> torch.Tensor:
     return torch.randn(num_tokens, dim, generator=torch.Generator().manual_seed(seed))
+
+
+def in_tiles(weights: dict) -> list[torch.Tensor]:
+    return [
+        gate_up_tiles(weights["gate_up_qweight"], weights["gate_up_scale"]),
+        expert_tiles(weights["down_qweight"], weights["down_scale"]),
+    ]
+
+
+def moe_ffn(x: torch.Tensor, weights: dict, top_k: int, route_scale: float = 2.5) -> torch.Tensor:
+    router = (weights["router"], weights["bias"])
+    return torch.ops.mobilemoe.moe_ffn(x, *router, *in_tiles(weights), top_k, route_scale)
+
+
+def int4_linear(x: torch.Tensor, qweight: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
+    return torch.ops.mobilemoe.int4_linear(x, linear_tiles(qweight, scale), len(qweight))
 
 
 def route(weights: dict, x: torch.Tensor, top_k: int, route_scale: float) -> tuple[torch.Tensor, torch.Tensor]:
@@ -127,7 +151,7 @@ def reference(weights: dict, x: torch.Tensor, top_k: int, route_scale: float = 2
 
 
 def check_against_reference(weights: dict, x: torch.Tensor, top_k: int) -> None:
-    actual = torch.ops.mobilemoe.moe_ffn(x, *weights.values(), top_k, 2.5).double()
+    actual = moe_ffn(x, weights, top_k).double()
     expected, bound = reference(weights, x, top_k)
     assert ((actual - expected).abs() <= bound).all()
 
@@ -138,7 +162,7 @@ def test_error_stays_within_the_int8_step(dim: int, expert_dim: int, num_tokens:
     weights, x = random_experts(6, dim, expert_dim), tokens(num_tokens, dim)
     check_against_reference(weights, x, top_k=2)
     expected, _ = reference(weights, x, top_k=2)
-    actual = torch.ops.mobilemoe.moe_ffn(x, *weights.values(), 2, 2.5).double()
+    actual = moe_ffn(x, weights, 2).double()
     # The bound is for the worst case; roundings are mostly independent.
     assert (actual - expected).norm() < 0.03 * expected.norm()
 
@@ -166,8 +190,8 @@ def test_all_tokens_on_one_expert_leave_the_others_empty(num_tokens: int):
 
 def test_zero_tokens_and_zero_input():
     weights = random_experts(4, 64, 32)
-    assert torch.ops.mobilemoe.moe_ffn(torch.zeros(0, 64), *weights.values(), 2, 2.5).shape == (0, 64)
-    assert not torch.ops.mobilemoe.moe_ffn(torch.zeros(3, 64), *weights.values(), 2, 2.5).any()
+    assert moe_ffn(torch.zeros(0, 64), weights, 2).shape == (0, 64)
+    assert not moe_ffn(torch.zeros(3, 64), weights, 2).any()
 
 
 def test_selection_follows_the_router_also_in_ties(tiny_config: MobileMoEConfig):
@@ -181,10 +205,9 @@ def test_selection_follows_the_router_also_in_ties(tiny_config: MobileMoEConfig)
     router = MobileMoERouter(tiny_config)
     router.weight.data = weights["router"]
     _, top_k_weights, top_k_index = router(x, weights["bias"])
-    names = ("gate_up_qweight", "gate_up_scale", "down_qweight", "down_scale")
-    packed = [weights[name] for name in names]
-    routed = torch.ops.mobilemoe.moe_experts(x, top_k_index.contiguous(), top_k_weights.detach(), *packed)
-    whole = torch.ops.mobilemoe.moe_ffn(x, *weights.values(), router.top_k, router.routed_scaling_factor)
+    chosen = (top_k_index.contiguous(), top_k_weights.detach())
+    routed = torch.ops.mobilemoe.moe_experts(x, *chosen, *in_tiles(weights))
+    whole = moe_ffn(x, weights, router.top_k, router.routed_scaling_factor)
     torch.testing.assert_close(whole, routed, rtol=1e-5, atol=1e-6 * whole.abs().max().item())
 
 
@@ -194,25 +217,25 @@ def test_instruction_sets_threads_and_batches_give_the_same_bits(library, isas):
     x = tokens(150, 288)
     num_threads = torch.get_num_threads()
     library.mobilemoe_set_isa(b"portable")
-    expected = torch.ops.mobilemoe.moe_ffn(x, *weights.values(), 3, 2.5)
+    expected = moe_ffn(x, weights, 3)
     try:
         for name in isas:
             library.mobilemoe_set_isa(name.encode())
             for threads in (1, 2, 3):
                 torch.set_num_threads(threads)
-                assert torch.equal(torch.ops.mobilemoe.moe_ffn(x, *weights.values(), 3, 2.5), expected), name
+                assert torch.equal(moe_ffn(x, weights, 3), expected), name
             for rows in (slice(0, 1), slice(3, 6), slice(20, 31)):
-                assert torch.equal(torch.ops.mobilemoe.moe_ffn(x[rows], *weights.values(), 3, 2.5), expected[rows])
+                assert torch.equal(moe_ffn(x[rows], weights, 3), expected[rows])
     finally:
         torch.set_num_threads(num_threads)
 
 
 def test_a_bad_token_does_not_spread():
     weights, x = random_experts(6, 64, 32), tokens(20, 64)
-    expected = torch.ops.mobilemoe.moe_ffn(x, *weights.values(), 2, 2.5)
+    expected = moe_ffn(x, weights, 2)
     for value in (float("nan"), float("inf"), 1e38):
         x[5, 9] = value
-        out = torch.ops.mobilemoe.moe_ffn(x, *weights.values(), 2, 2.5)
+        out = moe_ffn(x, weights, 2)
         assert not out[5].isfinite().any()
         good = torch.arange(20) != 5
         assert torch.equal(out[good], expected[good])
@@ -231,9 +254,9 @@ def test_linear_stays_within_the_int8_step(library, isas, in_features: int, out_
     results = []
     for name in isas:
         library.mobilemoe_set_isa(name.encode())
-        results.append(torch.ops.mobilemoe.int4_linear(x, qweight, scale))
+        results.append(int4_linear(x, qweight, scale))
         assert ((results[-1] - x.double() @ weight.T).abs() <= bound).all(), name
-        one_by_one = [torch.ops.mobilemoe.int4_linear(row, qweight, scale) for row in x]
+        one_by_one = [int4_linear(row, qweight, scale) for row in x]
         assert torch.equal(torch.stack(one_by_one), results[-1]), name
     assert all(torch.equal(result, results[0]) for result in results)
 
@@ -248,17 +271,17 @@ def random_linear(out_features: int, in_features: int, seed: int) -> tuple[torch
 @pytest.mark.parametrize(("dim", "hidden"), [(64, 32), (96, 352)])
 def test_mlp_is_its_linears(library, isas, dim: int, hidden: int, num_tokens: int):
     gate, up, down = random_linear(hidden, dim, 0), random_linear(hidden, dim, 1), random_linear(dim, hidden, 2)
-    x, linear = tokens(num_tokens, dim), torch.ops.mobilemoe.int4_linear
-    mid = nn.functional.silu(linear(x, *gate).double()) * linear(x, *up).double()
-    expected = linear(mid.float(), *down)
+    x, weights = tokens(num_tokens, dim), [linear_tiles(*linear) for linear in (gate, up, down)]
+    mid = nn.functional.silu(int4_linear(x, *gate).double()) * int4_linear(x, *up).double()
+    expected = int4_linear(mid.float(), *down)
     results = []
     for name in isas:
         library.mobilemoe_set_isa(name.encode())
-        results.append(torch.ops.mobilemoe.mlp(x, [*gate, *up, *down]))
+        results.append(torch.ops.mobilemoe.mlp(x, weights))
         # An integer may round the other way where SwiGLU differs in its last bit.
         torch.testing.assert_close(results[-1], expected, rtol=1e-3, atol=1e-3 * expected.abs().max().item())
         assert torch.equal(results[-1], results[0]), name
-        one_by_one = [torch.ops.mobilemoe.mlp(row, [*gate, *up, *down]) for row in x]
+        one_by_one = [torch.ops.mobilemoe.mlp(row, weights) for row in x]
         assert torch.equal(torch.stack(one_by_one), results[-1]), name
 
 
@@ -268,15 +291,15 @@ def test_attention_inputs_are_linears_rotation_and_norm(library, isas, head_dim:
     qkv = [random_linear(heads * head_dim, 96, heads) for heads in (6, 2, 2)]
     x = tokens(num_tokens, 96)[None]
     angles = tokens(num_tokens, head_dim // 2, seed=2)[None]
-    expected = [torch.ops.mobilemoe.int4_linear(x, *linear).view(1, num_tokens, -1, head_dim) for linear in qkv]
+    expected = [int4_linear(x, *linear).view(1, num_tokens, -1, head_dim) for linear in qkv]
     expected[:2] = (
         rms_normalize(apply_rotary_emb(states, angles.cos(), angles.sin()), 1e-5) for states in expected[:2]
     )
     results = []
     for name in isas:
         library.mobilemoe_set_isa(name.encode())
-        weights = [tensor for linear in qkv for tensor in linear]
-        results.append(torch.ops.mobilemoe.attention_inputs(x, weights, angles.cos(), angles.sin(), 1e-5))
+        weights = [linear_tiles(*linear) for linear in qkv]
+        results.append(torch.ops.mobilemoe.attention_inputs(x, weights, 6, 2, angles.cos(), angles.sin(), 1e-5))
         torch.testing.assert_close(results[-1], tuple(expected), rtol=1e-5, atol=1e-5)
         assert all(map(torch.equal, results[-1], results[0])), name
 
@@ -339,40 +362,55 @@ def test_norm_and_embedding_are_those_of_the_model(library, isas, int4_checkpoin
     model = AutoModelForCausalLM.from_pretrained(int4_checkpoint, dtype=torch.float32)
     norm, embedding, x = model.model.norm, model.get_input_embeddings(), tokens(40, model.config.hidden_size)
     ids = torch.arange(40)[None]
-    results = []
+    table, results = linear_tiles(embedding.qweight, embedding.weight_scale), []
     for name in isas:
         library.mobilemoe_set_isa(name.encode())
-        rows = torch.ops.mobilemoe.int4_embedding(ids, embedding.qweight, embedding.weight_scale)
+        rows = torch.ops.mobilemoe.int4_embedding(ids, table, 512)
         assert torch.equal(rows, embedding(ids))
         results.append(torch.ops.mobilemoe.rms_norm(x, norm.weight.detach(), norm.variance_epsilon))
         torch.testing.assert_close(results[-1], norm(x).detach(), rtol=1e-5, atol=1e-6)
         assert torch.equal(results[-1], results[0]), name
     with pytest.raises(ValueError, match=r"tokens\[1\]=512 is not one of 512"):
-        torch.ops.mobilemoe.int4_embedding(torch.tensor([3, 512]), embedding.qweight, embedding.weight_scale)
+        torch.ops.mobilemoe.int4_embedding(torch.tensor([3, 512]), table, 512)
+
+
+@pytest.mark.parametrize(("out_features", "in_features"), [(1, 32), (37, 160), (64, 96)])
+def test_tiles_hold_the_integers_and_scales_of_a_checkpoint(out_features: int, in_features: int):
+    linear = random_linear(out_features, in_features, 0)
+    tiles = linear_tiles(*linear)
+    assert tiles.shape == (-(-out_features // 32), in_features // 32, 576)
+    assert all(map(torch.equal, linear_weights(tiles, out_features), linear))
+    weights = random_experts(3, in_features, 32, scale="wild")
+    for name, to_tiles, back in (("gate_up", gate_up_tiles, gate_up_weights), ("down", expert_tiles, expert_weights)):
+        packed = (weights[f"{name}_qweight"], weights[f"{name}_scale"])
+        tiles = to_tiles(*packed)
+        assert tiles.is_contiguous() and tiles.numel() == sum(tensor.nbytes for tensor in packed)
+        assert all(map(torch.equal, back(tiles), packed))
 
 
 def test_bf16_is_the_fp32_result_rounded_once():
     weights, x = random_experts(6, 64, 32), tokens(20, 64).bfloat16()
-    expected = torch.ops.mobilemoe.moe_ffn(x.float(), *weights.values(), 2, 2.5).bfloat16()
-    assert torch.equal(torch.ops.mobilemoe.moe_ffn(x, *weights.values(), 2, 2.5), expected)
+    expected = moe_ffn(x.float(), weights, 2).bfloat16()
+    assert torch.equal(moe_ffn(x, weights, 2), expected)
     linear = (weights["down_qweight"][0], weights["down_scale"][0])
-    expected = torch.ops.mobilemoe.int4_linear(x.float(), *linear).bfloat16()
-    assert torch.equal(torch.ops.mobilemoe.int4_linear(x, *linear), expected)
+    expected = int4_linear(x.float(), *linear).bfloat16()
+    assert torch.equal(int4_linear(x, *linear), expected)
 
 
 def test_bad_arguments_are_errors(library):
     weights, x = random_experts(4, 64, 32), tokens(3, 64)
-    run = torch.ops.mobilemoe.moe_ffn
     with pytest.raises(ValueError, match="top_k=5 does not fit 4 experts"):
-        run(x, *weights.values(), 5, 2.5)
+        moe_ffn(x, weights, 5)
     with pytest.raises(ValueError, match="x is Half, the kernels take FP32 and BF16"):
-        run(x.half(), *weights.values(), 2, 2.5)
+        moe_ffn(x.half(), weights, 2)
     with pytest.raises(ValueError, match=r"router is Float \[4, 64\], not contiguous"):
-        run(x, *({**weights, "router": weights["router"].T.contiguous().T}).values(), 2, 2.5)
-    with pytest.raises(ValueError, match="gate_up_scale"):
-        run(x, *({**weights, "gate_up_scale": weights["gate_up_scale"][:, :32]}).values(), 2, 2.5)
+        moe_ffn(x, {**weights, "router": weights["router"].T.contiguous().T}, 2)
+    with pytest.raises(ValueError, match=r"down is Byte \[4, 2, 576\].* needs a contiguous Byte \[4, 3, 576\]"):
+        moe_ffn(tokens(3, 96), random_experts(4, 96, 32) | {"down_qweight": weights["down_qweight"], "down_scale": weights["down_scale"]}, 2)
+    with pytest.raises(ValueError, match=r"the weight is Byte \[2, 1, 576\].* needs a contiguous Byte \[3, 1, 576\]"):
+        torch.ops.mobilemoe.int4_linear(tokens(3, 32), linear_tiles(*random_linear(64, 32, 0)), 65)
     index = torch.tensor([[0, 1], [2, 3], [4, 0]])
-    packed = list(weights.values())[2:]
+    packed = in_tiles(weights)
     with pytest.raises(ValueError, match=r"top_k_index\[4\]=4 is not one of 4 experts"):
         torch.ops.mobilemoe.moe_experts(x, index, torch.ones(3, 2), *packed)
     assert library.mobilemoe_moe_ffn(None, None) == library.mobilemoe_linear(None, None) == 1
@@ -382,8 +420,8 @@ def test_bad_arguments_are_errors(library):
 def test_operators_have_shapes_for_tracing():
     weights, x = random_experts(4, 64, 32), tokens(3, 64)
     for operator, arguments in (
-        (torch.ops.mobilemoe.moe_ffn, (x, *weights.values(), 2, 2.5)),
-        (torch.ops.mobilemoe.int4_linear, (x, weights["down_qweight"][0], weights["down_scale"][0])),
+        (torch.ops.mobilemoe.moe_ffn, (x, weights["router"], weights["bias"], *in_tiles(weights), 2, 2.5)),
+        (torch.ops.mobilemoe.int4_linear, (x, linear_tiles(*random_linear(37, 64, 0)), 37)),
     ):
         torch.library.opcheck(operator.default, arguments, test_utils=("test_schema", "test_faketensor"))
 
