@@ -13,7 +13,7 @@ import statistics
 import time
 
 import torch
-from bench_kernel import DIM, NUM_LAYERS, parse_arguments, random_experts
+from bench_kernel import DIM, NUM_LAYERS, in_tiles, parse_arguments, random_experts
 from tqdm import tqdm
 
 from mobilemoe.display import show, table, with_spread
@@ -29,7 +29,7 @@ def random_layer(granularity: int, generator: torch.Generator) -> tuple:
     num_experts = granularity * EXPANSION - top_k
     experts = random_experts(generator, num_experts, 4 * DIM // granularity)
     router = torch.randn(num_experts, DIM, generator=generator) * 0.05
-    return router, torch.zeros(num_experts), *experts.buffers(), top_k, 2.5
+    return router, torch.zeros(num_experts), *in_tiles(experts), top_k, 2.5
 
 
 def main() -> None:

@@ -12,9 +12,11 @@ matrix at a time, when they are used, and never kept.
 
 A BF16 model on the CPU skips the expansion where the package's C++ kernels are available: they multiply the packed
 integers by activations rounded to INT8, in finer blocks than QAT rounds them. FP32 and training mode always take the
-exact path, with or without gradients: trainers compare log-probabilities of both. In decoding, calling a module from
-Python takes as long as many of them compute, so [`Int4FeedForward`] and [`Int4AttentionInputs`] run one operator for
-several modules.
+exact path, with or without gradients: trainers compare log-probabilities of both. From the first call of the kernels
+on, a module holds its integers and scales in tiles, the order in which they are read, in place of the checkpoint's
+tensors. Those come back when they are asked for, and are what is saved. In decoding, calling a module from Python
+takes as long as many of them compute, so [`Int4FeedForward`] and [`Int4AttentionInputs`] run one operator for several
+modules.
 """
 
 from collections.abc import Callable
@@ -24,6 +26,15 @@ from typing import Any, ClassVar, cast
 import torch
 from torch import nn
 from transformers.integrations.moe import grouped_mm_experts_forward
+
+from .tiles_mobilemoe import (
+    expert_tiles,
+    expert_weights,
+    gate_up_tiles,
+    gate_up_weights,
+    linear_tiles,
+    linear_weights,
+)
 
 
 @dataclass(frozen=True)
@@ -196,9 +207,15 @@ class FixedDtypeModule(nn.Module):
 
 
 class Int4Module(FixedDtypeModule):
-    """Base of the packed modules. `group_dim` is the dimension of the weights along which groups run."""
+    """
+    Base of the packed modules, which hold a checkpoint's tensors or the same numbers in tiles.
+
+    `group_dim` is the dimension of the weights along which groups run.
+    """
 
     group_dim = -1
+    # Names of tiles: those of the integers and scales that they hold.
+    layouts: ClassVar[dict[str, tuple[str, str]]] = {"tiles": ("qweight", "weight_scale")}
 
     def _add_packed(self, weight_name: str, scale_name: str, *shape: int) -> None:
         *leading, n = shape
@@ -207,6 +224,65 @@ class Int4Module(FixedDtypeModule):
         # Buffers, not parameters: they cannot be trained, and `model.dtype` must not be that of a scale.
         self.register_buffer(weight_name, torch.zeros(*leading, n // 2, dtype=torch.uint8))
         self.register_buffer(scale_name, torch.ones(scale_shape, dtype=Int4Format.scale_dtype))
+
+    def _to_tiles(self, name: str, qweight: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
+        return linear_tiles(qweight, scale)
+
+    def _from_tiles(self, name: str, tiles: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        raise NotImplementedError
+
+    @property
+    def is_tiled(self) -> bool:
+        return any(name in self._buffers for name in self.layouts)
+
+    # Not traced, but called when a graph is: what it changes would break the graph.
+    @torch.compiler.assume_constant_result
+    def _keep_tiles(self) -> bool:
+        """Replaces the checkpoint's tensors by tiles, unless accelerate brings those for every call."""
+        if "forward" in self.__dict__:
+            return False
+        for name, stored in self.layouts.items():
+            if name not in self._buffers:
+                tiles = self._to_tiles(name, *(self._buffers[part] for part in stored))
+                for part in stored:
+                    del self._buffers[part]
+                self.register_buffer(name, tiles, persistent=False)
+        return True
+
+    def tiles_of(self, name: str = "tiles") -> torch.Tensor:
+        """Weights as the kernels take them."""
+        if self._keep_tiles():
+            return self.get_buffer(name)
+        return self._to_tiles(name, *(getattr(self, part) for part in self.layouts[name]))
+
+    @torch.compiler.assume_constant_result
+    def _restore(self) -> bool:
+        """Replaces tiles by the checkpoint's tensors."""
+        for name, stored in self.layouts.items():
+            if name in self._buffers:
+                tensors = self._from_tiles(name, self.get_buffer(name))
+                del self._buffers[name]
+                for part, tensor in zip(stored, tensors, strict=True):
+                    self.register_buffer(part, tensor)
+        return True
+
+    def __getattr__(self, name: str) -> Any:
+        for tiles, stored in self.layouts.items():
+            if name in stored and tiles in self._buffers:
+                return self._from_tiles(tiles, self.get_buffer(tiles))[stored.index(name)]
+        return super().__getattr__(name)
+
+    # State dicts have a checkpoint's tensors.
+    def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        for name, stored in self.layouts.items():
+            if name in self._buffers:
+                tensors = self._from_tiles(name, self.get_buffer(name))
+                destination.update(zip((prefix + part for part in stored), tensors, strict=True))
+
+    def _load_from_state_dict(self, *args, **kwargs) -> None:
+        self._restore()
+        super()._load_from_state_dict(*args, **kwargs)
 
 
 class PackedWeight(torch.Tensor):
@@ -244,9 +320,13 @@ class Int4Linear(Int4Module, nn.Linear):
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
         if use_kernels(self.training, hidden_states):
-            return torch.ops.mobilemoe.int4_linear(hidden_states.contiguous(), self.qweight, self.weight_scale)
+            return torch.ops.mobilemoe.int4_linear(hidden_states.contiguous(), self.tiles_of(), self.out_features)
+        self._restore()
         weight = dequantize_tensor(self.qweight, self.weight_scale, hidden_states.dtype)
         return nn.functional.linear(hidden_states, weight)
+
+    def _from_tiles(self, name: str, tiles: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        return linear_weights(tiles, self.out_features)
 
     @property
     def weight(self) -> torch.Tensor:  # ty: ignore[invalid-method-override]
@@ -282,11 +362,19 @@ class Int4Embedding(Int4Module):
         """The embeddings of `input_ids`, or the logits of `hidden_states`, whose head is this table."""
         if hidden_states is not None:
             return self._project(hidden_states)
+        if use_kernels(self.training, self.output_dtype):
+            rows = torch.ops.mobilemoe.int4_embedding(input_ids.contiguous(), self.tiles_of(), self.num_embeddings)
+            return rows.to(self.output_dtype.dtype)
+        self._restore()
         return dequantize_tensor(self.qweight[input_ids], self.weight_scale[input_ids], self.output_dtype.dtype)
+
+    def _from_tiles(self, name: str, tiles: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        return linear_weights(tiles, self.num_embeddings)
 
     def _project(self, hidden_states: torch.Tensor) -> torch.Tensor:
         if use_kernels(self.training, hidden_states):
-            return torch.ops.mobilemoe.int4_linear(hidden_states.contiguous(), self.qweight, self.weight_scale)
+            return torch.ops.mobilemoe.int4_linear(hidden_states.contiguous(), self.tiles_of(), self.num_embeddings)
+        self._restore()
         logits = hidden_states.new_empty(*hidden_states.shape[:-1], self.num_embeddings)
         for start in range(0, self.num_embeddings, self.chunk_size):
             rows = slice(start, start + self.chunk_size)
@@ -340,6 +428,10 @@ class Int4Experts(Int4Module):
     has_gate = is_concatenated = is_transposed = True
     has_bias = has_post_expert_norm = _is_expert_parallel = False
 
+    layouts = {
+        "gate_up_tiles": ("gate_up_qweight", "gate_up_scale"),
+        "down_tiles": ("down_qweight", "down_scale"),
+    }
     gate_up_qweight: torch.Tensor
     gate_up_scale: torch.Tensor
     down_qweight: torch.Tensor
@@ -366,11 +458,10 @@ class Int4Experts(Int4Module):
                 hidden_states.contiguous(),
                 top_k_index.contiguous(),
                 top_k_weights.contiguous(),
-                self.gate_up_qweight,
-                self.gate_up_scale,
-                self.down_qweight,
-                self.down_scale,
+                self.tiles_of("gate_up_tiles"),
+                self.tiles_of("down_tiles"),
             )
+        self._restore()
         if torch.compiler.is_compiling():
             return self._compilable(hidden_states, top_k_index, top_k_weights)
         dtype = hidden_states.dtype
@@ -383,6 +474,12 @@ class Int4Experts(Int4Module):
             expert_output = expert_output * top_k_weights[token_idx, top_k_pos, None]
             final_hidden_states.index_add_(0, token_idx, expert_output.to(dtype))
         return final_hidden_states
+
+    def _to_tiles(self, name: str, qweight: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
+        return (gate_up_tiles if name == "gate_up_tiles" else expert_tiles)(qweight, scale)
+
+    def _from_tiles(self, name: str, tiles: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        return (gate_up_weights if name == "gate_up_tiles" else expert_weights)(tiles)
 
     def _compilable(
         self, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
@@ -480,13 +577,11 @@ class Int4FeedForward(FixedDtypeModule):
             hidden_states.contiguous(),
             self.router.weight,
             self.expert_bias,
-            self.experts.gate_up_qweight,
-            self.experts.gate_up_scale,
-            self.experts.down_qweight,
-            self.experts.down_scale,
+            self.experts.tiles_of("gate_up_tiles"),
+            self.experts.tiles_of("down_tiles"),
             self.router.top_k,
             self.router.routed_scaling_factor,
-            [tensor for linear in self._shared_linears() for tensor in (linear.qweight, linear.weight_scale)],
+            [linear.tiles_of() for linear in self._shared_linears()],
         )
 
 
@@ -518,6 +613,14 @@ class Int4AttentionInputs(nn.Module):
             or not is_untouched(*linears)
         ):
             return self.plain(hidden_states, q_proj, k_proj, v_proj, cos, sin)
-        weights = [tensor for linear in linears for tensor in (linear.qweight, linear.weight_scale)]
-        states = torch.ops.mobilemoe.attention_inputs(hidden_states.contiguous(), weights, cos, sin, self.plain.eps)
+        num_heads, num_kv_heads = (proj.out_features // (2 * cos.shape[-1]) for proj in (q_proj, k_proj))
+        states = torch.ops.mobilemoe.attention_inputs(
+            hidden_states.contiguous(),
+            [linear.tiles_of() for linear in linears],
+            num_heads,
+            num_kv_heads,
+            cos,
+            sin,
+            self.plain.eps,
+        )
         return tuple(heads.transpose(1, 2) for heads in states)  # (B, heads, T, D)

@@ -225,7 +225,7 @@ def resize_packed_embedding(
     tensors = {"qweight": pack_int4(quantized), "weight_scale": scale}
     kept = min(old.num_embeddings, new.num_embeddings)
     for name, tensor in tensors.items():
-        tensor[:kept] = old.get_buffer(name)[:kept]
+        tensor[:kept] = getattr(old, name)[:kept]
     new.load_state_dict(tensors, assign=True)
     model.set_input_embeddings(new)
     _pack_head(model)

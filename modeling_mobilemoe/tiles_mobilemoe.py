@@ -1,10 +1,10 @@
 """
 INT4 weights in the order in which the kernels read them: the checkpoint's integers and scales, moved.
 
-A tile holds 32 outputs of some inputs, 18 bytes for each input. For every 4 inputs there are 64 bytes, 16 cells of 4: the
-low nibbles of cell n are the integers of output n, the high ones those of output n + 16, all plus 8. FP16 scales follow:
-one for each output in a linear, whose tiles have 32 inputs; one for each input in an expert, whose tiles have 128, the
-last one perhaps fewer. Tiles of the same outputs lie side by side (kernels/src/isa.h).
+A tile holds 32 outputs of some inputs, 18 bytes for each input. For every 4 inputs there are 64 bytes, 16 cells of 4:
+the low nibbles of cell n are the integers of output n, the high ones those of output n + 16, all plus 8. FP16 scales
+follow: one for each output in a linear, whose tiles have 32 inputs; one for each input in an expert, whose tiles have
+128, the last one perhaps fewer. Tiles of the same outputs lie side by side (kernels/src/isa.h).
 """
 
 import torch
@@ -47,7 +47,9 @@ def linear_tiles(qweight: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
     # Two's complement plus 8 is its top bit flipped.
     stored = nn.functional.pad(qweight, padding) ^ 0x88
     nibbles = torch.stack((stored & 15, stored >> 4), dim=-1).flatten(-2)
-    nibbles = nibbles.unflatten(0, (-1, GROUP)).unflatten(2, (-1, GROUP)).permute(0, 2, 3, 1)  # (N / 32, K / 32, 32, 32)
+    nibbles = (
+        nibbles.unflatten(0, (-1, GROUP)).unflatten(2, (-1, GROUP)).permute(0, 2, 3, 1)
+    )  # (N / 32, K / 32, 32, 32)
     scales = nn.functional.pad(scale, padding).unflatten(0, (-1, GROUP)).transpose(1, 2)  # (N / 32, K / 32, 32)
     return torch.cat([_columns(nibbles), _bytes(scales)], dim=-1)
 

@@ -5,6 +5,7 @@ The error bound of a product is half an INT8 step for every input: `sum_k step(k
 the largest scaled input of its block over 127. Through SwiGLU it is carried by |silu'| < 1.1 and |silu(a)| <= |a|.
 """
 
+import copy
 import ctypes
 import platform
 import shutil
@@ -21,6 +22,7 @@ from modeling_mobilemoe.fused_mobilemoe import (
     Int4Experts,
     Int4Format,
     Int4Linear,
+    Int4Module,
     dequantize_tensor,
     unpack_int4,
 )
@@ -406,7 +408,11 @@ def test_bad_arguments_are_errors(library):
     with pytest.raises(ValueError, match=r"router is Float \[4, 64\], not contiguous"):
         moe_ffn(x, {**weights, "router": weights["router"].T.contiguous().T}, 2)
     with pytest.raises(ValueError, match=r"down is Byte \[4, 2, 576\].* needs a contiguous Byte \[4, 3, 576\]"):
-        moe_ffn(tokens(3, 96), random_experts(4, 96, 32) | {"down_qweight": weights["down_qweight"], "down_scale": weights["down_scale"]}, 2)
+        moe_ffn(
+            tokens(3, 96),
+            random_experts(4, 96, 32) | {"down_qweight": weights["down_qweight"], "down_scale": weights["down_scale"]},
+            2,
+        )
     with pytest.raises(ValueError, match=r"the weight is Byte \[2, 1, 576\].* needs a contiguous Byte \[3, 1, 576\]"):
         torch.ops.mobilemoe.int4_linear(tokens(3, 32), linear_tiles(*random_linear(64, 32, 0)), 65)
     index = torch.tensor([[0, 1], [2, 3], [4, 0]])
@@ -434,14 +440,43 @@ def test_packed_bf16_model_runs_on_the_kernels(int4_checkpoint: Path, input_ids:
     calls = {event.key: event.count for event in profile.key_averages() if event.key.startswith("mobilemoe::")}
     layers = model.config.num_hidden_layers
     # The output projection of every layer, and the head.
-    operators = {"mobilemoe::attention_inputs": layers, "mobilemoe::feed_forward": layers}
-    assert calls == {**operators, "mobilemoe::int4_linear": layers + 1}
+    assert calls == {
+        "mobilemoe::int4_embedding": 1,
+        "mobilemoe::attention_inputs": layers,
+        "mobilemoe::feed_forward": layers,
+        "mobilemoe::int4_linear": layers + 1,
+    }
     monkeypatch.setattr(fused_mobilemoe, "has_cpu_kernels", bool)
     exact = model(input_ids).logits.float()
     similarity = torch.cosine_similarity(fast, exact, dim=-1)
     # In random weights a token whose fourth and fifth expert nearly tie may take the other one.
     assert similarity.median() > 0.999
     assert not torch.equal(fast, exact)
+
+
+@torch.no_grad()
+def test_a_packed_model_holds_its_weights_once(int4_checkpoint: Path, input_ids: torch.Tensor, tmp_path: Path):
+    model = AutoModelForCausalLM.from_pretrained(int4_checkpoint, dtype=torch.bfloat16)
+    state = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    size = model.get_memory_footprint()
+    logits = model(input_ids).logits
+    packed = [module for module in model.modules() if isinstance(module, Int4Module)]
+    assert packed and all(module.is_tiled for module in packed)
+    assert model.get_memory_footprint() == size
+    # What is saved, read, loaded or copied is the checkpoint's.
+    assert list(model.state_dict()) == list(state)
+    assert all(torch.equal(tensor, state[name]) for name, tensor in model.state_dict().items())
+    model.save_pretrained(tmp_path)
+    assert (tmp_path / "model.safetensors").read_bytes() == (int4_checkpoint / "model.safetensors").read_bytes()
+    assert torch.equal(packed[1].qweight, state["model.layers.0.self_attn.q_proj.qweight"])
+    with pytest.raises(AttributeError, match="no_such_weight"):
+        _ = packed[1].no_such_weight
+    copied = copy.deepcopy(model)
+    model.load_state_dict(state)
+    assert torch.equal(model(input_ids).logits, logits) and torch.equal(copied(input_ids).logits, logits)
+    exact = AutoModelForCausalLM.from_pretrained(int4_checkpoint, dtype=torch.bfloat16).train()(input_ids).logits
+    assert torch.equal(model.train()(input_ids).logits, exact) and not any(module.is_tiled for module in packed)
+    assert torch.equal(model.eval()(input_ids).logits, logits) and all(module.is_tiled for module in packed)
 
 
 @pytest.mark.parametrize("length", [1, 40])

@@ -22,6 +22,7 @@ from mobilemoe.runtime import LanguageModel
 from modeling_mobilemoe import kernels, quantize
 from modeling_mobilemoe.fused_mobilemoe import dequantize_tensor
 from modeling_mobilemoe.kernels.modules import MoEFFN
+from modeling_mobilemoe.tiles_mobilemoe import linear_tiles, linear_weights
 
 
 PROMPTS = [[3, 4, 5, 6], [7, 8, 9]]
@@ -157,10 +158,15 @@ def reference_and_program(model, moe_module, kv_cache: str = "fp32") -> tuple[Re
     return reference, ExportModel(model, options, moe_module)
 
 
+def edit_linear(matrices, index, edit):
+    """Of a linear whose outputs are a multiple of 32."""
+    tiles = matrices.get_buffer(f"tiles_{index}")
+    setattr(matrices, f"tiles_{index}", linear_tiles(*edit(*linear_weights(tiles, 32 * len(tiles)))))
+
+
 def experts_swapped(program, experts):
     moe = program.layers[1].moe
-    for name in ("packed_down_qweight", "packed_down_scale"):
-        setattr(moe, name, swap(moe.get_buffer(name), *experts))
+    moe.packed_down = swap(moe.packed_down, *experts)
 
 
 def swap(tensor, first, second):
@@ -170,19 +176,23 @@ def swap(tensor, first, second):
 
 
 def scales_of_the_output(program, experts):
-    program.layers[1].attention.scale_3 = program.layers[1].attention.scale_3 * 1.05
+    edit_linear(program.layers[1].attention, 3, lambda qweight, scale: (qweight, scale * 1.05))
 
 
 def one_scale(program, experts):
-    scale = program.layers[1].attention.scale_0.clone()
-    scale[5, 3] *= 1.5
-    program.layers[1].attention.scale_0 = scale
+    def edit(qweight, scale):
+        scale[5, 3] *= 1.5
+        return qweight, scale
+
+    edit_linear(program.layers[1].attention, 0, edit)
 
 
 def one_integer(program, experts):
-    qweight = program.layers[1].feed_forward.qweight_0.clone()
-    qweight[7, 11] ^= 1
-    program.layers[1].feed_forward.qweight_0 = qweight
+    def edit(qweight, scale):
+        qweight[7, 11] ^= 1
+        return qweight, scale
+
+    edit_linear(program.layers[1].feed_forward, 0, edit)
 
 
 def rotation_off_by_one(program, experts):
@@ -199,13 +209,11 @@ def larger_route_scale(program, experts):
 
 def gate_for_up(program, experts):
     moe = program.layers[1].moe
-    for name in ("packed_gate_up_qweight", "packed_gate_up_scale"):
-        setattr(moe, name, torch.cat(moe.get_buffer(name).chunk(2, dim=-1)[::-1], dim=-1))
+    moe.packed_gate_up = moe.packed_gate_up.flip(2)
 
 
 def swapped_nibbles(program, experts):
-    inputs = program.layers[1].attention
-    inputs.qweight_0 = inputs.qweight_0 >> 4 | inputs.qweight_0 << 4
+    edit_linear(program.layers[1].attention, 0, lambda qweight, scale: (qweight >> 4 | qweight << 4, scale))
 
 
 def another_epsilon(program, experts):
@@ -218,7 +226,7 @@ def layers_swapped(program, experts):
 
 def keys_for_values(program, experts):
     inputs = program.layers[1].attention
-    inputs.qweight_1, inputs.qweight_2 = inputs.qweight_2, inputs.qweight_1
+    inputs.tiles_1, inputs.tiles_2 = inputs.tiles_2, inputs.tiles_1
 
 
 DEFECTS = [

@@ -13,148 +13,197 @@
 namespace mobilemoe {
 namespace {
 
-inline float to_float(const uint16_t* half) {
-  __fp16 value;
-  std::memcpy(&value, half, sizeof(value));
-  return value;
+constexpr int kVectorBytes = 16;
+constexpr int kColumnVectors = kColumnBytes / kVectorBytes;
+constexpr int kArmTokens = 8;  // that a tile of either kind is multiplied with at a time
+
+// Signed bytes 0..15.
+inline int8x16_t low_nibbles(uint8x16_t packed) { return vreinterpretq_s8_u8(vandq_u8(packed, vdupq_n_u8(15))); }
+
+inline int8x16_t high_nibbles(uint8x16_t packed) { return vreinterpretq_s8_u8(vshrq_n_u8(packed, 4)); }
+
+inline float32x4_t load_halves(const void* halves) { return vcvt_f32_f16(load<float16x4_t>(halves)); }
+
+inline uint32x4_t magnitudes(float32x4_t v) { return vreinterpretq_u32_f32(vabsq_f32(v)); }
+
+inline uint32_t largest_lane(const uint32x4_t (&v)[4]) {
+  return vmaxvq_u32(vmaxq_u32(vmaxq_u32(v[0], v[1]), vmaxq_u32(v[2], v[3])));
 }
 
-void load_scales(const ChunkScales& chunk, int num_rows, float* scales) {
-  for (int k = 0; k < num_rows; ++k) {
-    float* low = scales + k / 4 * (4 * kChunkGroups) + k % 4;
-    float* high = low + 4 * kStripGroups;
-    for (int g = 0; g < kStripGroups; ++g) {
-      low[4 * g] = g < chunk.num_low ? to_float(chunk.low + k * chunk.stride + g) : 0.0f;
-      high[4 * g] = g < chunk.num_high ? to_float(chunk.high + k * chunk.stride + g) : 0.0f;
-    }
+inline int16x8_t round_values(const float* values, float inverse) {
+  const int32x4_t first = vcvtnq_s32_f32(vmulq_n_f32(vld1q_f32(values), inverse));
+  const int32x4_t second = vcvtnq_s32_f32(vmulq_n_f32(vld1q_f32(values + 4), inverse));
+  return vuzp1q_s16(vreinterpretq_s16_s32(first), vreinterpretq_s16_s32(second));
+}
+
+// `count` values, a multiple of 16 -> INT8. Returns the offset.
+inline int32_t round_values(const float* values, int count, float inverse, int8_t* integers) {
+  int32x4_t sums = vdupq_n_s32(0);
+  for (int k = 0; k < count; k += 16) {
+    const int16x8_t first = round_values(values + k, inverse), second = round_values(values + k + 8, inverse);
+    const int8x16_t rounded = vuzp1q_s8(vreinterpretq_s8_s16(first), vreinterpretq_s8_s16(second));
+    sums = vdotq_s32(sums, rounded, vdupq_n_s8(1));
+    vst1q_s8(integers + k, rounded);
   }
+  return -kBias * vaddvq_s32(sums);
 }
 
-// Signed bytes 0..15: the bias keeps them the same numbers as on x86, where they have to be unsigned.
-inline int8x16_t low_nibbles(uint8x16_t packed) {
-  return vreinterpretq_s8_u8(veorq_u8(vandq_u8(packed, vdupq_n_u8(15)), vdupq_n_u8(kBias)));
-}
-
-inline int8x16_t high_nibbles(uint8x16_t packed) {
-  return vreinterpretq_s8_u8(veorq_u8(vshrq_n_u8(packed, 4), vdupq_n_u8(kBias)));
-}
-
-// 4 rows of a group -> its packed cells: register i has bytes 4i .. 4i + 3.
-inline uint8x16x4_t transpose_rows(const uint8_t* rows, int64_t stride) {
-  const uint8x16_t r0 = vld1q_u8(rows), r1 = vld1q_u8(rows + stride);
-  const uint8x16_t r2 = vld1q_u8(rows + 2 * stride), r3 = vld1q_u8(rows + 3 * stride);
-  const uint16x8_t low01 = vreinterpretq_u16_u8(vzip1q_u8(r0, r1)), high01 = vreinterpretq_u16_u8(vzip2q_u8(r0, r1));
-  const uint16x8_t low23 = vreinterpretq_u16_u8(vzip1q_u8(r2, r3)), high23 = vreinterpretq_u16_u8(vzip2q_u8(r2, r3));
-  return {{vreinterpretq_u8_u16(vzip1q_u16(low01, low23)), vreinterpretq_u8_u16(vzip2q_u16(low01, low23)),
-           vreinterpretq_u8_u16(vzip1q_u16(high01, high23)), vreinterpretq_u8_u16(vzip2q_u16(high01, high23))}};
-}
-
-inline void finish(int32x4_t sums, float step, bool accumulate, float* out) {
-  float32x4_t value = vmulq_n_f32(vcvtq_f32_s32(sums), step);
-  if (accumulate) value = vaddq_f32(vld1q_f32(out), value);
-  vst1q_f32(out, value);
-}
-
-// The four cells of 16 inputs, one after the other.
-template <int kCell>
-inline int32x4_t add_products(int32x4_t sums, int8x16_t cells, int8x16_t x) {
-  return vdotq_laneq_s32(sums, cells, x, kCell);
-}
-
-void multiply_strip(const Strip& strip, int num_rows, const Activations& activations, int first_lane,
-                    const uint8_t* next, float* out) {
-  for (int g = 0; g < strip.num_groups; ++g) {
-    const int lane = first_lane + g;
-    int32x4_t even[4], odd[4];
-    for (int i = 0; i < 4; ++i) even[i] = odd[i] = vdupq_n_s32(activations.offset[lane]);
-    const auto add_rows = [&](int row, auto add) {
-      const uint8x16x4_t cells = transpose_rows(strip.rows + row * strip.stride + g * 16, strip.stride);
-      __builtin_prefetch(next + (g * num_rows + row) * 12, 0, 2);
+// As in vectors.h.
+void quantize_cells(const float* const* x, int num_tokens, const uint16_t* scales, int num_inputs,
+                    TileInputs* inputs) {
+  float factors[kBlock], scaled[kBlock];
+  for (int k = 0; k < num_inputs; k += 4) vst1q_f32(factors + k, load_halves(scales + k));
+  for (int t = 0; t < num_tokens; ++t) {
+    uint32x4_t largest[4] = {};
+    for (int k = 0; k < num_inputs; k += 16) {
       for (int i = 0; i < 4; ++i) {
-        even[i] = add(even[i], low_nibbles(cells.val[i]));
-        odd[i] = add(odd[i], high_nibbles(cells.val[i]));
+        const int at = k + 4 * i;
+        const float32x4_t product = vmulq_f32(vld1q_f32(x[t] + at), vld1q_f32(factors + at));
+        largest[i] = vmaxq_u32(largest[i], magnitudes(product));
+        vst1q_f32(scaled + at, product);
       }
-    };
-    for (int k = 0; k < num_rows; k += 16) {
-      const int8x16_t x = vreinterpretq_s8_s32(vld1q_s32(activations.cells[k / 16][lane]));
-      add_rows(k, [x](int32x4_t sums, int8x16_t cells) { return add_products<0>(sums, cells, x); });
-      add_rows(k + 4, [x](int32x4_t sums, int8x16_t cells) { return add_products<1>(sums, cells, x); });
-      add_rows(k + 8, [x](int32x4_t sums, int8x16_t cells) { return add_products<2>(sums, cells, x); });
-      add_rows(k + 12, [x](int32x4_t sums, int8x16_t cells) { return add_products<3>(sums, cells, x); });
     }
+    const Rounding rounding(largest_lane(largest));
+    inputs[t].step = rounding.step;
+    inputs[t].offset = round_values(scaled, num_inputs, rounding.inverse, inputs[t].cells);
+  }
+}
+
+void quantize_groups(const float* x, int num_groups, const LinearInputs& inputs) {
+  for (int g = 0; g < num_groups; ++g) {
+    const float* values = x + g * kGroup;
+    uint32x4_t largest[4];
     for (int i = 0; i < 4; ++i) {
-      finish(even[i], activations.step[lane], false, out + g * kGroup + 4 * i);
-      finish(odd[i], activations.step[lane], false, out + g * kGroup + 16 + 4 * i);
+      largest[i] = vmaxq_u32(magnitudes(vld1q_f32(values + 4 * i)), magnitudes(vld1q_f32(values + 16 + 4 * i)));
+    }
+    const Rounding rounding(largest_lane(largest));
+    inputs.step[g] = rounding.step;
+    inputs.offset[g] = round_values(values, kGroup, rounding.inverse, inputs.integers + g * kGroup);
+  }
+}
+
+// Vectors of a column that are multiplied at a time: with the tokens' sums they fill half of the registers.
+constexpr int num_vectors(int num_tokens) { return num_tokens <= 2 ? 4 : num_tokens <= 4 ? 2 : 1; }
+
+// Sums of the products of one token and kVectors vectors of each column: low nibbles, high nibbles.
+template <int kVectors>
+using Sums = int32x4_t[2][kVectors];
+
+template <int kCell, int kTokens, int kVectors>
+inline void add_column(const uint8_t* column, const int8x16_t* x, Sums<kVectors>* sums) {
+  for (int i = 0; i < kVectors; ++i) {
+    const uint8x16_t packed = vld1q_u8(column + i * kVectorBytes);
+    const int8x16_t low = low_nibbles(packed), high = high_nibbles(packed);
+    for (int t = 0; t < kTokens; ++t) {
+      sums[t][0][i] = vdotq_laneq_s32(sums[t][0][i], low, x[t], kCell);
+      sums[t][1][i] = vdotq_laneq_s32(sums[t][1][i], high, x[t], kCell);
     }
   }
 }
 
-void multiply_rows(const uint8_t* qweight, const uint16_t* scale, int num_rows, int num_groups,
-                   const LinearInputs& inputs, float* out) {
-  for (int n = 0; n < num_rows; ++n) {
-    float32x4_t sums = vdupq_n_f32(0);
-    for (int g = 0; g < num_groups; g += kSums) {
-      const int64_t at = static_cast<int64_t>(n) * num_groups + g;
-      const int count = num_groups - g < kSums ? num_groups - g : kSums;
-      const auto multiply = [&](int i) {
-        const uint8x16_t packed = vld1q_u8(qweight + (at + i) * 16);
-        __builtin_prefetch(qweight + (at + i) * 16 + kAhead);
-        int32x4_t products = vld1q_s32(inputs.offset + 4 * (g + i));
-        products = vdotq_s32(products, low_nibbles(packed), vld1q_s8(inputs.even + (g + i) * 16));
-        return vdotq_s32(products, high_nibbles(packed), vld1q_s8(inputs.odd + (g + i) * 16));
-      };
-      const int32x4_t zero = vdupq_n_s32(0);
-      const int32x4_t first = vpaddq_s32(multiply(0), count > 1 ? multiply(1) : zero);
-      const int32x4_t second = vpaddq_s32(count > 2 ? multiply(2) : zero, count > 3 ? multiply(3) : zero);
-      __fp16 half[kSums] = {};
-      std::memcpy(half, scale + at, count * sizeof(uint16_t));
-      const float32x4_t steps = vmulq_f32(vcvt_f32_f16(vld1_f16(half)), vld1q_f32(inputs.step + g));
-      sums = vaddq_f32(sums, vmulq_f32(vcvtq_f32_s32(vpaddq_s32(first, second)), steps));
+// sums = offsets + kVectors vectors of each column of a tile times x [kTokens][num_inputs].
+template <int kTokens, int kVectors>
+__attribute__((always_inline)) inline void dot_products(const uint8_t* columns, int num_inputs, const int8_t* const* x,
+                                                        const int32_t* offsets, Sums<kVectors>* sums) {
+  for (int t = 0; t < kTokens; ++t) {
+    for (int i = 0; i < kVectors; ++i) sums[t][0][i] = sums[t][1][i] = vdupq_n_s32(offsets[t]);
+  }
+  int k = 0;
+  do {
+    int8x16_t cells[kTokens];
+    for (int t = 0; t < kTokens; ++t) cells[t] = vld1q_s8(x[t] + k);
+    const uint8_t* column = columns + k / kCellBytes * kColumnBytes;
+    add_column<0, kTokens, kVectors>(column, cells, sums);
+    add_column<1, kTokens, kVectors>(column + kColumnBytes, cells, sums);
+    add_column<2, kTokens, kVectors>(column + 2 * kColumnBytes, cells, sums);
+    add_column<3, kTokens, kVectors>(column + 3 * kColumnBytes, cells, sums);
+    k += 16;
+  } while (k < num_inputs);
+}
+
+// The same; each instruction set has its own.
+template <int kTokens, int kVectors>
+void multiply_columns(const uint8_t* columns, int num_inputs, const int8_t* const* x, const int32_t* offsets,
+                      Sums<kVectors>* sums);
+
+template <int kTokens>
+void multiply_tokens(const uint8_t* tile, int num_inputs, const TileInputs* inputs, bool accumulate, float* out,
+                     int64_t out_stride) {
+  constexpr int kVectors = num_vectors(kTokens);
+  const int8_t* x[kTokens];
+  int32_t offsets[kTokens];
+  float steps[kTokens];
+  for (int t = 0; t < kTokens; ++t) {
+    x[t] = inputs[t].cells;
+    offsets[t] = inputs[t].offset;
+    steps[t] = inputs[t].step;
+  }
+  for (int first = 0; first < kColumnVectors; first += kVectors) {
+    Sums<kVectors> sums[kTokens];
+    multiply_columns<kTokens, kVectors>(tile + first * kVectorBytes, num_inputs, x, offsets, sums);
+    for (int t = 0; t < kTokens; ++t) {
+      for (int half = 0; half < 2; ++half) {
+        for (int i = 0; i < kVectors; ++i) {
+          float* target = out + t * out_stride + half * 16 + 4 * (first + i);
+          const float32x4_t value = vmulq_n_f32(vcvtq_f32_s32(sums[t][half][i]), steps[t]);
+          vst1q_f32(target, accumulate ? vaddq_f32(vld1q_f32(target), value) : value);
+        }
+      }
     }
-    out[n] = vgetq_lane_f32(sums, 0) + vgetq_lane_f32(sums, 1) + vgetq_lane_f32(sums, 2) + vgetq_lane_f32(sums, 3);
   }
 }
 
-// 16 outputs at a time for up to 2 tokens.
-void multiply_row_panel(const uint8_t* panel, const float* scales, int num_groups, const LinearInputs* inputs,
-                        int num_tokens, float* out) {
-  for (int half = 0; half < 2; ++half) {
-    for (int first = 0; first < kSums; ++first) {
-      float32x4_t sums[2][4];
-      for (int t = 0; t < 2; ++t) {
-        for (int i = 0; i < 4; ++i) sums[t][i] = vdupq_n_f32(0);
-      }
-      for (int g = first; g < num_groups; g += kSums) {
-        int32x4_t products[2][4];
-        for (int t = 0; t < num_tokens; ++t) {
-          const int32x4_t offset = vdupq_n_s32(vaddvq_s32(vld1q_s32(inputs[t].offset + 4 * g)));
-          for (int i = 0; i < 4; ++i) products[t][i] = offset;
-        }
-        for (int c = 0; c < 8; ++c) {
-          const auto* cells = reinterpret_cast<const int8_t*>(panel) + (g * 8 + c) * 128 + half * 64;
-          for (int t = 0; t < num_tokens; ++t) {
-            int32_t cell;
-            std::memcpy(&cell, (c % 2 == 0 ? inputs[t].even : inputs[t].odd) + g * 16 + c / 2 * 4, sizeof(cell));
-            const int8x16_t x = vreinterpretq_s8_s32(vdupq_n_s32(cell));
-            for (int i = 0; i < 4; ++i) products[t][i] = vdotq_s32(products[t][i], vld1q_s8(cells + 16 * i), x);
+void multiply_tile(const uint8_t* tile, int num_inputs, const TileInputs* inputs, int num_tokens, bool accumulate,
+                   float* out, int64_t out_stride) {
+  constexpr decltype(&multiply_tokens<1>) kTiles[kArmTokens] = {
+      multiply_tokens<1>, multiply_tokens<2>, multiply_tokens<3>, multiply_tokens<4>,
+      multiply_tokens<5>, multiply_tokens<6>, multiply_tokens<7>, multiply_tokens<8>};
+  kTiles[num_tokens - 1](tile, num_inputs, inputs, accumulate, out, out_stride);
+}
+
+// The four sums are in memory, as one token's would fill all registers.
+template <int kTokens>
+void multiply_row_tile(const uint8_t* tiles, int num_groups, const LinearInputs* inputs, float* out) {
+  constexpr int kVectors = num_vectors(kTokens);
+  float sums[kSums][kTokens][kGroup] = {};
+  for (int g = 0; g < num_groups; ++g) {
+    const uint8_t* tile = tiles + g * kGroup * kInputBytes;
+    const int8_t* x[kTokens];
+    int32_t offsets[kTokens];
+    float steps[kTokens];
+    for (int t = 0; t < kTokens; ++t) {
+      x[t] = inputs[t].integers + g * kGroup;
+      offsets[t] = inputs[t].offset[g];
+      steps[t] = inputs[t].step[g];
+    }
+    for (int first = 0; first < kColumnVectors; first += kVectors) {
+      Sums<kVectors> products[kTokens];
+      multiply_columns<kTokens, kVectors>(tile + first * kVectorBytes, kGroup, x, offsets, products);
+      for (int half = 0; half < 2; ++half) {
+        for (int i = 0; i < kVectors; ++i) {
+          const int n = half * 16 + 4 * (first + i);
+          const float32x4_t scales = load_halves(tile + kGroup * 16 + n * sizeof(uint16_t));
+          for (int t = 0; t < kTokens; ++t) {
+            const float32x4_t product = vcvtq_f32_s32(products[t][half][i]);
+            float* sum = sums[g % kSums][t] + n;
+            vst1q_f32(sum, vaddq_f32(vld1q_f32(sum), vmulq_f32(product, vmulq_n_f32(scales, steps[t]))));
           }
-        }
-        for (int t = 0; t < num_tokens; ++t) {
-          for (int i = 0; i < 4; ++i) {
-            const float32x4_t steps =
-                vmulq_n_f32(vld1q_f32(scales + g * kPanelRows + half * 16 + 4 * i), inputs[t].step[g]);
-            sums[t][i] = vaddq_f32(sums[t][i], vmulq_f32(vcvtq_f32_s32(products[t][i]), steps));
-          }
-        }
-      }
-      for (int t = 0; t < num_tokens; ++t) {
-        for (int i = 0; i < 4; ++i) {
-          float* target = out + t * kPanelRows + half * 16 + 4 * i;
-          vst1q_f32(target, first > 0 ? vaddq_f32(vld1q_f32(target), sums[t][i]) : sums[t][i]);
         }
       }
     }
   }
+  for (int t = 0; t < kTokens; ++t) {
+    for (int n = 0; n < kGroup; ++n) {
+      out[t * kGroup + n] = ((sums[0][t][n] + sums[1][t][n]) + sums[2][t][n]) + sums[3][t][n];
+    }
+  }
+}
+
+void multiply_rows(const uint8_t* tiles, int num_groups, const LinearInputs* inputs, int num_tokens, float* out) {
+  constexpr decltype(&multiply_row_tile<1>) kTiles[kArmTokens] = {
+      multiply_row_tile<1>, multiply_row_tile<2>, multiply_row_tile<3>, multiply_row_tile<4>,
+      multiply_row_tile<5>, multiply_row_tile<6>, multiply_row_tile<7>, multiply_row_tile<8>};
+  kTiles[num_tokens - 1](tiles, num_groups, inputs, out);
 }
 
 #if defined(__APPLE__)
