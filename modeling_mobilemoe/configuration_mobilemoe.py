@@ -273,7 +273,7 @@ class MobileMoEConfig(PreTrainedConfig):
             )
         for name in required + optional:
             if name in required or scaling.get(name) is not None:
-                self._check_rope_field(name, scaling.get(name))
+                self._check_rope_field(rope_type, name, scaling.get(name))
         for low, high in (("low_freq_factor", "high_freq_factor"), ("beta_slow", "beta_fast")):
             # The defaults of YaRN.
             if (scaling.get(high) or 32) < (scaling.get(low) or 1):
@@ -286,7 +286,7 @@ class MobileMoEConfig(PreTrainedConfig):
                 f"head_dim={self.head_dim} is too small for rope_type='dynamic'. Set head_dim to 4 or more."
             )
 
-    def _check_rope_field(self, name: str, value: object) -> None:
+    def _check_rope_field(self, rope_type: str, name: str, value: object) -> None:
         if name == "truncate":
             legal, needed = isinstance(value, bool), "true or false"
         elif name in ("short_factor", "long_factor"):
@@ -299,7 +299,6 @@ class MobileMoEConfig(PreTrainedConfig):
         else:
             legal, needed = _is_positive(value), "a positive number"
         if not legal:
-            rope_type = self.rope_scaling["rope_type"]
             fields = ", ".join(ROPE_FIELDS[rope_type][0]) or name
             raise ValueError(
                 f"rope_scaling[{name!r}] is {value!r}, and rope_type={rope_type!r} needs {needed}. "

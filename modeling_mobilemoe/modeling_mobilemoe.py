@@ -14,6 +14,7 @@ E num_local_experts, I intermediate_size, V vocab_size; "tokens" is B * T.
 import math
 from collections.abc import Callable
 from itertools import islice
+from typing import cast
 
 import torch
 from torch import nn
@@ -107,6 +108,7 @@ def compute_rope(config: MobileMoEConfig) -> tuple[torch.Tensor, float]:
     """
     # Again: `from_pretrained` may have set it after the configuration was made.
     config.check_rope_scaling()
+    assert config.rope_scaling is not None
     rope_type = config.rope_scaling["rope_type"]
     if rope_type == "llama3":
         return llama3_inv_freq(config), 1.0
@@ -288,8 +290,10 @@ def grouped_mm_experts(
     device_type = hidden_states.device.type
     if torch.is_autocast_enabled(device_type):
         dtype = torch.get_autocast_dtype(device_type)
+        gate_up = cast(torch.Tensor, experts.gate_up_proj).to(dtype)
+        down = cast(torch.Tensor, experts.down_proj).to(dtype)
         # It has what transformers reads of the module.
-        experts = ExpandedExperts(experts, experts.gate_up_proj.to(dtype), experts.down_proj.to(dtype))  # ty: ignore[invalid-assignment]
+        experts = ExpandedExperts(experts, gate_up, down)  # ty: ignore[invalid-assignment]
     return grouped_mm_experts_forward(experts, hidden_states, top_k_index, top_k_weights)
 
 
@@ -432,7 +436,8 @@ class MobileMoEPreTrainedModel(CheckpointMixin, PreTrainedModel):
             prepare_packed(model)
         return model
 
-    def resize_token_embeddings(
+    # Annotated in transformers to return a class that the packed embedding is not.
+    def resize_token_embeddings(  # ty: ignore[incompatible-method-override]
         self, new_num_tokens: int | None = None, pad_to_multiple_of: int | None = None, mean_resizing: bool = True
     ) -> nn.Module:
         """As in transformers. In a packed model, rows that stay keep their bytes and new rows are rounded to INT4."""
