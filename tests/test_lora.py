@@ -287,10 +287,9 @@ def test_packed_base_trains_under_adapters(int4_checkpoint, scope, batch, input_
 @pytest.mark.works_with("LoraConfig(target_modules='all-linear')", "peft")
 def test_stock_all_linear_is_the_dense_scope(int4_checkpoint, tiny_checkpoint, batch, input_ids):
     """On packed weights as on plain ones, without anything of ours but the model."""
-    for checkpoint in (int4_checkpoint, tiny_checkpoint):
-        model = get_peft_model(
-            AutoModelForCausalLM.from_pretrained(checkpoint), LoraConfig(r=4, target_modules="all-linear")
-        )
+    for checkpoint, dtype in ((int4_checkpoint, torch.float32), (tiny_checkpoint, torch.bfloat16)):
+        base = AutoModelForCausalLM.from_pretrained(checkpoint, dtype=dtype)
+        model = get_peft_model(base, LoraConfig(r=4, target_modules="all-linear"))
         expected = {f"model.layers.{layer}.{weight}" for layer in range(2) for weight in WEIGHTS["dense"]}
         assert adapters(model).keys() == expected
         check_adapters(model, "dense")
@@ -306,7 +305,8 @@ def test_stock_all_linear_is_the_dense_scope(int4_checkpoint, tiny_checkpoint, b
 @pytest.mark.works_with("LoraConfig() without targets", "peft")
 def test_stock_targets_are_those_of_attention(int4_checkpoint, tiny_checkpoint):
     for checkpoint in (int4_checkpoint, tiny_checkpoint):
-        check_adapters(get_peft_model(AutoModelForCausalLM.from_pretrained(checkpoint), LoraConfig(r=4)), "attention")
+        base = AutoModelForCausalLM.from_pretrained(checkpoint, dtype=torch.bfloat16)
+        check_adapters(get_peft_model(base, LoraConfig(r=4)), "attention")
 
 
 @pytest.mark.works_with("LoraConfig(target_parameters=[...]) on routed experts", "peft")

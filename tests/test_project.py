@@ -1,5 +1,6 @@
 """What the repository says of itself: workflows, versions, the pages of the site, what the type checker reads."""
 
+import ast
 import re
 import subprocess
 import sys
@@ -49,6 +50,19 @@ def test_every_page_of_the_site_exists():
     pages = re.findall(r"^ +- .*?([\w./-]+\.md)$", (ROOT / "mkdocs.yml").read_text(), re.MULTILINE)
     assert len(pages) > 10
     assert [page for page in pages if not (ROOT / page).is_file()] == []
+
+
+def test_the_page_of_tools_lists_those_that_are_tested():
+    marks = [
+        ast.literal_eval(decorator.args[0])
+        for path in sorted((ROOT / "tests").glob("test_*.py"))
+        for function in ast.walk(ast.parse(path.read_text()))
+        if isinstance(function, ast.FunctionDef)
+        for decorator in function.decorator_list
+        if ast.unparse(decorator).startswith("pytest.mark.works_with(")
+    ]
+    listed = re.findall(r"^\| `(.+?)` \|", (ROOT / "docs" / "works-with.md").read_text(), re.MULTILINE)
+    assert len(marks) > 3 and sorted(listed) == sorted(marks), "run `python docs/works_with.py`"
 
 
 def test_the_type_checker_reads_files_that_exist():
