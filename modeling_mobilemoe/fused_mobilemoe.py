@@ -292,7 +292,7 @@ class PackedWeight(torch.Tensor):
     _is_hf_initialized = True
 
     @property
-    def data(self) -> torch.Tensor:  # ty: ignore[invalid-method-override]
+    def data(self) -> torch.Tensor:  # ty: ignore[incompatible-property-override]
         # PEFT merges adapters by it.
         raise ValueError(
             "An adapter cannot be merged into a packed INT4 weight: the sum is not on its grid. Save the adapter, "
@@ -318,7 +318,9 @@ class Int4Linear(Int4Module, nn.Linear):
         self.out_features = out_features
         self._add_packed("qweight", "weight_scale", out_features, in_features)
 
-    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+    def forward(  # ty: ignore[lost-keyword-for-regular-parameter]
+        self, hidden_states: torch.Tensor
+    ) -> torch.Tensor:
         if use_kernels(self.training, hidden_states):
             return torch.ops.mobilemoe.int4_linear(hidden_states.contiguous(), self.tiles_of(), self.out_features)
         self._restore()
@@ -329,7 +331,7 @@ class Int4Linear(Int4Module, nn.Linear):
         return linear_weights(tiles, self.out_features)
 
     @property
-    def weight(self) -> torch.Tensor:  # ty: ignore[invalid-method-override]
+    def weight(self) -> torch.Tensor:  # ty: ignore[incompatible-property-override]
         """Where and how the weight is stored, which is what PEFT asks of it; not its values."""
         return self.qweight.as_subclass(PackedWeight)
 
