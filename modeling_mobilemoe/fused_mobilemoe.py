@@ -243,7 +243,7 @@ class Int4Module(FixedDtypeModule):
             return False
         for name, stored in self.layouts.items():
             if name not in self._buffers:
-                tiles = self._to_tiles(name, *(self._buffers[part] for part in stored))
+                tiles = self._to_tiles(name, *map(self.get_buffer, stored))
                 for part in stored:
                     del self._buffers[part]
                 self.register_buffer(name, tiles, persistent=False)
@@ -365,7 +365,8 @@ class Int4Embedding(Int4Module):
         if hidden_states is not None:
             return self._project(hidden_states)
         if use_kernels(self.training, self.output_dtype):
-            rows = torch.ops.mobilemoe.int4_embedding(input_ids.contiguous(), self.tiles_of(), self.num_embeddings)
+            tokens = cast(torch.Tensor, input_ids).contiguous()
+            rows = torch.ops.mobilemoe.int4_embedding(tokens, self.tiles_of(), self.num_embeddings)
             return rows.to(self.output_dtype.dtype)
         self._restore()
         return dequantize_tensor(self.qweight[input_ids], self.weight_scale[input_ids], self.output_dtype.dtype)
@@ -583,7 +584,7 @@ class Int4FeedForward(FixedDtypeModule):
             self.experts.tiles_of("down_tiles"),
             self.router.top_k,
             self.router.routed_scaling_factor,
-            [linear.tiles_of() for linear in self._shared_linears()],
+            [cast(Int4Linear, linear).tiles_of() for linear in self._shared_linears()],
         )
 
 
@@ -615,10 +616,11 @@ class Int4AttentionInputs(nn.Module):
             or not is_untouched(*linears)
         ):
             return self.plain(hidden_states, q_proj, k_proj, v_proj, cos, sin)
-        num_heads, num_kv_heads = (proj.out_features // (2 * cos.shape[-1]) for proj in (q_proj, k_proj))
+        packed = [cast(Int4Linear, linear) for linear in linears]
+        num_heads, num_kv_heads = (linear.out_features // (2 * cos.shape[-1]) for linear in packed[:2])
         states = torch.ops.mobilemoe.attention_inputs(
             hidden_states.contiguous(),
-            [linear.tiles_of() for linear in linears],
+            [linear.tiles_of() for linear in packed],
             num_heads,
             num_kv_heads,
             cos,
