@@ -131,7 +131,8 @@ def attention(
     cache of this kind holds.
 
     Keys are taken in segments of 256. In each, softmax goes over blocks of 64 keys; with the largest score so far,
-    earlier sums are corrected. Segments are merged in order in the same way.
+    earlier sums are corrected. Segments are merged in order in the same way. With values in INT8, a block's probabilities
+    times the values' steps are rounded to INT8 too.
     """
     length, head_dim = query.shape[1], query.shape[-1]
     group = query.shape[2] // keys.shape[2]
@@ -167,9 +168,12 @@ def attention(
             probabilities = exponential(scores[..., block] - largest[..., None]).masked_fill(~seen[:, block], 0)
             correction = exponential(before - largest)
             total = total * correction + sum_lanes(probabilities)
-            if kv_cache == "int8":
-                probabilities = probabilities * value_step[:, :, None, block]
             sums = sums * correction[..., None]
+            if kv_cache == "int8":
+                weights, weight_step = round_to_int8(probabilities * value_step[:, :, None, block])
+                # At most 64 * 127 * 127: exact in FP32.
+                sums = sums + weights @ values[:, :, block] * weight_step[..., None]
+                continue
             for j, value in enumerate(values[:, :, block].unbind(2)):
                 sums = sums + value[:, :, None] * probabilities[..., j, None]
         best = torch.maximum(whole[0], largest)

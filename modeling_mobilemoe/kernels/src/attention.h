@@ -18,6 +18,12 @@ constexpr int kAttendRows = 2;
 // instruction set has its own.
 void multiply_keys(const int8_t* cells, const AttentionRow* rows, int num_rows, int64_t head_dim, int32_t* dots);
 
+// products [num_rows, kChannels] = probabilities of 0 to 127 times cells [kKeys / 4, head_dim, 4], of `count` channels
+// from `first` on, a multiple of 16. Keys from num_keys on have probability 0.
+constexpr int kChannels = 64;
+void multiply_values(const int8_t* cells, const int8_t (*probabilities)[kKeys], int num_rows, int num_keys,
+                     int64_t head_dim, int64_t first, int count, int32_t (*products)[kChannels]);
+
 inline f32 repeat_value(float value) { return f32{} + value; }
 
 template <int kRows>
@@ -44,7 +50,7 @@ template <int kRows>
 inline void score_integers(const AttentionRow* rows, const CachedBlock& block, int64_t head_dim, float scale,
                            float (*scores)[kKeys]) {
   alignas(64) int32_t dots[kRows][kKeys];
-  multiply_keys(block.cells, rows, kRows, head_dim, dots[0]);
+  multiply_keys(block.key_cells, rows, kRows, head_dim, dots[0]);
   for (int r = 0; r < kRows; ++r) {
     const float step = rows[r].step * scale;
     for (int j = 0; j < kKeys; ++j) scores[r][j] = static_cast<float>(dots[r][j]) * (block.key_steps[j] * step);
@@ -85,10 +91,51 @@ inline void add_values(const AttentionRow* rows, const float (*probabilities)[kK
   }
 }
 
+// The same with values in INT8: the products of probabilities and steps are rounded to integers with one step for the
+// block. What is not finite makes it NaN.
+template <int kRows>
+inline void add_integer_values(const AttentionRow* rows, const float (*probabilities)[kKeys], const float* scale,
+                               const CachedBlock& block, int64_t head_dim) {
+  alignas(64) int8_t integers[kRows][kKeys];
+  float step[kRows];
+  int num_keys = 0;
+  for (int r = 0; r < kRows; ++r) {
+    num_keys = rows[r].num_keys > num_keys ? rows[r].num_keys : num_keys;
+    alignas(64) float weights[kKeys];
+    u32 largest = {};
+    for (int j = 0; j < kKeys; j += kLanes) {
+      store(weights + j, load<f32>(probabilities[r] + j) * load<f32>(block.value_steps + j));
+    }
+    // Whatever the steps of keys are that the row does not see.
+    for (int j = rows[r].num_keys; j < kKeys; ++j) weights[j] = 0.0f;
+    for (int j = 0; j < kKeys; j += kLanes) {
+      const u32 magnitude = (u32)load<f32>(weights + j) & 0x7FFFFFFFu;
+      largest = magnitude > largest ? magnitude : largest;
+    }
+    uint32_t lanes[kLanes], bits = 0;
+    store(lanes, largest);
+    for (const uint32_t lane : lanes) bits = lane > bits ? lane : bits;
+    const Rounding rounding(bits);
+    step[r] = rounding.step;
+    for (int j = 0; j < kKeys; j += 16) {
+      store(integers[r] + j, __builtin_convertvector((u32x16)(load<f32x16>(weights + j) * rounding.inverse + kRound), u8x16));
+    }
+  }
+  for (int64_t first = 0; first < head_dim; first += kChannels) {
+    const int count = static_cast<int>(head_dim - first < kChannels ? head_dim - first : kChannels);
+    alignas(64) int32_t products[kRows][kChannels];
+    multiply_values(block.value_cells, integers, kRows, num_keys, head_dim, first, count, products);
+    for (int r = 0; r < kRows; ++r) {
+      float* sums = rows[r].sums + first;
+      for (int d = 0; d < count; ++d) sums[d] = sums[d] * scale[r] + static_cast<float>(products[r][d]) * step[r];
+    }
+  }
+}
+
 template <int kRows>
 inline void attend_tile(AttentionRow* rows, const CachedBlock& block, int64_t head_dim, float scale) {
   alignas(64) float scores[kRows][kKeys];
-  const bool is_int8 = block.cells != nullptr;
+  const bool is_int8 = block.key_cells != nullptr;
   if (is_int8) {
     score_integers<kRows>(rows, block, head_dim, scale, scores);
   } else {
@@ -113,16 +160,12 @@ inline void attend_tile(AttentionRow* rows, const CachedBlock& block, int64_t he
     for (int j = 0; j < kKeys; j += 16) {
       for (int i = 0; i < 16 / kLanes; ++i) total[i] += load<f32>(scores[r] + j + i * kLanes);
     }
-    if (is_int8) {
-      for (int j = 0; j < kKeys; j += kLanes) {
-        store(scores[r] + j, load<f32>(scores[r] + j) * load<f32>(block.value_steps + j));
-      }
-    }
     correction[r] = exponential(repeat_value(rows[r].largest) - offset)[0];
     rows[r].largest = lanes[0];
     for (int i = 0; i < 16 / kLanes; ++i) store(lanes + i * kLanes, total[i]);
     rows[r].total = rows[r].total * correction[r] + sum_lanes(lanes);
   }
+  if (is_int8) return add_integer_values<kRows>(rows, scores, correction, block, head_dim);
   int64_t d = 0;
   for (; d + 32 <= head_dim; d += 32) {
     add_values<kRows, 32 / kLanes>(rows, scores, correction, block.values, head_dim, d);
@@ -165,10 +208,6 @@ inline float quantize_head(const float* x, int64_t dim, int8_t* out) {
     store(out + d, __builtin_convertvector((u32x16)(load<f32x16>(x + d) * rounding.inverse + kRound), u8x16));
   }
   return rounding.step;
-}
-
-inline void from_int8(const int8_t* x, int64_t count, float* out) {
-  for (int64_t i = 0; i < count; ++i) out[i] = static_cast<float>(x[i]);
 }
 
 }  // namespace

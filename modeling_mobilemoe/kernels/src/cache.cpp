@@ -32,7 +32,9 @@ void Cache::write(int64_t kv_head, int64_t position, const float* key, const flo
     for (int64_t d = 0; d < dim; d += kCellBytes) {
       std::memcpy(keys(at) + (d / kCellBytes * kKeys + place) * kCellBytes, integers + d, kCellBytes);
     }
-    value_steps(at)[place] = isa().quantize_head(value, dim, reinterpret_cast<int8_t*>(values(at)) + place * dim);
+    value_steps(at)[place] = isa().quantize_head(value, dim, integers);
+    char* values_at = values(at) + place / kCellBytes * dim * kCellBytes + place % kCellBytes;
+    for (int64_t d = 0; d < dim; ++d) values_at[d * kCellBytes] = static_cast<char>(integers[d]);
   }
 }
 
@@ -40,15 +42,15 @@ CachedBlock Cache::read(int64_t kv_head, int64_t index, float* unpacked_keys, fl
   char* at = block(kv_head, index);
   const int64_t count = kKeys * args.head_dim;
   if (args.type == MOBILEMOE_FP32) {
-    return {reinterpret_cast<float*>(keys(at)), nullptr, nullptr, nullptr, reinterpret_cast<float*>(values(at))};
+    return {reinterpret_cast<float*>(keys(at)), reinterpret_cast<float*>(values(at)), nullptr, nullptr, nullptr, nullptr};
   }
   if (args.type == MOBILEMOE_BF16) {
     isa().from_bf16(reinterpret_cast<uint16_t*>(keys(at)), count, unpacked_keys);
     isa().from_bf16(reinterpret_cast<uint16_t*>(values(at)), count, unpacked_values);
-    return {unpacked_keys, nullptr, nullptr, nullptr, unpacked_values};
+    return {unpacked_keys, unpacked_values, nullptr, nullptr, nullptr, nullptr};
   }
-  isa().from_int8(reinterpret_cast<int8_t*>(values(at)), count, unpacked_values);
-  return {nullptr, reinterpret_cast<int8_t*>(keys(at)), key_steps(at), value_steps(at), unpacked_values};
+  return {nullptr,       nullptr,       reinterpret_cast<int8_t*>(keys(at)), reinterpret_cast<int8_t*>(values(at)),
+          key_steps(at), value_steps(at)};
 }
 
 int check_cache(const mobilemoe_cache& cache, int64_t start, int64_t num_tokens) {

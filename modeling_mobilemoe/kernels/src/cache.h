@@ -10,7 +10,7 @@
 namespace mobilemoe {
 
 // Keys lie [head_dim, 64], in INT8 [head_dim / 4, 64, 4], so that they need no transposing; then, in INT8, 64 steps;
-// values [64, head_dim]; in INT8, 64 steps.
+// values [64, head_dim], in INT8 [64 / 4, head_dim, 4]; in INT8, 64 steps.
 struct Cache {
   const mobilemoe_cache& args;
 
@@ -30,7 +30,7 @@ struct Cache {
   // Writes one token's key and value of one head. `scratch` has 2 bytes per channel.
   void write(int64_t kv_head, int64_t position, const float* key, const float* value, void* scratch) const;
 
-  // Floating-point numbers and INT8 values are converted to `unpacked_keys` and `unpacked_values` [64 * head_dim].
+  // BF16 is converted to `unpacked_keys` and `unpacked_values` [64 * head_dim].
   CachedBlock read(int64_t kv_head, int64_t index, float* unpacked_keys, float* unpacked_values) const;
 };
 

@@ -59,13 +59,14 @@ struct AttentionRow {
   int num_keys;  // that it sees of a block: the first ones
 };
 
-// One block of a head's keys and values: floating-point keys, or INT8 ones and the steps of both.
+// One block of a head's keys and values: in FP32, or in INT8 with the steps of both.
 struct CachedBlock {
-  const float* keys;          // [head_dim, kKeys], or null
-  const int8_t* cells;        // [head_dim / 4, kKeys, 4], or null
-  const float* key_steps;     // [kKeys]
-  const float* value_steps;   // [kKeys]
-  const float* values;        // [kKeys, head_dim]
+  const float* keys;           // [head_dim, kKeys], or null
+  const float* values;         // [kKeys, head_dim]
+  const int8_t* key_cells;     // [head_dim / 4, kKeys, 4], or null
+  const int8_t* value_cells;   // [kKeys / 4, head_dim, 4]
+  const float* key_steps;      // [kKeys]
+  const float* value_steps;    // [kKeys]
 };
 
 struct Isa {
@@ -105,7 +106,6 @@ struct Isa {
   void (*merge_row)(const AttentionRow& part, AttentionRow* whole, int64_t head_dim);
   // x [dim] -> INT8 and their step. dim is a multiple of 16.
   float (*quantize_head)(const float* x, int64_t dim, int8_t* out);
-  void (*from_int8)(const int8_t* x, int64_t count, float* out);
   // One output's weights, of 32 in these tiles -> FP32.
   void (*expand_row)(const uint8_t* tiles, int row, int64_t num_groups, float* out);
   void (*from_bf16)(const uint16_t* x, int64_t count, float* out);

@@ -240,6 +240,40 @@ void multiply_keys(const int8_t* cells, const AttentionRow* rows, int num_rows, 
   (num_rows == 2 ? multiply_keys_tile<2> : multiply_keys_tile<1>)(cells, rows, head_dim, dots);
 }
 
+// 16 channels at a time. Two products of at most 127 * 127 fit 16 bits.
+template <int kRows>
+void multiply_values_tile(const int8_t* cells, const int8_t (*probabilities)[kKeys], int num_keys, int64_t head_dim,
+                          int count, int32_t (*products)[kChannels]) {
+  for (int d = 0; d < count; d += 16) {
+    __m256i sums[kRows][2];
+#pragma GCC unroll 2
+    for (int r = 0; r < kRows; ++r) sums[r][0] = sums[r][1] = _mm256_setzero_si256();
+    for (int j = 0; j < num_keys; j += kCellBytes) {
+      const auto* values = reinterpret_cast<const __m256i*>(cells + j * head_dim + d * kCellBytes);
+#pragma GCC unroll 2
+      for (int r = 0; r < kRows; ++r) {
+        const __m256i x = repeat_cell(probabilities[r] + j);
+#pragma GCC unroll 2
+        for (int i = 0; i < 2; ++i) {
+          sums[r][i] = add_pairs(sums[r][i], _mm256_maddubs_epi16(x, _mm256_loadu_si256(values + i)));
+        }
+      }
+    }
+#pragma GCC unroll 2
+    for (int r = 0; r < kRows; ++r) {
+      for (int i = 0; i < 2; ++i) {
+        _mm256_storeu_si256(reinterpret_cast<__m256i*>(products[r] + d + 8 * i), sums[r][i]);
+      }
+    }
+  }
+}
+
+void multiply_values(const int8_t* cells, const int8_t (*probabilities)[kKeys], int num_rows, int num_keys,
+                     int64_t head_dim, int64_t first, int count, int32_t (*products)[kChannels]) {
+  const auto multiply = num_rows == 2 ? multiply_values_tile<2> : multiply_values_tile<1>;
+  multiply(cells + first * kCellBytes, probabilities, num_keys, head_dim, count, products);
+}
+
 bool supported() { return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("f16c"); }
 
 }  // namespace
@@ -261,7 +295,6 @@ const Isa kAvx2 = {"avx2",
                    attend,
                    merge_row,
                    quantize_head,
-                   from_int8,
                    expand_row,
                    from_bf16,
                    to_bf16};

@@ -235,6 +235,52 @@ void multiply_keys(const int8_t* cells, const AttentionRow* rows, int num_rows, 
   kTiles[num_rows - 1](cells, rows, head_dim, dots);
 }
 
+// kVectors * 16 channels.
+template <int kRows, int kVectors>
+void multiply_channels(const int8_t* cells, const int8_t (*probabilities)[kKeys], int num_keys, int64_t head_dim,
+                       int32_t (*products)[kChannels]) {
+  __m512i sums[kRows][kVectors];
+#pragma GCC unroll 4
+  for (int r = 0; r < kRows; ++r) {
+#pragma GCC unroll 4
+    for (int v = 0; v < kVectors; ++v) sums[r][v] = _mm512_setzero_si512();
+  }
+  for (int j = 0; j < num_keys; j += kCellBytes) {
+    __m512i values[kVectors];
+#pragma GCC unroll 4
+    for (int v = 0; v < kVectors; ++v) values[v] = _mm512_loadu_si512(cells + j * head_dim + v * 64);
+#pragma GCC unroll 4
+    for (int r = 0; r < kRows; ++r) {
+      const __m512i x = repeat_cell(probabilities[r] + j);
+#pragma GCC unroll 4
+      for (int v = 0; v < kVectors; ++v) add_products(sums[r][v], x, values[v]);
+    }
+  }
+#pragma GCC unroll 4
+  for (int r = 0; r < kRows; ++r) {
+#pragma GCC unroll 4
+    for (int v = 0; v < kVectors; ++v) _mm512_storeu_si512(products[r] + v * 16, sums[r][v]);
+  }
+}
+
+template <int kRows>
+void multiply_values_tile(const int8_t* cells, const int8_t (*probabilities)[kKeys], int num_keys, int64_t head_dim,
+                          int count, int32_t (*products)[kChannels]) {
+  if (count == kChannels) return multiply_channels<kRows, 4>(cells, probabilities, num_keys, head_dim, products);
+  for (int d = 0; d < count; d += 16) {
+    int32_t part[kRows][kChannels];
+    multiply_channels<kRows, 1>(cells + d * kCellBytes, probabilities, num_keys, head_dim, part);
+    for (int r = 0; r < kRows; ++r) std::memcpy(products[r] + d, part[r], 16 * sizeof(int32_t));
+  }
+}
+
+void multiply_values(const int8_t* cells, const int8_t (*probabilities)[kKeys], int num_rows, int num_keys,
+                     int64_t head_dim, int64_t first, int count, int32_t (*products)[kChannels]) {
+  constexpr decltype(&multiply_values_tile<1>) kTiles[kAttendRows] = {
+      multiply_values_tile<1>, multiply_values_tile<2>, multiply_values_tile<3>, multiply_values_tile<4>};
+  kTiles[num_rows - 1](cells + first * kCellBytes, probabilities, num_keys, head_dim, count, products);
+}
+
 bool supported() {
   return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
          __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq") &&
@@ -260,7 +306,6 @@ const Isa kAvx512 = {"avx512",
                      attend,
                      merge_row,
                      quantize_head,
-                     from_int8,
                      expand_row,
                      from_bf16,
                      to_bf16};

@@ -91,7 +91,6 @@ const Isa kI8mm = {"i8mm",
                    attend,
                    merge_row,
                    quantize_head,
-                   from_int8,
                    expand_row,
                    from_bf16,
                    to_bf16};

@@ -31,7 +31,6 @@ const Isa kNeon = {"neon",
                    attend,
                    merge_row,
                    quantize_head,
-                   from_int8,
                    expand_row,
                    from_bf16,
                    to_bf16};

@@ -52,6 +52,19 @@ void multiply_keys(const int8_t* cells, const AttentionRow* rows, int num_rows, 
   }
 }
 
+void multiply_values(const int8_t* cells, const int8_t (*probabilities)[kKeys], int num_rows, int num_keys,
+                     int64_t head_dim, int64_t first, int count, int32_t (*products)[kChannels]) {
+  for (int r = 0; r < num_rows; ++r) {
+    for (int d = 0; d < count; ++d) {
+      int32_t sum = 0;
+      for (int j = 0; j < num_keys; ++j) {
+        sum += cells[(j / kCellBytes * head_dim + first + d) * kCellBytes + j % kCellBytes] * probabilities[r][j];
+      }
+      products[r][d] = sum;
+    }
+  }
+}
+
 bool supported() { return true; }
 
 }  // namespace
@@ -73,7 +86,6 @@ const Isa kPortable = {"portable",
                        attend,
                        merge_row,
                        quantize_head,
-                       from_int8,
                        expand_row,
                        from_bf16,
                        to_bf16};

@@ -236,5 +236,23 @@ void multiply_keys(const int8_t* cells, const AttentionRow* rows, int num_rows, 
   }
 }
 
+void multiply_values(const int8_t* cells, const int8_t (*probabilities)[kKeys], int num_rows, int num_keys,
+                     int64_t head_dim, int64_t first, int count, int32_t (*products)[kChannels]) {
+  for (int r = 0; r < num_rows; ++r) {
+    for (int d = 0; d < count; d += 16) {
+      int32x4_t sums[4];
+      for (int i = 0; i < 4; ++i) sums[i] = vdupq_n_s32(0);
+      for (int j = 0; j < num_keys; j += kCellBytes) {
+        int32_t cell;
+        std::memcpy(&cell, probabilities[r] + j, sizeof(cell));
+        const int8x16_t x = vreinterpretq_s8_s32(vdupq_n_s32(cell));
+        const int8_t* values = cells + (j * head_dim + (first + d) * kCellBytes);
+        for (int i = 0; i < 4; ++i) sums[i] = vdotq_s32(sums[i], vld1q_s8(values + 16 * i), x);
+      }
+      for (int i = 0; i < 4; ++i) vst1q_s32(products[r] + d + 4 * i, sums[i]);
+    }
+  }
+}
+
 }  // namespace
 }  // namespace mobilemoe
