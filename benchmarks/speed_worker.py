@@ -60,13 +60,13 @@ class Pte:
 
     def __init__(self, path: str, num_threads: int):
         from mobilemoe.bench.worker import set_threads
-        from mobilemoe.runtime import PteModel
+        from mobilemoe.runtime import PteModel, most_probable
 
         set_threads(num_threads, executorch=True)
-        self.model = PteModel(path)
+        self.model, self.most_probable = PteModel(path), most_probable
 
     def forward(self, tokens: list[int], start: int) -> int:
-        return int(self.model.forward(tokens, start).argmax())
+        return self.most_probable(self.model.forward(tokens, start))
 
 
 def main() -> None:

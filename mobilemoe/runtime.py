@@ -116,7 +116,7 @@ class LanguageModel(ABC):
 
         def choose(logits: torch.Tensor) -> int:
             if temperature == 0:
-                return int(logits.argmax())
+                return most_probable(logits)
             probabilities = nucleus((logits / temperature).softmax(dim=-1), top_p)
             return int(torch.multinomial(probabilities, 1, generator=generator))
 
@@ -329,6 +329,11 @@ def check_operators(needed: list[str], available: set[str]) -> None:
             f"The program needs {', '.join(missing)}, which this ExecuTorch runtime lacks. Install executorch>=1.5.1 "
             "from PyPI, or export again with operators that this runtime has."
         )
+
+
+def most_probable(logits: torch.Tensor) -> int:
+    """The first of the largest, on one thread: PyTorch's threads would spin for a while, beside those of a program."""
+    return int(logits.cpu().numpy().argmax())
 
 
 def nucleus(probabilities: torch.Tensor, top_p: float) -> torch.Tensor:

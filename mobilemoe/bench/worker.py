@@ -29,7 +29,7 @@ from ..artifacts import PROGRAM_FILE, is_pte, is_shape, read_export
 from ..costs import weight_bytes_read
 from ..export.random_program import random_packed_model
 from ..machine import peak_memory
-from ..runtime import CheckpointModel, LanguageModel, PteModel
+from ..runtime import CheckpointModel, LanguageModel, PteModel, most_probable
 from ..shapes import shapes
 
 
@@ -106,11 +106,11 @@ def measure(model: LanguageModel, tokens: list[int], prompt_length: int) -> dict
     """Seconds to the first token, and of every following token. New tokens are given, not sampled."""
     seconds = []
     started = time.perf_counter()
-    model.forward(tokens[:prompt_length], 0).argmax().item()
+    most_probable(model.forward(tokens[:prompt_length], 0))
     first_token = time.perf_counter() - started
     for position in range(prompt_length, len(tokens)):
         started = time.perf_counter()
-        model.forward([tokens[position]], position).argmax().item()
+        most_probable(model.forward([tokens[position]], position))
         seconds.append(time.perf_counter() - started)
     return {"first_token": first_token, "decode": seconds}
 

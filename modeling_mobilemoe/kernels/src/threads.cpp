@@ -1,4 +1,4 @@
-// Threads: those of GNU OpenMP where the process has it, as with PyTorch; else one team for all callers.
+// Threads: one team for all callers; in PyTorch's operators those of GNU OpenMP, where PyTorch has it.
 #include "threads.h"
 
 #include <pthread.h>
@@ -9,7 +9,7 @@
 #include <mutex>
 #include <new>
 
-#if defined(__linux__)
+#if defined(__linux__) && !defined(MOBILEMOE_OWN_THREADS)
 #include <dlfcn.h>
 #endif
 
@@ -265,11 +265,12 @@ Team* team() {
   return expected;
 }
 
-// The entry point of libgomp behind a compiler's `#pragma omp parallel`; null where the process has no GNU OpenMP.
+// The entry point of libgomp behind a compiler's `#pragma omp parallel`; null where the process has no GNU OpenMP, or
+// what it runs should not depend on it.
 using OpenMpParallel = void (*)(void (*body)(void*), void* data, unsigned num_threads, unsigned flags);
 
 OpenMpParallel openmp_parallel() {
-#if defined(__linux__)
+#if defined(__linux__) && !defined(MOBILEMOE_OWN_THREADS)
   static const auto found = reinterpret_cast<OpenMpParallel>(dlsym(RTLD_DEFAULT, "GOMP_parallel"));
   return found;
 #else
@@ -277,8 +278,9 @@ OpenMpParallel openmp_parallel() {
 #endif
 }
 
-// A region on the threads of GNU OpenMP, which PyTorch leaves spinning. Beside them a team of our own is slower: with
-// two threads on two cores a token of S took a quarter longer. OpenMP joins its threads, so all of this lies on a stack.
+// A region on the threads of GNU OpenMP, which PyTorch's operators between ours leave spinning. Beside them a team of our
+// own is slower: with two threads on two cores a token of S took a quarter longer. OpenMP joins its threads, so all of
+// this lies on a stack.
 class OpenMpRegion {
  public:
   explicit OpenMpRegion(const Region& region) : region_(region) {}
