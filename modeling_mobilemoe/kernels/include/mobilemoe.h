@@ -1,9 +1,10 @@
 // C interface of the MobileMoE kernels: INT4 weights as released, INT8 arithmetic, any number of threads.
 //
-// Shapes: T tokens, D model width, F expert width, E experts, and N and K output and input features of a linear. Matrices
-// are row-major and dense, but for weights: these are tiles of 32 outputs, in the order in which they are read, 18 bytes
-// for each input (README.md beside this folder; `tiles_mobilemoe.py` makes them of a checkpoint's tensors). Tiles of one output
-// column lie side by side; outputs beyond the last one, up to a multiple of 32, are zero.
+// Shapes: T tokens, D model width, F expert width, E experts, and N and K output and input features of a linear.
+// Matrices are row-major and dense, but for weights: these are tiles of 32 outputs, in the order in which they are
+// read, 18 bytes for each input (README.md beside this folder; `tiles_mobilemoe.py` makes them of a checkpoint's
+// tensors). Tiles of one output column lie side by side; outputs beyond the last one, up to a multiple of 32, are
+// zero.
 //
 // No function allocates once it has seen its largest input, throws, or aborts: a bad argument is a status and a
 // sentence. Calls from several threads at once are fine. A call computes on its own thread and on up to
@@ -48,10 +49,10 @@ MOBILEMOE_EXPORT int mobilemoe_moe_ffn(const mobilemoe_moe_ffn_args* args, int64
 
 typedef struct {
   int64_t num_tokens, in_features, out_features;
-  int32_t dtype;           // of x and out
-  const void* x;           // [T, K]
-  const uint8_t* tiles;    // [N / 32, K * 18]
-  void* out;               // [T, N]
+  int32_t dtype;         // of x and out
+  const void* x;         // [T, K]
+  const uint8_t* tiles;  // [N / 32, K * 18]
+  void* out;             // [T, N]
 } mobilemoe_linear_args;
 
 // out = x @ weight.T
@@ -65,11 +66,11 @@ typedef struct {
 
 typedef struct {
   int64_t num_tokens, dim;
-  int32_t dtype;                // of x and out
-  const void* x;                // [T, D]
-  mobilemoe_matrix gate, up;    // of D inputs, with as many outputs
-  mobilemoe_matrix down;        // of their outputs, D outputs
-  void* out;                    // [T, D]
+  int32_t dtype;              // of x and out
+  const void* x;              // [T, D]
+  mobilemoe_matrix gate, up;  // of D inputs, with as many outputs
+  mobilemoe_matrix down;      // of their outputs, D outputs
+  void* out;                  // [T, D]
 } mobilemoe_mlp_args;
 
 // out = down(silu(gate(x)) * up(x)), the shared expert.
@@ -78,16 +79,15 @@ MOBILEMOE_EXPORT int mobilemoe_mlp(const mobilemoe_mlp_args* args, int64_t num_t
 typedef struct {
   int64_t num_tokens, dim, head_dim;
   float eps;
-  int32_t dtype;                        // of x and the outputs
-  const void* x;                        // [T, D]
-  mobilemoe_matrix query, key, value;   // of D inputs
-  const float *cos, *sin;               // [T, head_dim / 2]
+  int32_t dtype;                          // of x and the outputs
+  const void* x;                          // [T, D]
+  mobilemoe_matrix query, key, value;     // of D inputs
+  const float *cos, *sin;                 // [T, head_dim / 2]
   void *query_out, *key_out, *value_out;  // [T, out_features]
 } mobilemoe_attention_inputs_args;
 
 // Three linears; then, on each head of the first two, rotation of adjacent channels and a weightless RMS norm.
-MOBILEMOE_EXPORT int mobilemoe_attention_inputs(const mobilemoe_attention_inputs_args* args,
-                                                int64_t num_threads);
+MOBILEMOE_EXPORT int mobilemoe_attention_inputs(const mobilemoe_attention_inputs_args* args, int64_t num_threads);
 
 // Keys and values of a layer, 64 positions in a block. The type is FP32, BF16, or INT8 with a step for every head and
 // position; attention then rounds queries to INT8 too.
@@ -116,17 +116,17 @@ typedef struct {
 MOBILEMOE_EXPORT int mobilemoe_attention(const mobilemoe_attention_args* args, int64_t num_threads);
 
 typedef struct {
-  int64_t num_tokens, start, dim;                // the first token's position
-  float eps;                                     // of all norms
-  const float* x;                                // [T, D]
+  int64_t num_tokens, start, dim;                   // the first token's position
+  float eps;                                        // of all norms
+  const float* x;                                   // [T, D]
   const float *attention_norm, *feed_forward_norm;  // [D]
-  mobilemoe_matrix query, key, value, output;    // attention: of D inputs, but for the output
-  const float *cos, *sin;                        // [T, head_dim / 2]
-  mobilemoe_cache cache;                         // the new tokens' keys and values are written
-  mobilemoe_matrix gate, up, down;               // the shared expert
-  mobilemoe_moe_ffn_args experts;                // its weights, num_experts, expert_dim, top_k and route_scale; no
-                                                 // routed experts when num_experts is 0
-  float* out;                                    // [T, D]
+  mobilemoe_matrix query, key, value, output;       // attention: of D inputs, but for the output
+  const float *cos, *sin;                           // [T, head_dim / 2]
+  mobilemoe_cache cache;                            // the new tokens' keys and values are written
+  mobilemoe_matrix gate, up, down;                  // the shared expert
+  mobilemoe_moe_ffn_args experts;                   // its weights, num_experts, expert_dim, top_k and route_scale; no
+                                                    // routed experts when num_experts is 0
+  float* out;                                       // [T, D]
 } mobilemoe_layer_args;
 
 // h = x + output(attention(attention_inputs(norm(x)))); out = (h + moe_ffn(norm(h))) + mlp(norm(h)): the operators
@@ -134,8 +134,8 @@ typedef struct {
 MOBILEMOE_EXPORT int mobilemoe_decoder_layer(const mobilemoe_layer_args* args, int64_t num_threads);
 
 // out [T, D] = x / sqrt(mean(x^2) + eps) * weight, all FP32.
-MOBILEMOE_EXPORT int mobilemoe_rms_norm(const float* x, const float* weight, int64_t num_tokens, int64_t dim, float eps,
-                                        float* out, int64_t num_threads);
+MOBILEMOE_EXPORT int mobilemoe_rms_norm(const float* x, const float* weight, int64_t num_tokens, int64_t dim,
+                                        float eps, float* out, int64_t num_threads);
 
 // out [T, D] in FP32 = the weights of outputs `tokens` [T] of a linear with D inputs.
 MOBILEMOE_EXPORT int mobilemoe_embedding(const int64_t* tokens, const mobilemoe_matrix* table, int64_t num_tokens,

@@ -17,7 +17,8 @@ void run_few(const Attention& attention) {
   const int64_t num_rows = args.num_tokens * attention.heads_per_key, num_heads = args.cache.num_kv_heads;
   const Phase attended([&] { return num_heads * attention.num_segments; },
                        [&](int64_t unit, int64_t, int64_t index) {
-                         const int64_t kv_head = unit / attention.num_segments, segment = unit % attention.num_segments;
+                         const int64_t kv_head = unit / attention.num_segments,
+                                       segment = unit % attention.num_segments;
                          const Attention::Worker own = attention.worker(index);
                          const Attention::Rows part = attention.partial(kv_head, segment);
                          attention.load_queries(part, own, num_rows, [&](int64_t row) {
@@ -25,33 +26,33 @@ void run_few(const Attention& attention) {
                          });
                          attention.attend(part, own, kv_head, 0, args.num_tokens, segment);
                        });
-  const Phase merged([&] { return num_heads; },
-                     [&](int64_t kv_head, int64_t, int64_t index) {
-                       attention.finish(kv_head, attention.worker(index).whole);
-                     });
+  const Phase merged(
+      [&] { return num_heads; },
+      [&](int64_t kv_head, int64_t, int64_t index) { attention.finish(kv_head, attention.worker(index).whole); });
   run_phases(attention.num_threads, attended, merged);
 }
 
 void run_many(const Attention& attention) {
   const mobilemoe_attention_args& args = attention.args;
   const int64_t num_heads = args.cache.num_kv_heads, num_chunks = ceil_div(args.num_tokens, kQueriesPerUnit);
-  const Phase attended(
-      [&] { return num_chunks * num_heads; },
-      [&](int64_t unit, int64_t, int64_t index) {
-        // Later tokens see more, so they come first.
-        const int64_t kv_head = unit % num_heads, first = (num_chunks - 1 - unit / num_heads) * kQueriesPerUnit;
-        const int64_t last = smaller(first + kQueriesPerUnit, args.num_tokens);
-        const int64_t num_rows = (last - first) * attention.heads_per_key;
-        const Attention::Worker own = attention.worker(index);
-        attention.load_queries(own.part, own, num_rows,
-                               [&](int64_t row) { return args.query + attention.place(kv_head, first, row); });
-        Attention::reset(own.whole, 0, num_rows, attention.dim);
-        for (int64_t segment = 0; segment * kSegment < args.start + last; ++segment) {
-          attention.attend(own.part, own, kv_head, first, last, segment);
-          attention.merge(own.part, own.whole, first, last, segment);
-        }
-        attention.write(own.whole, kv_head, first, last);
-      });
+  const Phase attended([&] { return num_chunks * num_heads; },
+                       [&](int64_t unit, int64_t, int64_t index) {
+                         // Later tokens see more, so they come first.
+                         const int64_t kv_head = unit % num_heads,
+                                       first = (num_chunks - 1 - unit / num_heads) * kQueriesPerUnit;
+                         const int64_t last = smaller(first + kQueriesPerUnit, args.num_tokens);
+                         const int64_t num_rows = (last - first) * attention.heads_per_key;
+                         const Attention::Worker own = attention.worker(index);
+                         attention.load_queries(own.part, own, num_rows, [&](int64_t row) {
+                           return args.query + attention.place(kv_head, first, row);
+                         });
+                         Attention::reset(own.whole, 0, num_rows, attention.dim);
+                         for (int64_t segment = 0; segment * kSegment < args.start + last; ++segment) {
+                           attention.attend(own.part, own, kv_head, first, last, segment);
+                           attention.merge(own.part, own.whole, first, last, segment);
+                         }
+                         attention.write(own.whole, kv_head, first, last);
+                       });
   run_phases(attention.num_threads, attended);
 }
 

@@ -118,7 +118,8 @@ inline void add_integer_values(const AttentionRow* rows, const float (*probabili
     const Rounding rounding(bits);
     step[r] = rounding.step;
     for (int j = 0; j < kKeys; j += 16) {
-      store(integers[r] + j, __builtin_convertvector((u32x16)(load<f32x16>(weights + j) * rounding.inverse + kRound), u8x16));
+      const u32x16 rounded = (u32x16)(load<f32x16>(weights + j) * rounding.inverse + kRound);
+      store(integers[r] + j, __builtin_convertvector(rounded, u8x16));
     }
   }
   for (int64_t first = 0; first < head_dim; first += kChannels) {

@@ -42,14 +42,15 @@ CachedBlock Cache::read(int64_t kv_head, int64_t index, float* unpacked_keys, fl
   char* at = block(kv_head, index);
   const int64_t count = kKeys * args.head_dim;
   if (args.type == MOBILEMOE_FP32) {
-    return {reinterpret_cast<float*>(keys(at)), reinterpret_cast<float*>(values(at)), nullptr, nullptr, nullptr, nullptr};
+    auto *keys_at = reinterpret_cast<float*>(keys(at)), *values_at = reinterpret_cast<float*>(values(at));
+    return {keys_at, values_at, nullptr, nullptr, nullptr, nullptr};
   }
   if (args.type == MOBILEMOE_BF16) {
     isa().from_bf16(reinterpret_cast<uint16_t*>(keys(at)), count, unpacked_keys);
     isa().from_bf16(reinterpret_cast<uint16_t*>(values(at)), count, unpacked_values);
     return {unpacked_keys, unpacked_values, nullptr, nullptr, nullptr, nullptr};
   }
-  return {nullptr,       nullptr,       reinterpret_cast<int8_t*>(keys(at)), reinterpret_cast<int8_t*>(values(at)),
+  return {nullptr,       nullptr,        reinterpret_cast<int8_t*>(keys(at)), reinterpret_cast<int8_t*>(values(at)),
           key_steps(at), value_steps(at)};
 }
 

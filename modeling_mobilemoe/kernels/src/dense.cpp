@@ -1,4 +1,5 @@
-// What a layer has beside its routed experts: the shared expert, the inputs of its attention, norms; and the embedding.
+// What a layer has beside its routed experts: the shared expert, the inputs of its attention, norms; and the
+// embedding.
 #include <initializer_list>
 
 #include "errors.h"
@@ -64,8 +65,7 @@ struct AttentionInputs {
   Tokens tokens;
   float* converted;  // [threads, the widest of x, queries and keys]
 
-  AttentionInputs(Layout& layout, const mobilemoe_attention_inputs_args& a, int64_t threads, int64_t at,
-                  int64_t count)
+  AttentionInputs(Layout& layout, const mobilemoe_attention_inputs_args& a, int64_t threads, int64_t at, int64_t count)
       : args(a),
         num_threads(threads),
         first(at),
@@ -101,15 +101,14 @@ struct AttentionInputs {
                     [&](int64_t unit, int64_t, int64_t worker) {
                       tokens.quantize(unit, [&](int64_t t) { return rows.in(first + t, scratch(worker)); });
                     });
-    Phase multiplied(
-        [&] { return products[0].num_units() + products[1].num_units() + products[2].num_units(); },
-        [&](int64_t unit, int64_t, int64_t) {
-          int i = 0;
-          for (; unit >= products[i].num_units(); ++i) unit -= products[i].num_units();
-          products[i].run(unit, [&](int64_t t, int64_t row, const float* values, int64_t n) {
-            write_rows(outs[i], args.dtype, matrices[i].out_features, first + t, row, values, n);
-          });
-        });
+    Phase multiplied([&] { return products[0].num_units() + products[1].num_units() + products[2].num_units(); },
+                     [&](int64_t unit, int64_t, int64_t) {
+                       int i = 0;
+                       for (; unit >= products[i].num_units(); ++i) unit -= products[i].num_units();
+                       products[i].run(unit, [&](int64_t t, int64_t row, const float* values, int64_t n) {
+                         write_rows(outs[i], args.dtype, matrices[i].out_features, first + t, row, values, n);
+                       });
+                     });
     Phase rotated([this] { return tokens.num_units(); },
                   [&](int64_t unit, int64_t, int64_t worker) {
                     const int64_t begin = unit * tokens.per_unit();
@@ -195,7 +194,8 @@ int mobilemoe_rms_norm(const float* x, const float* weight, int64_t num_tokens, 
   using namespace mobilemoe;
   if (const int status = check_dense("dim", num_tokens, dim, MOBILEMOE_FP32, num_threads)) return status;
   if (num_tokens > 0 && (x == nullptr || weight == nullptr || out == nullptr)) return fail("x, weight or out is null");
-  for_tokens(num_tokens, num_threads, [=](int64_t t) { isa().rms_norm(x + t * dim, weight, dim, eps, out + t * dim); });
+  for_tokens(num_tokens, num_threads,
+             [=](int64_t t) { isa().rms_norm(x + t * dim, weight, dim, eps, out + t * dim); });
   return MOBILEMOE_OK;
 }
 

@@ -105,9 +105,8 @@ Tensor& rms_norm_out(KernelRuntimeContext& context, const Tensor& x, const Tenso
   ET_KERNEL_CHECK_MSG(context, executorch::runtime::resize_tensor(out, x.sizes()) == Error::Ok, InvalidArgument, out,
                       "mobilemoe::rms_norm: out is smaller than x");
   const int64_t dim = x.size(x.dim() - 1);
-  const int status =
-      mobilemoe_rms_norm(x.const_data_ptr<float>(), weight.const_data_ptr<float>(), x.numel() / dim, dim,
-                         static_cast<float>(eps), out.mutable_data_ptr<float>(), num_threads());
+  const int status = mobilemoe_rms_norm(x.const_data_ptr<float>(), weight.const_data_ptr<float>(), x.numel() / dim,
+                                        dim, static_cast<float>(eps), out.mutable_data_ptr<float>(), num_threads());
   ET_KERNEL_CHECK_MSG(context, status == MOBILEMOE_OK, InvalidArgument, out, "mobilemoe::rms_norm: %s",
                       mobilemoe_last_error());
   return out;
@@ -115,8 +114,7 @@ Tensor& rms_norm_out(KernelRuntimeContext& context, const Tensor& x, const Tenso
 
 // A cache [KV heads, blocks, bytes], whose type follows from its bytes.
 bool to_cache(const Tensor& tensor, int64_t head_dim, mobilemoe_cache& cache) {
-  if (tensor.dim() != 3 ||
-      !fits(tensor, ScalarType::Byte, {tensor.size(0), tensor.size(1), tensor.size(2)})) {
+  if (tensor.dim() != 3 || !fits(tensor, ScalarType::Byte, {tensor.size(0), tensor.size(1), tensor.size(2)})) {
     return false;
   }
   const int type = mobilemoe_cache_type(head_dim, tensor.size(2));
@@ -168,13 +166,12 @@ Tensor& int4_embedding_out(KernelRuntimeContext& context, const Tensor& tokens, 
                            int64_t num_embeddings, Tensor& out) {
   const int64_t dim = inputs_of(tiles);
   mobilemoe_matrix table = {};
-  ET_KERNEL_CHECK_MSG(context,
-                      dim > 0 && tokens.dim() + 1 < static_cast<ssize_t>(executorch::runtime::kTensorDimensionLimit) &&
-                          tokens.scalar_type() == ScalarType::Long &&
-                          executorch::runtime::tensor_is_default_dim_order(tokens) &&
-                          to_matrix(tiles, num_embeddings, dim, table),
-                      InvalidArgument, out,
-                      "mobilemoe::int4_embedding: the types or shapes of its inputs do not belong together");
+  ET_KERNEL_CHECK_MSG(
+      context,
+      dim > 0 && tokens.dim() + 1 < static_cast<ssize_t>(executorch::runtime::kTensorDimensionLimit) &&
+          tokens.scalar_type() == ScalarType::Long && executorch::runtime::tensor_is_default_dim_order(tokens) &&
+          to_matrix(tiles, num_embeddings, dim, table),
+      InvalidArgument, out, "mobilemoe::int4_embedding: the types or shapes of its inputs do not belong together");
   executorch::aten::SizesType shape[executorch::runtime::kTensorDimensionLimit];
   for (ssize_t i = 0; i < tokens.dim(); ++i) shape[i] = tokens.size(i);
   shape[tokens.dim()] = dim;

@@ -1,5 +1,5 @@
-// Few tokens: memory is the limit. A unit is some outputs of an expert, a contiguous piece of its weights, which all of
-// its tokens take at once.
+// Few tokens: memory is the limit. A unit is some outputs of an expert, a contiguous piece of its weights, which all
+// of its tokens take at once.
 #pragma once
 
 #include "experts.h"
@@ -21,14 +21,15 @@ struct FewTokens : Pass {
   int64_t num_in() const;
   void multiply_in(int64_t unit, const float* x) const;
 
-  // Units of the second one: some columns of every chosen expert, and then the sums of every token, which are handed to
-  // finish(t, first output, values, count).
+  // Units of the second one: some columns of every chosen expert, and then the sums of every token, which are handed
+  // to finish(t, first output, values, count).
   int64_t num_out() const { return ceil_div(problem.down.num_columns(), columns_per_unit()); }
 
   template <typename Finish>
   void multiply_out(int64_t unit, const Finish& finish) const {
     const int64_t dim = problem.args.dim, top_k = problem.args.top_k;
-    const int64_t first = unit * columns_per_unit(), last = smaller(first + columns_per_unit(), problem.down.num_columns());
+    const int64_t first = unit * columns_per_unit();
+    const int64_t last = smaller(first + columns_per_unit(), problem.down.num_columns());
     for (int64_t i = 0; i < router.num_used(); ++i) multiply_columns(router.used[i], first, last);
     for (int64_t t = 0; t < num_tokens; ++t) {
       for (int64_t column = first; column < last; ++column) {

@@ -1,16 +1,18 @@
 // What an instruction set provides, and the arithmetic that all of them share bit for bit.
 //
-// Weights come in tiles of 32 outputs by some inputs. For every 4 inputs a tile has 64 bytes, 16 cells: the low nibbles of
-// cell n are 4 integers of output n, its high nibbles those of output n + 16, all plus 8. FP16 scales follow. Tiles of
-// the same outputs lie side by side, so that reading them is one stream forward.
+// Weights come in tiles of 32 outputs by some inputs. For every 4 inputs a tile has 64 bytes, 16 cells: the low
+// nibbles of cell n are 4 integers of output n, its high nibbles those of output n + 16, all plus 8. FP16 scales
+// follow. Tiles of the same outputs lie side by side, so that reading them is one stream forward.
 //
-// Experts: y[n] = sum_k x[k] * s[k, n / 32] * q[k, n] has its scale inside the reduction. So for every tile of 32 outputs
-// and up to 128 inputs, which has a scale for each input, the activations are multiplied by its scales and rounded to INT8
-// with one step; all products are then integers, and the tiles' sums are added in FP32, in order. Every path rounds in
-// the same places, so results do not depend on the machine, the number of threads, or how tokens are batched.
+// Experts: y[n] = sum_k x[k] * s[k, n / 32] * q[k, n] has its scale inside the reduction. So for every tile of 32
+// outputs and up to 128 inputs, which has a scale for each input, the activations are multiplied by its scales and
+// rounded to INT8 with one step; all products are then integers, and the tiles' sums are added in FP32, in order.
+// Every path rounds in the same places, so results do not depend on the machine, the number of threads, or how tokens
+// are batched.
 //
-// Linears: a tile has 32 inputs, which are a group, and a scale for each output. A group's products add up to an integer. Times the group's scale and step,
-// it is added in FP32 to one of four sums: group g to sum g % 4, in order. The result is ((s0 + s1) + s2) + s3.
+// Linears: a tile has 32 inputs, which are a group, and a scale for each output. A group's products add up to an
+// integer. Times the group's scale and step, it is added in FP32 to one of four sums: group g to sum g % 4, in order.
+// The result is ((s0 + s1) + s2) + s3.
 //
 // These orders are part of the operators' definition. FP32 sums in another order differ in their last bits, which can
 // move an input of the next operator by a whole INT8 step, and some layers later select another expert.
@@ -23,15 +25,15 @@ namespace mobilemoe {
 inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 inline int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
 
-constexpr int kGroup = 32;       // weights that share a scale, and outputs of a tile
-constexpr int kBlock = 128;      // inputs of an expert's tile, which share an INT8 step; the last tile may have fewer
-constexpr int kCellBytes = 4;    // a cell: what one integer instruction adds up
+constexpr int kGroup = 32;        // weights that share a scale, and outputs of a tile
+constexpr int kBlock = 128;       // inputs of an expert's tile, which share an INT8 step; the last tile may have fewer
+constexpr int kCellBytes = 4;     // a cell: what one integer instruction adds up
 constexpr int kColumnBytes = 64;  // 4 inputs of a tile
-constexpr int kInputBytes = 18;  // of a tile for each input, with its share of the scales
+constexpr int kInputBytes = 18;   // of a tile for each input, with its share of the scales
 // Integers are stored plus 8, because x86 multiplies unsigned by signed bytes; `offset` takes it back.
 constexpr int kBias = 8;
 constexpr int kTileTokens = 12;  // that a tile is multiplied with at a time
-constexpr int kSums = 4;        // FP32 sums of a linear's output
+constexpr int kSums = 4;         // FP32 sums of a linear's output
 
 // One token's inputs of an expert's tile: times the scales, in INT8.
 struct alignas(64) TileInputs {
@@ -61,12 +63,12 @@ struct AttentionRow {
 
 // One block of a head's keys and values: in FP32, or in INT8 with the steps of both.
 struct CachedBlock {
-  const float* keys;           // [head_dim, kKeys], or null
-  const float* values;         // [kKeys, head_dim]
-  const int8_t* key_cells;     // [head_dim / 4, kKeys, 4], or null
-  const int8_t* value_cells;   // [kKeys / 4, head_dim, 4]
-  const float* key_steps;      // [kKeys]
-  const float* value_steps;    // [kKeys]
+  const float* keys;          // [head_dim, kKeys], or null
+  const float* values;        // [kKeys, head_dim]
+  const int8_t* key_cells;    // [head_dim / 4, kKeys, 4], or null
+  const int8_t* value_cells;  // [kKeys / 4, head_dim, 4]
+  const float* key_steps;     // [kKeys]
+  const float* value_steps;   // [kKeys]
 };
 
 struct Isa {
@@ -96,8 +98,8 @@ struct Isa {
   void (*silu_multiply)(float* gate, const float* up, int64_t count);
   // out = x / sqrt(mean(x^2) + eps) * weight; dim is a multiple of 16.
   void (*rms_norm)(const float* x, const float* weight, int64_t dim, float eps, float* out);
-  // Heads of one token in place: adjacent channels rotated by cos and sin [head_dim / 2], then the norm above without a
-  // weight. With `round`, what the rotation gives is rounded to BF16.
+  // Heads of one token in place: adjacent channels rotated by cos and sin [head_dim / 2], then the norm above without
+  // a weight. With `round`, what the rotation gives is rounded to BF16.
   void (*rotate_and_normalize)(float* states, const float* cos, const float* sin, int64_t num_heads, int64_t head_dim,
                                float eps, bool round);
   // Takes rows over one block. head_dim is a multiple of 16.

@@ -127,19 +127,23 @@ void multiply_tokens(const uint8_t* tile, int num_inputs, const TileInputs* inpu
 void multiply_tile(const uint8_t* tile, int num_inputs, const TileInputs* inputs, int num_tokens, bool accumulate,
                    float* out, int64_t out_stride) {
   constexpr decltype(&multiply_tokens<1>) kTiles[kTokensAtOnce] = {multiply_tokens<1>, multiply_tokens<2>,
-                                                                       multiply_tokens<3>, multiply_tokens<4>};
+                                                                   multiply_tokens<3>, multiply_tokens<4>};
   kTiles[num_tokens - 1](tile, num_inputs, inputs, accumulate, out, out_stride);
 }
 
-// One of the four sums after the other, of 16 outputs: more would not fit the registers. What is read again is in cache.
+// 16 outputs at a time, front to back. The sums of more than one token live in memory.
 template <int kTokens>
 void multiply_row_tile(const uint8_t* tiles, int num_groups, const LinearInputs* inputs, float* out) {
   for (int half = 0; half < 2; ++half) {
-    for (int first = 0; first < kSums; ++first) {
-      __m256 sums[kTokens][2];
+    __m256 sums[kSums][kTokens][2];
+    for (auto& sum : sums) {
+      for (auto& of_token : sum) of_token[0] = of_token[1] = _mm256_setzero_ps();
+    }
+    for (int begin = 0; begin < num_groups; begin += kSums) {
 #pragma GCC unroll 4
-      for (int t = 0; t < kTokens; ++t) sums[t][0] = sums[t][1] = _mm256_setzero_ps();
-      for (int g = first; g < num_groups; g += kSums) {
+      for (int i = 0; i < kSums; ++i) {
+        const int g = begin + i;
+        if (g >= num_groups) break;
         const uint8_t* tile = tiles + g * kGroup * kInputBytes;
         __m256i products[kTokens][2];
         const auto cell = [&](int t, int c) { return inputs[t].integers + g * kGroup + c * kCellBytes; };
@@ -151,56 +155,25 @@ void multiply_row_tile(const uint8_t* tiles, int num_groups, const LinearInputs*
           const __m256i offset = _mm256_set1_epi32(inputs[t].offset[g]);
           const __m256 step = _mm256_set1_ps(inputs[t].step[g]);
 #pragma GCC unroll 2
-          for (int i = 0; i < 2; ++i) {
-            const __m256 product = _mm256_cvtepi32_ps(add_pairs(offset, products[t][i]));
-            sums[t][i] = _mm256_add_ps(sums[t][i], _mm256_mul_ps(product, _mm256_mul_ps(scales[i], step)));
+          for (int j = 0; j < 2; ++j) {
+            const __m256 product = _mm256_cvtepi32_ps(add_pairs(offset, products[t][j]));
+            sums[i][t][j] = _mm256_add_ps(sums[i][t][j], _mm256_mul_ps(product, _mm256_mul_ps(scales[j], step)));
           }
         }
       }
-#pragma GCC unroll 4
-      for (int t = 0; t < kTokens; ++t) {
-        for (int i = 0; i < 2; ++i) {
-          float* target = out + t * kGroup + half * 8 + i * 16;
-          _mm256_storeu_ps(target, first > 0 ? _mm256_add_ps(_mm256_loadu_ps(target), sums[t][i]) : sums[t][i]);
-        }
-      }
     }
-  }
-}
-
-// One token's four sums of 16 outputs, in one pass over half of the tiles.
-void multiply_row(const uint8_t* tiles, int num_groups, const LinearInputs* inputs, float* out) {
-  for (int half = 0; half < 2; ++half) {
-    __m256 sums[kSums][2];
-    for (auto& sum : sums) sum[0] = sum[1] = _mm256_setzero_ps();
-    for (int begin = 0; begin < num_groups; begin += kSums) {
-#pragma GCC unroll 4
-      for (int i = 0; i < kSums; ++i) {
-        const int g = begin + i;
-        if (g >= num_groups) break;
-        const uint8_t* tile = tiles + g * kGroup * kInputBytes;
-        __m256i products[1][2];
-        const auto cell = [&](int, int c) { return inputs[0].integers + g * kGroup + c * kCellBytes; };
-        multiply_columns<1>(tile + half * 32, cell, products);
-        const __m256i offset = _mm256_set1_epi32(inputs[0].offset[g]);
-        const __m256 step = _mm256_set1_ps(inputs[0].step[g]);
-        for (int j = 0; j < 2; ++j) {
-          const __m256 scale = load_halves(tile + 16 * kGroup + half * 16 + j * 32);
-          const __m256 product = _mm256_cvtepi32_ps(add_pairs(offset, products[0][j]));
-          sums[i][j] = _mm256_add_ps(sums[i][j], _mm256_mul_ps(product, _mm256_mul_ps(scale, step)));
-        }
+    for (int t = 0; t < kTokens; ++t) {
+      for (int j = 0; j < 2; ++j) {
+        const __m256 sum = _mm256_add_ps(_mm256_add_ps(sums[0][t][j], sums[1][t][j]), sums[2][t][j]);
+        _mm256_storeu_ps(out + t * kGroup + half * 8 + j * 16, _mm256_add_ps(sum, sums[3][t][j]));
       }
-    }
-    for (int j = 0; j < 2; ++j) {
-      const __m256 sum = _mm256_add_ps(_mm256_add_ps(sums[0][j], sums[1][j]), sums[2][j]);
-      _mm256_storeu_ps(out + half * 8 + j * 16, _mm256_add_ps(sum, sums[3][j]));
     }
   }
 }
 
 void multiply_rows(const uint8_t* tiles, int num_groups, const LinearInputs* inputs, int num_tokens, float* out) {
-  constexpr decltype(&multiply_row) kTiles[kTokensAtOnce] = {multiply_row, multiply_row_tile<2>,
-                                                                 multiply_row_tile<3>, multiply_row_tile<4>};
+  constexpr decltype(&multiply_row_tile<1>) kTiles[kTokensAtOnce] = {multiply_row_tile<1>, multiply_row_tile<2>,
+                                                                     multiply_row_tile<3>, multiply_row_tile<4>};
   kTiles[num_tokens - 1](tiles, num_groups, inputs, out);
 }
 
@@ -278,25 +251,9 @@ bool supported() { return __builtin_cpu_supports("avx2") && __builtin_cpu_suppor
 
 }  // namespace
 
-const Isa kAvx2 = {"avx2",
-                   supported,
-                   quantize_cells,
-                   kTokensAtOnce,
-                   multiply_tile,
-                   quantize_inputs,
-                   kTokensAtOnce,
-                   multiply_rows,
-                   router_logits,
-                   sigmoid,
-                   add,
-                   silu_multiply,
-                   rms_norm,
-                   rotate_and_normalize,
-                   attend,
-                   merge_row,
-                   quantize_head,
-                   expand_row,
-                   from_bf16,
-                   to_bf16};
+const Isa kAvx2 = {
+    "avx2",        supported,     quantize_cells, kTokensAtOnce, multiply_tile, quantize_inputs, kTokensAtOnce,
+    multiply_rows, router_logits, sigmoid,        add,           silu_multiply, rms_norm,        rotate_and_normalize,
+    attend,        merge_row,     quantize_head,  expand_row,    from_bf16,     to_bf16};
 
 }  // namespace mobilemoe

@@ -40,7 +40,8 @@ void quantize_tile(const float* const* x, int num_tokens, const uint16_t* scales
     __m512i largest = _mm512_setzero_si512();
 #pragma GCC unroll 8
     for (int i = 0; i < 8; ++i) {
-      scaled[i] = i < kVectors ? _mm512_mul_ps(_mm512_loadu_ps(x[t] + 16 * i), factors[i % kVectors]) : _mm512_setzero_ps();
+      scaled[i] = _mm512_setzero_ps();
+      if (i < kVectors) scaled[i] = _mm512_mul_ps(_mm512_loadu_ps(x[t] + 16 * i), factors[i % kVectors]);
       const __m512i bits = _mm512_and_si512(_mm512_castps_si512(scaled[i]), _mm512_set1_epi32(0x7FFFFFFF));
       largest = _mm512_max_epu32(largest, bits);
     }
@@ -114,15 +115,16 @@ void multiply_tokens(const uint8_t* tile, int num_inputs, const TileInputs* inpu
 void multiply_tile(const uint8_t* tile, int num_inputs, const TileInputs* inputs, int num_tokens, bool accumulate,
                    float* out, int64_t out_stride) {
   constexpr decltype(&multiply_tokens<1>) kTiles[kTileTokens] = {
-      multiply_tokens<1>, multiply_tokens<2>, multiply_tokens<3>,  multiply_tokens<4>,
-      multiply_tokens<5>, multiply_tokens<6>, multiply_tokens<7>,  multiply_tokens<8>,
+      multiply_tokens<1>, multiply_tokens<2>,  multiply_tokens<3>,  multiply_tokens<4>,
+      multiply_tokens<5>, multiply_tokens<6>,  multiply_tokens<7>,  multiply_tokens<8>,
       multiply_tokens<9>, multiply_tokens<10>, multiply_tokens<11>, multiply_tokens<12>};
   kTiles[num_tokens - 1](tile, num_inputs, inputs, accumulate, out, out_stride);
 }
 
 // Groups first, first + kStep, ... of kTokens tokens; the sums of group g go to sums[g % kCount].
 template <int kTokens, int kCount>
-void add_groups(const uint8_t* tiles, int first, int num_groups, const LinearInputs* inputs, __m512 (*sums)[kTokens][2]) {
+void add_groups(const uint8_t* tiles, int first, int num_groups, const LinearInputs* inputs,
+                __m512 (*sums)[kTokens][2]) {
   constexpr int kStep = kCount == kSums ? 1 : kSums;
   for (int begin = first; begin < num_groups; begin += kCount * kStep) {
 #pragma GCC unroll 4
@@ -151,24 +153,31 @@ void add_groups(const uint8_t* tiles, int first, int num_groups, const LinearInp
 #pragma GCC unroll 2
         for (int half = 0; half < 2; ++half) {
           const __m512 product = _mm512_cvtepi32_ps(products[t][half]);
-          sums[i][t][half] = _mm512_add_ps(sums[i][t][half], _mm512_mul_ps(product, _mm512_mul_ps(scales[half], step)));
+          sums[i][t][half] =
+              _mm512_add_ps(sums[i][t][half], _mm512_mul_ps(product, _mm512_mul_ps(scales[half], step)));
         }
       }
     }
   }
 }
 
-// One token has its four sums in registers at once, and reads the tiles front to back.
-void multiply_row(const uint8_t* tiles, int num_groups, const LinearInputs* inputs, float* out) {
-  __m512 sums[kSums][1][2];
-  for (auto& sum : sums) sum[0][0] = sum[0][1] = _mm512_setzero_ps();
-  add_groups<1, kSums>(tiles, 0, num_groups, inputs, sums);
-  for (int half = 0; half < 2; ++half) {
-    const __m512 sum = _mm512_add_ps(_mm512_add_ps(sums[0][0][half], sums[1][0][half]), sums[2][0][half]);
-    _mm512_storeu_ps(out + 16 * half, _mm512_add_ps(sum, sums[3][0][half]));
+// Few tokens read the tiles front to back, all four sums at once.
+template <int kTokens>
+void multiply_row_stream(const uint8_t* tiles, int num_groups, const LinearInputs* inputs, float* out) {
+  __m512 sums[kSums][kTokens][2];
+  for (auto& sum : sums) {
+    for (auto& of_token : sum) of_token[0] = of_token[1] = _mm512_setzero_ps();
+  }
+  add_groups<kTokens, kSums>(tiles, 0, num_groups, inputs, sums);
+  for (int t = 0; t < kTokens; ++t) {
+    for (int half = 0; half < 2; ++half) {
+      const __m512 sum = _mm512_add_ps(_mm512_add_ps(sums[0][t][half], sums[1][t][half]), sums[2][t][half]);
+      _mm512_storeu_ps(out + t * kGroup + half * 16, _mm512_add_ps(sum, sums[3][t][half]));
+    }
   }
 }
 
+// More tokens take one sum after the other, in registers; the tiles come from cache.
 template <int kTokens>
 void multiply_row_tile(const uint8_t* tiles, int num_groups, const LinearInputs* inputs, float* out) {
   for (int first = 0; first < kSums; ++first) {
@@ -190,9 +199,9 @@ void multiply_row_tile(const uint8_t* tiles, int num_groups, const LinearInputs*
 constexpr int kLinearTokens = 6;
 
 void multiply_rows(const uint8_t* tiles, int num_groups, const LinearInputs* inputs, int num_tokens, float* out) {
-  constexpr decltype(&multiply_row_tile<1>) kTiles[kLinearTokens] = {
-      multiply_row,         multiply_row_tile<2>, multiply_row_tile<3>,
-      multiply_row_tile<4>, multiply_row_tile<5>, multiply_row_tile<6>};
+  constexpr decltype(&multiply_row_tile<1>) kTiles[kLinearTokens] = {multiply_row_stream<1>, multiply_row_stream<2>,
+                                                                     multiply_row_stream<3>, multiply_row_stream<4>,
+                                                                     multiply_row_tile<5>,   multiply_row_tile<6>};
   kTiles[num_tokens - 1](tiles, num_groups, inputs, out);
 }
 
@@ -289,25 +298,9 @@ bool supported() {
 
 }  // namespace
 
-const Isa kAvx512 = {"avx512",
-                     supported,
-                     quantize_cells,
-                     kTileTokens,
-                     multiply_tile,
-                     quantize_inputs,
-                     kLinearTokens,
-                     multiply_rows,
-                     router_logits,
-                     sigmoid,
-                     add,
-                     silu_multiply,
-                     rms_norm,
-                     rotate_and_normalize,
-                     attend,
-                     merge_row,
-                     quantize_head,
-                     expand_row,
-                     from_bf16,
-                     to_bf16};
+const Isa kAvx512 = {
+    "avx512",      supported,     quantize_cells, kTileTokens, multiply_tile, quantize_inputs, kLinearTokens,
+    multiply_rows, router_logits, sigmoid,        add,         silu_multiply, rms_norm,        rotate_and_normalize,
+    attend,        merge_row,     quantize_head,  expand_row,  from_bf16,     to_bf16};
 
 }  // namespace mobilemoe

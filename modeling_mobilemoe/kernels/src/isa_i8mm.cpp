@@ -74,25 +74,9 @@ bool supported() { return has_dot_products() && has_matrix_products(); }
 
 }  // namespace
 
-const Isa kI8mm = {"i8mm",
-                   supported,
-                   quantize_cells,
-                   kArmTokens,
-                   multiply_tile,
-                   quantize_groups,
-                   kArmTokens,
-                   multiply_rows,
-                   router_logits,
-                   sigmoid,
-                   add,
-                   silu_multiply,
-                   rms_norm,
-                   rotate_and_normalize,
-                   attend,
-                   merge_row,
-                   quantize_head,
-                   expand_row,
-                   from_bf16,
-                   to_bf16};
+const Isa kI8mm = {
+    "i8mm",        supported,     quantize_cells, kArmTokens, multiply_tile, quantize_groups, kArmTokens,
+    multiply_rows, router_logits, sigmoid,        add,        silu_multiply, rms_norm,        rotate_and_normalize,
+    attend,        merge_row,     quantize_head,  expand_row, from_bf16,     to_bf16};
 
 }  // namespace mobilemoe

@@ -69,25 +69,9 @@ bool supported() { return true; }
 
 }  // namespace
 
-const Isa kPortable = {"portable",
-                       supported,
-                       quantize,
-                       4,
-                       multiply_tile,
-                       quantize_inputs,
-                       4,
-                       multiply_rows,
-                       router_logits,
-                       sigmoid,
-                       add,
-                       silu_multiply,
-                       rms_norm,
-                       rotate_and_normalize,
-                       attend,
-                       merge_row,
-                       quantize_head,
-                       expand_row,
-                       from_bf16,
-                       to_bf16};
+const Isa kPortable = {
+    "portable",    supported,     quantize,      4,          multiply_tile, quantize_inputs, 4,
+    multiply_rows, router_logits, sigmoid,       add,        silu_multiply, rms_norm,        rotate_and_normalize,
+    attend,        merge_row,     quantize_head, expand_row, from_bf16,     to_bf16};
 
 }  // namespace mobilemoe

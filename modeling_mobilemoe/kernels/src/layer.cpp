@@ -127,10 +127,9 @@ struct FewTokensLayer {
             std::memcpy(outs[i] + t * inputs[i].num_rows + row, values, count * sizeof(float));
           });
         });
-    const Phase attending([&] { return num_heads * num_segments; },
-                          [&](int64_t unit, int64_t, int64_t worker) {
-                            attend(unit / num_segments, unit % num_segments, worker);
-                          });
+    const Phase attending(
+        [&] { return num_heads * num_segments; },
+        [&](int64_t unit, int64_t, int64_t worker) { attend(unit / num_segments, unit % num_segments, worker); });
     const Product output(attended_tokens, args.output);
     const Phase added(
         [&] {
@@ -173,7 +172,8 @@ struct FewTokensLayer {
           if (unit < num_in()) return experts.multiply_in(unit, normed);
           down.run(unit - num_in(), [&](int64_t t, int64_t row, const float* values, int64_t count) {
             float* target = (is_sparse ? shared : args.out) + t * dim + row;
-            for (int64_t i = 0; i < count; ++i) target[i] = is_sparse ? values[i] : hidden[t * dim + row + i] + values[i];
+            for (int64_t i = 0; i < count; ++i)
+              target[i] = is_sparse ? values[i] : hidden[t * dim + row + i] + values[i];
           });
         });
     const Phase returned([&] { return is_sparse ? experts.num_out() : 0; },
@@ -218,13 +218,15 @@ struct ManyTokensLayer {
       return mobilemoe_rms_norm(x, weight, num_tokens, dim, args.eps, normed, num_threads);
     };
     const mobilemoe_attention_inputs_args inputs = {
-        num_tokens, dim,      args.cache.head_dim, args.eps, MOBILEMOE_FP32, normed, args.query, args.key,
-        args.value, args.cos, args.sin,            query,    key,            value};
+        num_tokens, dim,      args.cache.head_dim, args.eps, MOBILEMOE_FP32, normed,
+        args.query, args.key, args.value,          args.cos, args.sin,       query,
+        key,        value};
     mobilemoe_attention_args attention = attention_of(args, attended);
     attention.query = query;
-    const mobilemoe_linear_args output = {num_tokens, query_width(args),  dim,   MOBILEMOE_FP32,
+    const mobilemoe_linear_args output = {num_tokens, query_width(args), dim,   MOBILEMOE_FP32,
                                           attended,   args.output.tiles, hidden};
-    const mobilemoe_mlp_args shared = {num_tokens, dim, MOBILEMOE_FP32, normed, args.gate, args.up, args.down, args.out};
+    const mobilemoe_mlp_args shared = {num_tokens, dim,     MOBILEMOE_FP32, normed,
+                                       args.gate,  args.up, args.down,      args.out};
     if (const int status = norm(args.x, args.attention_norm)) return status;
     if (const int status = mobilemoe_attention_inputs(&inputs, num_threads)) return status;
     if (const int status = mobilemoe_update_cache(&args.cache, args.start, num_tokens, key, value, num_threads)) {
@@ -306,7 +308,8 @@ int mobilemoe_decoder_layer(const mobilemoe_layer_args* args, int64_t num_thread
   using namespace mobilemoe;
   if (const int status = check(args, num_threads)) return status;
   if (args->num_tokens <= kFewLayerTokens) return args->num_tokens > 0 ? run_few(*args, num_threads) : MOBILEMOE_OK;
-  // Some tokens at a time, which bounds what the operators hand to each other; later ones see earlier ones in the cache.
+  // Some tokens at a time, which bounds what the operators hand to each other; later ones see earlier ones in the
+  // cache.
   const int64_t num_passes = ceil_div(args->num_tokens, kPassTokens);
   for (int64_t pass = 0; pass < num_passes; ++pass) {
     const int64_t first = pass * args->num_tokens / num_passes, last = (pass + 1) * args->num_tokens / num_passes;

@@ -27,9 +27,8 @@ struct Linear {
     const Product product(tokens, {args.tiles, args.out_features});
     Phase quantized([this] { return tokens.num_units(); },
                     [&](int64_t unit, int64_t, int64_t worker) {
-                      tokens.quantize(unit, [&](int64_t t) {
-                        return rows.in(first + t, converted + worker * args.in_features);
-                      });
+                      tokens.quantize(
+                          unit, [&](int64_t t) { return rows.in(first + t, converted + worker * args.in_features); });
                     });
     Phase multiplied([&] { return product.num_units(); },
                      [&](int64_t unit, int64_t, int64_t) {

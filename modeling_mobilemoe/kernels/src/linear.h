@@ -12,6 +12,8 @@ namespace mobilemoe {
 
 constexpr int64_t kFewTokens = 3;
 constexpr int64_t kPassTokens = 1024;
+// Up to so many tokens, a draft to verify, weights come from memory, in one stream for up to kStreamTokens.
+constexpr int64_t kDraftTokens = 8, kStreamTokens = 4;
 // Bytes of weights in a unit, at least: a microsecond, little to lose when a thread is stopped.
 constexpr int64_t kUnitBytes = 8 * 1024;
 
@@ -75,7 +77,9 @@ struct Product {
   template <typename Finish>
   void run(int64_t unit, const Finish& finish) const {
     alignas(64) float out[kTileTokens * kGroup];
-    const int64_t num_passes = ceil_div(tokens.count, isa().linear_tokens);
+    const int64_t most = isa().linear_tokens;
+    const int64_t at_once = tokens.count <= kDraftTokens ? smaller(kStreamTokens, most) : most;
+    const int64_t num_passes = ceil_div(tokens.count, at_once);
     for (int64_t column = unit * columns_per_unit; column < smaller((unit + 1) * columns_per_unit, num_columns());
          ++column) {
       const int64_t row = column * kGroup, count = smaller(kGroup, num_rows - row);

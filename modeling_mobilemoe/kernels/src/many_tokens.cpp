@@ -1,5 +1,5 @@
-// Many tokens: arithmetic is the limit. A unit is an expert, some of its tokens, and some of its outputs, whose weights
-// stay in cache while the tokens pass over them.
+// Many tokens: arithmetic is the limit. A unit is an expert, some of its tokens, and some of its outputs, whose
+// weights stay in cache while the tokens pass over them.
 #include "experts.h"
 
 namespace mobilemoe {
@@ -30,8 +30,8 @@ struct ManyTokens : Pass {
     }
   }
 
-  // Units of `num_columns` columns of every expert. multiply(expert, column, rows, count, values) has the inputs x(pair)
-  // in `rows`; its results go to to(pair, column).
+  // Units of `num_columns` columns of every expert. multiply(expert, column, rows, count, values) has the inputs
+  // x(pair) in `rows`; its results go to to(pair, column).
   template <typename Input, typename Multiply, typename Output>
   auto phase(int64_t num_columns, const Input& x, const Multiply& multiply, const Output& to) const {
     return Phase([this, num_columns] { return unit_start[problem.args.num_experts] * num_columns; },
@@ -42,8 +42,8 @@ struct ManyTokens : Pass {
                    const int64_t count = router.start[expert + 1] - router.start[expert];
                    const int64_t num_ranges = unit_start[expert + 1] - unit_start[expert];
                    const int64_t i = range - unit_start[expert];
-                   router.for_pairs(expert, i * count / num_ranges, (i + 1) * count / num_ranges,
-                                    isa().expert_tokens, [&](const int64_t* pairs, int num_tokens) {
+                   router.for_pairs(expert, i * count / num_ranges, (i + 1) * count / num_ranges, isa().expert_tokens,
+                                    [&](const int64_t* pairs, int num_tokens) {
                                       const float* rows[kTileTokens];
                                       alignas(64) float values[kTileTokens * kGroup];
                                       for (int t = 0; t < num_tokens; ++t) rows[t] = x(pairs[t]);

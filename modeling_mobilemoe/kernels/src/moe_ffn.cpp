@@ -80,8 +80,7 @@ int mobilemoe_moe_ffn(const mobilemoe_moe_ffn_args* args, int64_t num_threads) {
   return MOBILEMOE_OK;
 }
 
-int mobilemoe_route(const mobilemoe_moe_ffn_args* args, int64_t* index, float* weight,
-                    int64_t num_threads) {
+int mobilemoe_route(const mobilemoe_moe_ffn_args* args, int64_t* index, float* weight, int64_t num_threads) {
   using namespace mobilemoe;
   if (args == nullptr) return fail("args is null");
   if (const int status = check_moe_ffn(*args)) return status;

@@ -67,7 +67,8 @@ std::string escape(const std::string& text) {
 void check(Error error, const std::string& what) {
   if (error == Error::Ok) return;
   std::string reason = executorch::runtime::to_string(error);
-  if (error == Error::OperatorMissing) reason += ": an operator of the program is not in this binary, see the log above";
+  if (error == Error::OperatorMissing)
+    reason += ": an operator of the program is not in this binary, see the log above";
   fail(what + ": " + reason);
 }
 
@@ -122,8 +123,9 @@ Options parse(int argc, char** argv) {
     } else if (name == "--sustained") {
       options.sustained = static_cast<double>(whole_number(name, value, 0));
     } else {
-      fail(name + " is no option. Known: --model --data --tokens --prompt-lengths --new-tokens --repeats --threads "
-                  "--first-repeat --generate --sustained --cold");
+      fail(name +
+           " is no option. Known: --model --data --tokens --prompt-lengths --new-tokens --repeats --threads "
+           "--first-repeat --generate --sustained --cold");
     }
   }
   if (options.model.empty() || options.tokens.empty() || options.prompt_lengths.empty()) {
@@ -193,7 +195,8 @@ std::vector<Kernel> counting_kernels(std::index_sequence<I...>) {
 class Model {
  public:
   explicit Model(const Options& options)
-      : module_(options.model, options.data.empty() ? std::vector<std::string>{} : std::vector<std::string>{options.data},
+      : module_(options.model,
+                options.data.empty() ? std::vector<std::string>{} : std::vector<std::string>{options.data},
                 Module::LoadMode::Mmap) {
     check(module_.load(), options.model);
     const auto context = module_.get("get_max_seq_len");
@@ -214,7 +217,8 @@ class Model {
     check(result.error(), "forward at position " + std::to_string(position));
     const auto& logits = result->at(0).toTensor();
     const int64_t vocab = logits.size(logits.dim() - 1);
-    if (logits.numel() < num_rows * vocab) fail("--generate needs logits of several positions: export the program again");
+    if (logits.numel() < num_rows * vocab)
+      fail("--generate needs logits of several positions: export the program again");
     std::vector<int64_t> chosen;
     for (int row = num_rows; row > 0; --row) {
       const float* of = logits.const_data_ptr<float>() + logits.numel() - row * vocab;
@@ -261,7 +265,8 @@ struct Generation {
 };
 
 // Greedy, also past the end of the text: a benchmark wants as many tokens as it asked for.
-Generation generate(Model& model, const int64_t* prompt, int length, int new_tokens, mobilemoe::VerificationTimes* times) {
+Generation generate(Model& model, const int64_t* prompt, int length, int new_tokens,
+                    mobilemoe::VerificationTimes* times) {
   mobilemoe::PromptLookup text(prompt, length);
   text.append(model.forward(prompt, length, 0));
   Generation result;
@@ -274,7 +279,8 @@ Generation generate(Model& model, const int64_t* prompt, int length, int new_tok
       fed.insert(fed.end(), draft.begin(), draft.end());
     }
     const auto call = Clock::now();
-    const auto chosen = model.forward(fed.data(), static_cast<int>(fed.size()), position, static_cast<int>(fed.size()));
+    const auto chosen =
+        model.forward(fed.data(), static_cast<int>(fed.size()), position, static_cast<int>(fed.size()));
     if (times != nullptr) times->record(static_cast<int>(fed.size()) - 1, seconds_since(call));
     for (size_t i = 0; i < chosen.size(); ++i) {
       text.append(chosen[i]);
@@ -326,23 +332,25 @@ int main(int argc, char** argv) {
     fail("the program has a context of " + std::to_string(model.context()) + " tokens and " + std::to_string(needed) +
          " are needed");
   }
-  std::printf("{\"event\":\"loaded\",\"load_s\":%.6f,\"context\":%lld,\"threads\":%lld,\"isa\":\"%s\","
-              "\"rss_bytes\":%lld,\"pss_bytes\":%lld}\n",
-              load, static_cast<long long>(model.context()),
-              static_cast<long long>(executorch::extension::get_thread_count()), mobilemoe_isa(),
-              static_cast<long long>(proc_bytes("/proc/self/status", "VmRSS:")),
-              static_cast<long long>(proc_bytes("/proc/self/smaps_rollup", "Pss:")));
+  std::printf(
+      "{\"event\":\"loaded\",\"load_s\":%.6f,\"context\":%lld,\"threads\":%lld,\"isa\":\"%s\","
+      "\"rss_bytes\":%lld,\"pss_bytes\":%lld}\n",
+      load, static_cast<long long>(model.context()), static_cast<long long>(executorch::extension::get_thread_count()),
+      mobilemoe_isa(), static_cast<long long>(proc_bytes("/proc/self/status", "VmRSS:")),
+      static_cast<long long>(proc_bytes("/proc/self/smaps_rollup", "Pss:")));
   std::fflush(stdout);
   // Repeat -1 is the first pass after loading, which reads the weights: a warm-up, reported as such.
   for (int repeat = -1; repeat < options.repeats; ++repeat) {
     for (const int length : options.prompt_lengths) {
-      const size_t offset = (repeat + 1 + options.first_repeat) * 97 % (tokens.size() - length - options.new_tokens + 1);
+      const size_t offset =
+          (repeat + 1 + options.first_repeat) * 97 % (tokens.size() - length - options.new_tokens + 1);
       const Measurement result = measure(model, tokens.data() + offset, length, options.new_tokens);
-      std::printf("{\"event\":\"measure\",\"repeat\":%d,\"prompt_length\":%d,\"offset\":%zu,\"first_token_s\":%.6f,"
-                  "\"decode_s\":%s,\"tokens\":%s,\"peak_rss_bytes\":%lld,\"elapsed_s\":%.3f}\n",
-                  repeat, length, offset, result.first_token, json_list(result.decode, "%.6f").c_str(),
-                  json_list(std::vector<long long>(result.predicted.begin(), result.predicted.end()), "%lld").c_str(),
-                  static_cast<long long>(proc_bytes("/proc/self/status", "VmHWM:")), seconds_since(started));
+      std::printf(
+          "{\"event\":\"measure\",\"repeat\":%d,\"prompt_length\":%d,\"offset\":%zu,\"first_token_s\":%.6f,"
+          "\"decode_s\":%s,\"tokens\":%s,\"peak_rss_bytes\":%lld,\"elapsed_s\":%.3f}\n",
+          repeat, length, offset, result.first_token, json_list(result.decode, "%.6f").c_str(),
+          json_list(std::vector<long long>(result.predicted.begin(), result.predicted.end()), "%lld").c_str(),
+          static_cast<long long>(proc_bytes("/proc/self/status", "VmHWM:")), seconds_since(started));
       std::fflush(stdout);
     }
   }
@@ -351,10 +359,11 @@ int main(int argc, char** argv) {
     for (const int length : options.prompt_lengths) {
       for (const bool lookup : {false, true}) {
         const Generation made = generate(model, tokens.data(), length, options.generate, lookup ? &times : nullptr);
-        std::printf("{\"event\":\"generate\",\"repeat\":%d,\"prompt_length\":%d,\"prompt_lookup\":%s,\"calls\":%d,"
-                    "\"seconds\":%.6f,\"tokens\":%s}\n",
-                    repeat, length, lookup ? "true" : "false", made.calls, made.seconds,
-                    json_list(std::vector<long long>(made.tokens.begin(), made.tokens.end()), "%lld").c_str());
+        std::printf(
+            "{\"event\":\"generate\",\"repeat\":%d,\"prompt_length\":%d,\"prompt_lookup\":%s,\"calls\":%d,"
+            "\"seconds\":%.6f,\"tokens\":%s}\n",
+            repeat, length, lookup ? "true" : "false", made.calls, made.seconds,
+            json_list(std::vector<long long>(made.tokens.begin(), made.tokens.end()), "%lld").c_str());
         std::fflush(stdout);
       }
     }
@@ -364,8 +373,9 @@ int main(int argc, char** argv) {
     const Measurement result = measure(model, tokens.data(), options.prompt_lengths[0], options.new_tokens);
     double decode = 0;
     for (const double seconds : result.decode) decode += seconds;
-    std::printf("{\"event\":\"sustained\",\"elapsed_s\":%.3f,\"prefill_tokens_per_s\":%.4g,\"decode_tokens_per_s\":%.4g}\n",
-                seconds_since(sustained), options.prompt_lengths[0] / result.first_token, options.new_tokens / decode);
+    std::printf(
+        "{\"event\":\"sustained\",\"elapsed_s\":%.3f,\"prefill_tokens_per_s\":%.4g,\"decode_tokens_per_s\":%.4g}\n",
+        seconds_since(sustained), options.prompt_lengths[0] / result.first_token, options.new_tokens / decode);
     std::fflush(stdout);
   }
   std::string operators;
@@ -373,8 +383,8 @@ int main(int argc, char** argv) {
     if (one.name == nullptr || one.calls == 0) continue;
     operators += (operators.empty() ? "\"" : ",\"") + std::string(one.name) + "\":" + std::to_string(one.calls);
   }
-  std::printf("{\"event\":\"done\",\"operators\":{%s},\"peak_rss_bytes\":%lld,\"pss_bytes\":%lld}\n", operators.c_str(),
-              static_cast<long long>(proc_bytes("/proc/self/status", "VmHWM:")),
+  std::printf("{\"event\":\"done\",\"operators\":{%s},\"peak_rss_bytes\":%lld,\"pss_bytes\":%lld}\n",
+              operators.c_str(), static_cast<long long>(proc_bytes("/proc/self/status", "VmHWM:")),
               static_cast<long long>(proc_bytes("/proc/self/smaps_rollup", "Pss:")));
   return 0;
 }

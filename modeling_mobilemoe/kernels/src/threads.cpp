@@ -56,11 +56,13 @@ class Waiter {
     is_asleep_.store(false);
   }
 
-  // After what makes the thread ready. All that is sequentially consistent: either this sees that it sleeps, or it sees
-  // that it need not.
+  // After what makes the thread ready. All that is sequentially consistent: either this sees that it sleeps, or it
+  // sees that it need not.
   void call() {
     if (!is_asleep_.load()) return;
-    { std::lock_guard<std::mutex> lock(mutex_); }
+    {
+      std::lock_guard<std::mutex> lock(mutex_);
+    }
     called_.notify_one();
   }
 
@@ -70,8 +72,8 @@ class Waiter {
   std::condition_variable called_;
 };
 
-// The units of a phase, dealt out in ranges: neighbours mostly lie side by side in memory, and a thread that reads on is
-// faster than one that begins anew. A worker takes its own range from the front, and then what others have left.
+// The units of a phase, dealt out in ranges: neighbours mostly lie side by side in memory, and a thread that reads on
+// is faster than one that begins anew. A worker takes its own range from the front, and then what others have left.
 class Units {
  public:
   // Those who have claimed a unit may read what belongs to its phase. All others may ask for no more than this.
@@ -278,9 +280,9 @@ OpenMpParallel openmp_parallel() {
 #endif
 }
 
-// A region on the threads of GNU OpenMP, which PyTorch's operators between ours leave spinning. Beside them a team of our
-// own is slower: with two threads on two cores a token of S took a quarter longer. OpenMP joins its threads, so all of
-// this lies on a stack.
+// A region on the threads of GNU OpenMP, which PyTorch's operators between ours leave spinning. Beside them a team of
+// our own is slower: with two threads on two cores a token of S took a quarter longer. OpenMP joins its threads, so
+// all of this lies on a stack.
 class OpenMpRegion {
  public:
   explicit OpenMpRegion(const Region& region) : region_(region) {}

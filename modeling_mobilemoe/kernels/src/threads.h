@@ -1,8 +1,8 @@
 // Work shared out among threads that never wait for one that has not begun.
 //
-// A computation is a sequence of phases, and a phase a number of units. A unit belongs to whoever claims it, and whoever
-// finishes the last one of a phase opens the next phase. So a thread waits only for units that a running thread has
-// claimed: one that wakes late joins in the middle, and one that never wakes is not missed.
+// A computation is a sequence of phases, and a phase a number of units. A unit belongs to whoever claims it, and
+// whoever finishes the last one of a phase opens the next phase. So a thread waits only for units that a running
+// thread has claimed: one that wakes late joins in the middle, and one that never wakes is not missed.
 #pragma once
 
 #include <cstdint>

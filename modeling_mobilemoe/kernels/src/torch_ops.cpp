@@ -166,8 +166,8 @@ Tensor rms_norm(const Tensor& x, const Tensor& weight, double eps) {
   Tensor out = at::empty(x.sizes(), x.options());
   check(mobilemoe_rms_norm(static_cast<const float*>(address(x, "x", at::kFloat, x.sizes())),
                            static_cast<const float*>(address(weight, "weight", at::kFloat, {dim})),
-                           dim == 0 ? 0 : x.numel() / dim, dim, static_cast<float>(eps),
-                           out.mutable_data_ptr<float>(), at::get_num_threads()));
+                           dim == 0 ? 0 : x.numel() / dim, dim, static_cast<float>(eps), out.mutable_data_ptr<float>(),
+                           at::get_num_threads()));
   return out;
 }
 
@@ -188,10 +188,9 @@ Tensor update_cache(const Tensor& key, const Tensor& value, Tensor& cache, int64
                     ", the kernel needs [1, tokens, heads, head_dim].");
   const mobilemoe_cache to = cache_of(cache, key.size(3));
   const int64_t shape[] = {1, key.size(1), to.num_kv_heads, to.head_dim};
-  check(mobilemoe_update_cache(&to, start, key.size(1),
-                               static_cast<const float*>(address(key, "key", at::kFloat, shape)),
-                               static_cast<const float*>(address(value, "value", at::kFloat, shape)),
-                               at::get_num_threads()));
+  check(mobilemoe_update_cache(
+      &to, start, key.size(1), static_cast<const float*>(address(key, "key", at::kFloat, shape)),
+      static_cast<const float*>(address(value, "value", at::kFloat, shape)), at::get_num_threads()));
   return at::empty({1}, key.options());
 }
 
@@ -211,17 +210,17 @@ Tensor attention(const Tensor& query, const Tensor& cache, int64_t start) {
   return out;
 }
 
-// A layer over [1, T, D]: `attention` is a norm, query, key, value and output; `feed_forward` a norm, gate, up and down;
-// `experts` is empty, or router, bias, and the experts' weights.
+// A layer over [1, T, D]: `attention` is a norm, query, key, value and output; `feed_forward` a norm, gate, up and
+// down; `experts` is empty, or router, bias, and the experts' weights.
 Tensor decoder_layer(const Tensor& x, const Tensor& cos, const Tensor& sin, Tensor& cache, int64_t start,
                      at::TensorList attention, at::TensorList feed_forward, at::TensorList experts_of_layer,
                      int64_t top_k, double route_scale, double eps) {
   TORCH_CHECK_VALUE(x.dim() == 3 && x.size(0) == 1 && cos.dim() == 3, "x is ", x.sizes(), " and cos ", cos.sizes(),
                     ", the kernel needs [1, tokens, dim] and [1, tokens, head_dim / 2].");
-  TORCH_CHECK_VALUE(attention.size() == 5 && feed_forward.size() == 4 &&
-                        (experts_of_layer.empty() || experts_of_layer.size() == 4),
-                    "attention, feed_forward and experts have ", attention.size(), ", ", feed_forward.size(), " and ",
-                    experts_of_layer.size(), " tensors, the kernel needs 5, 4, and 4 or none.");
+  TORCH_CHECK_VALUE(
+      attention.size() == 5 && feed_forward.size() == 4 && (experts_of_layer.empty() || experts_of_layer.size() == 4),
+      "attention, feed_forward and experts have ", attention.size(), ", ", feed_forward.size(), " and ",
+      experts_of_layer.size(), " tensors, the kernel needs 5, 4, and 4 or none.");
   const int64_t d = x.size(2), half = cos.size(2);
   const int64_t angles[] = {1, x.size(1), half};
   const auto floats = [](const Tensor& tensor, const char* name, at::IntArrayRef shape) {

@@ -258,7 +258,8 @@ inline void quantize_inputs(const float* x, int num_groups, const LinearInputs& 
     const f32x16 first = load<f32x16>(x + g * kGroup), second = load<f32x16>(x + g * kGroup + 16);
     const u32x16 magnitude = (u32x16)first & 0x7FFFFFFFu, other = (u32x16)second & 0x7FFFFFFFu;
     const Rounding rounding(largest_lane(magnitude > other ? magnitude : other));
-    const u32x16 low = (u32x16)(first * rounding.inverse + kRound), high = (u32x16)(second * rounding.inverse + kRound);
+    const u32x16 low = (u32x16)(first * rounding.inverse + kRound),
+                 high = (u32x16)(second * rounding.inverse + kRound);
     store(inputs.integers + g * kGroup, __builtin_convertvector(low, u8x16));
     store(inputs.integers + g * kGroup + 16, __builtin_convertvector(high, u8x16));
     uint32_t lanes[16], sum = 0;
