@@ -268,8 +268,7 @@ class MobileMoEConfig(PreTrainedConfig):
         unknown = sorted(set(scaling) - {"rope_type", *required, *optional})
         if unknown:
             raise ValueError(
-                f"rope_scaling has the field {unknown[0]!r}, which rope_type={rope_type!r} does not read. Remove it"
-                f"{'; the base is rope_theta of the configuration' if unknown[0] == 'rope_theta' else ''}."
+                f"rope_scaling has the field {unknown[0]!r}, which rope_type={rope_type!r} does not read. Remove it."
             )
         for name in required + optional:
             if name in required or scaling.get(name) is not None:

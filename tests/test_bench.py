@@ -54,8 +54,10 @@ def test_random_model_is_packed_and_computes(tiny_config: MobileMoEConfig, input
     size = sum(tensor.numel() * tensor.element_size() for tensor in model.state_dict().values())
     experts = [layer.feed_forward.experts.state_dict().values() for layer in model.model.layers]
     unread = sum(tensor.numel() * tensor.element_size() for tensors in experts for tensor in tensors) // 2
-    frequencies = model.model.rotary_emb.inv_freq.nbytes
-    assert bench_worker.weight_bytes_per_token(model) == size - unread + frequencies
+    frequencies = sum(buffer.nbytes for buffer in model.model.rotary_emb.buffers())
+    # Packed weights lie in tiles by now.
+    packed = [module for module in model.modules() if isinstance(module, Int4Module)]
+    assert bench_worker.weight_bytes_per_token(model) == size - unread + frequencies and packed[0].is_tiled
 
 
 @torch.no_grad()

@@ -149,8 +149,9 @@ def test_kernel_program_holds_the_experts_of_the_checkpoint(kernel_directory, te
     program = (kernel_directory / "model.pte").read_bytes()
     model = AutoModelForCausalLM.from_pretrained(text_checkpoint)
     for layer in model.model.layers:
-        for name, tensor in layer.feed_forward.experts.named_buffers():
-            assert tensor.view(torch.uint8).numpy().tobytes() in program, name
+        experts = layer.feed_forward.experts
+        for tiles in experts.layouts:
+            assert experts.tiles_of(tiles).numpy().tobytes() in program, tiles
 
 
 def test_operator_follows_what_the_experts_need(qat_checkpoint, text_checkpoint, tmp_path, monkeypatch, caplog):

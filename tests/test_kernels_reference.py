@@ -13,6 +13,7 @@ from modeling_mobilemoe.kernels import reference
 from modeling_mobilemoe.kernels.modules import MoEFFN
 from modeling_mobilemoe.modeling_mobilemoe import apply_rotary_emb, rms_normalize
 from modeling_mobilemoe.quantization_mobilemoe import dequantize_tensor, pack_int4, quantize_tensor
+from modeling_mobilemoe.tiles_mobilemoe import expert_tiles, gate_up_tiles, linear_tiles
 
 
 needs_kernels = pytest.mark.skipif(
@@ -46,6 +47,19 @@ def inputs_of_operators(num_tokens: int, dim: int, hidden: int, expert_dim: int,
     }
 
 
+def in_tiles(name: str, arguments: tuple) -> tuple:
+    """Arguments of the reference as the operator takes them."""
+    x, *rest = arguments
+    if name in ("int4_linear", "int4_embedding"):
+        return x, linear_tiles(*rest), len(rest[0])
+    if name in ("mlp", "attention_inputs"):
+        weights = [linear_tiles(*pair) for pair in zip(rest[0][::2], rest[0][1::2], strict=True)]
+        return (x, weights) if name == "mlp" else (x, weights, 12, 4, *rest[1:])
+    if name == "moe_ffn":
+        return x, *rest[:2], gate_up_tiles(*rest[2:4]), expert_tiles(*rest[4:6]), *rest[6:]
+    return arguments
+
+
 @needs_kernels
 @pytest.mark.parametrize(
     "shape",
@@ -55,7 +69,7 @@ def inputs_of_operators(num_tokens: int, dim: int, hidden: int, expert_dim: int,
 def test_operators_have_the_bits_of_the_reference(shape):
     for name, arguments in inputs_of_operators(*shape).items():
         expected = getattr(reference, name)(*arguments)
-        actual = getattr(torch.ops.mobilemoe, name)(*arguments)
+        actual = getattr(torch.ops.mobilemoe, name)(*in_tiles(name, arguments))
         pairs = zip(actual, expected, strict=True) if isinstance(expected, tuple) else [(actual, expected)]
         assert all(torch.equal(*pair) for pair in pairs), name
 

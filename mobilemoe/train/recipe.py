@@ -15,7 +15,6 @@ from typing import TYPE_CHECKING
 import torch
 from transformers import (
     AutoModelForCausalLM,
-    PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
     PrinterCallback,
@@ -400,12 +399,4 @@ def make_trainer(
 
 def train(trainer: "SFTTrainer") -> None:
     """Trains from the beginning, or from the checkpoint that `make_trainer` found."""
-    # To compare versions, the trainer reads a checkpoint's config.json with the base class, which then looks for this
-    # attribute on itself before any is set. Passing a config or class is not possible:
-    # https://github.com/huggingface/transformers/blob/v5.24.0/src/transformers/trainer.py#L3670
-    # https://github.com/huggingface/transformers/blob/v5.24.0/src/transformers/modeling_rope_utils.py#L843
-    PreTrainedConfig.max_position_embeddings = None
-    try:
-        trainer.train(resume_from_checkpoint=trainer.args.resume_from_checkpoint)
-    finally:
-        del PreTrainedConfig.max_position_embeddings
+    trainer.train(resume_from_checkpoint=trainer.args.resume_from_checkpoint)

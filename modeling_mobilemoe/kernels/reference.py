@@ -131,8 +131,8 @@ def attention(
     cache of this kind holds.
 
     Keys are taken in segments of 256. In each, softmax goes over blocks of 64 keys; with the largest score so far,
-    earlier sums are corrected. Segments are merged in order in the same way. With values in INT8, a block's probabilities
-    times the values' steps are rounded to INT8 too.
+    earlier sums are corrected. Segments are merged in order in the same way. With values in INT8, a block's
+    probabilities times the values' steps are rounded to INT8 too.
     """
     length, head_dim = query.shape[1], query.shape[-1]
     group = query.shape[2] // keys.shape[2]
