@@ -282,8 +282,14 @@ class PteModel(LanguageModel):
             self.tokenizer = cast(PreTrainedTokenizerBase, AutoTokenizer.from_pretrained(path))
 
     def _execute(self, tokens: list[int], start: int) -> torch.Tensor:
-        # (1, vocab), or (1, positions, vocab)
-        return self._method.execute((torch.tensor([tokens]), torch.tensor([start])))[0].flatten(0, -2)
+        # The runtime copies what it returns by PyTorch, whose threads would spin for milliseconds beside the program's.
+        num_threads = torch.get_num_threads()
+        torch.set_num_threads(1)
+        try:
+            logits = self._method.execute((torch.tensor([tokens]), torch.tensor([start])))[0]
+        finally:
+            torch.set_num_threads(num_threads)
+        return logits.flatten(0, -2)  # (positions, vocab) of (1, vocab) or (1, positions, vocab)
 
     def _forward(self, tokens: list[int], start: int, num_positions: int) -> torch.Tensor:
         if len(tokens) <= self._num_rows:
