@@ -39,25 +39,24 @@ bool run_one(int64_t num_units, int64_t num_threads) {
   std::vector<int64_t> first(num_units), second(2 * num_units), scratch(num_threads * 8);
   int64_t length = 0, total = 0;
   const mobilemoe::Phase fill([&] { return num_units; },
-                              [&](int64_t unit, int64_t next, int64_t worker) {
+                              [&](int64_t unit, int64_t worker) {
                                 scratch[worker * 8] = unit;
                                 first[unit] = scratch[worker * 8] + 1;
-                                if (next <= unit || next > num_units) std::abort();
                               });
-  const mobilemoe::Phase empty([] { return int64_t{0}; }, [](int64_t, int64_t, int64_t) { std::abort(); });
+  const mobilemoe::Phase empty([] { return int64_t{0}; }, [](int64_t, int64_t) { std::abort(); });
   const mobilemoe::Phase twice(
       [&] {
         for (const int64_t value : first) length += value > 0 ? 2 : 0;
         return length;
       },
-      [&](int64_t unit, int64_t, int64_t worker) {
+      [&](int64_t unit, int64_t worker) {
         int64_t& sum = scratch[worker * 8];
         sum = 0;
         for (const int64_t value : first) sum += value;
         second[unit] = sum;
       });
   const mobilemoe::Phase add([] { return int64_t{1}; },
-                             [&](int64_t, int64_t, int64_t) {
+                             [&](int64_t, int64_t) {
                                for (const int64_t value : second) total += value;
                              });
   mobilemoe::run_phases(num_threads, fill, empty, twice, add, empty);

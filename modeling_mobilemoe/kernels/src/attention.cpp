@@ -16,7 +16,7 @@ void run_few(const Attention& attention) {
   const mobilemoe_attention_args& args = attention.args;
   const int64_t num_rows = args.num_tokens * attention.heads_per_key, num_heads = args.cache.num_kv_heads;
   const Phase attended([&] { return num_heads * attention.num_segments; },
-                       [&](int64_t unit, int64_t, int64_t index) {
+                       [&](int64_t unit, int64_t index) {
                          const int64_t kv_head = unit / attention.num_segments,
                                        segment = unit % attention.num_segments;
                          const Attention::Worker own = attention.worker(index);
@@ -28,7 +28,7 @@ void run_few(const Attention& attention) {
                        });
   const Phase merged(
       [&] { return num_heads; },
-      [&](int64_t kv_head, int64_t, int64_t index) { attention.finish(kv_head, attention.worker(index).whole); });
+      [&](int64_t kv_head, int64_t index) { attention.finish(kv_head, attention.worker(index).whole); });
   run_phases(attention.num_threads, attended, merged);
 }
 
@@ -36,7 +36,7 @@ void run_many(const Attention& attention) {
   const mobilemoe_attention_args& args = attention.args;
   const int64_t num_heads = args.cache.num_kv_heads, num_chunks = ceil_div(args.num_tokens, kQueriesPerUnit);
   const Phase attended([&] { return num_chunks * num_heads; },
-                       [&](int64_t unit, int64_t, int64_t index) {
+                       [&](int64_t unit, int64_t index) {
                          // Later tokens see more, so they come first.
                          const int64_t kv_head = unit % num_heads,
                                        first = (num_chunks - 1 - unit / num_heads) * kQueriesPerUnit;

@@ -96,7 +96,7 @@ int mobilemoe_update_cache(const mobilemoe_cache* cache, int64_t start, int64_t 
   const int64_t num_heads = cache->num_kv_heads, dim = cache->head_dim;
   constexpr int64_t kTokens = 64;
   const Phase written([&] { return ceil_div(num_tokens, kTokens); },
-                      [&](int64_t unit, int64_t, int64_t) {
+                      [&](int64_t unit, int64_t) {
                         alignas(64) char scratch[2 * kMaxHeadDim];
                         for (int64_t t = unit * kTokens; t < smaller((unit + 1) * kTokens, num_tokens); ++t) {
                           for (int64_t head = 0; head < num_heads; ++head) {

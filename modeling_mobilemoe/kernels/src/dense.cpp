@@ -31,12 +31,12 @@ struct Mlp {
     const Rows rows = {args.x, args.dtype, args.dim};
     const Product gate(tokens, args.gate), up(tokens, args.up), down(hidden_tokens, args.down);
     Phase quantized([this] { return tokens.num_units(); },
-                    [&](int64_t unit, int64_t, int64_t worker) {
+                    [&](int64_t unit, int64_t worker) {
                       tokens.quantize(unit,
                                       [&](int64_t t) { return rows.in(first + t, converted + worker * args.dim); });
                     });
     Phase gated([&] { return gate.num_units(); },
-                [&](int64_t unit, int64_t, int64_t) {
+                [&](int64_t unit, int64_t) {
                   gate.run(unit, [&](int64_t t, int64_t row, const float* values, int64_t count) {
                     std::memcpy(mid + t * hidden + row, values, count * sizeof(float));
                   });
@@ -44,12 +44,11 @@ struct Mlp {
                     isa().silu_multiply(mid + t * hidden + row, values, count);
                   });
                 });
-    Phase requantized([this] { return hidden_tokens.num_units(); },
-                      [&](int64_t unit, int64_t, int64_t) {
-                        hidden_tokens.quantize(unit, [&](int64_t t) { return mid + t * hidden; });
-                      });
+    Phase requantized(
+        [this] { return hidden_tokens.num_units(); },
+        [&](int64_t unit, int64_t) { hidden_tokens.quantize(unit, [&](int64_t t) { return mid + t * hidden; }); });
     Phase multiplied([&] { return down.num_units(); },
-                     [&](int64_t unit, int64_t, int64_t) {
+                     [&](int64_t unit, int64_t) {
                        down.run(unit, [&](int64_t t, int64_t row, const float* values, int64_t n) {
                          write_rows(args.out, args.dtype, args.dim, first + t, row, values, n);
                        });
@@ -98,11 +97,11 @@ struct AttentionInputs {
     void* const outs[] = {args.query_out, args.key_out, args.value_out};
     const Product products[] = {{tokens, matrices[0]}, {tokens, matrices[1]}, {tokens, matrices[2]}};
     Phase quantized([this] { return tokens.num_units(); },
-                    [&](int64_t unit, int64_t, int64_t worker) {
+                    [&](int64_t unit, int64_t worker) {
                       tokens.quantize(unit, [&](int64_t t) { return rows.in(first + t, scratch(worker)); });
                     });
     Phase multiplied([&] { return products[0].num_units() + products[1].num_units() + products[2].num_units(); },
-                     [&](int64_t unit, int64_t, int64_t) {
+                     [&](int64_t unit, int64_t) {
                        int i = 0;
                        for (; unit >= products[i].num_units(); ++i) unit -= products[i].num_units();
                        products[i].run(unit, [&](int64_t t, int64_t row, const float* values, int64_t n) {
@@ -110,7 +109,7 @@ struct AttentionInputs {
                        });
                      });
     Phase rotated([this] { return tokens.num_units(); },
-                  [&](int64_t unit, int64_t, int64_t worker) {
+                  [&](int64_t unit, int64_t worker) {
                     const int64_t begin = unit * tokens.per_unit();
                     for (int64_t t = begin; t < smaller(begin + tokens.per_unit(), tokens.count); ++t) {
                       for (int i = 0; i < 2; ++i) rotate(matrices[i], outs[i], first + t, scratch(worker));
@@ -168,7 +167,7 @@ void for_tokens(int64_t num_tokens, int64_t num_threads, const Work& work) {
     return;
   }
   Phase phase([=] { return ceil_div(num_tokens, kTokens); },
-              [=](int64_t unit, int64_t, int64_t) {
+              [=](int64_t unit, int64_t) {
                 for (int64_t t = unit * kTokens; t < smaller((unit + 1) * kTokens, num_tokens); ++t) work(t);
               });
   run_phases(num_threads, phase);

@@ -79,11 +79,10 @@ struct Pass {
 
   // The first two phases: scores, then the choice and the sort.
   auto score(const float* x) const {
-    return Phase([this] { return router.num_units(); },
-                 [this, x](int64_t unit, int64_t, int64_t) { router.run(unit, x); });
+    return Phase([this] { return router.num_units(); }, [this, x](int64_t unit, int64_t) { router.run(unit, x); });
   }
   auto choose() const {
-    return Phase([] { return int64_t{1}; }, [this](int64_t, int64_t, int64_t) { router.finish(); });
+    return Phase([] { return int64_t{1}; }, [this](int64_t, int64_t) { router.finish(); });
   }
 
   // Some outputs of token t, from `column` on.

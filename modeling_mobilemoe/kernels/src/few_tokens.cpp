@@ -42,9 +42,9 @@ struct FewTokensOfOperator : FewTokens {
     const float* x = inputs();
     auto scored = score(x);
     auto chosen = choose();
-    const Phase gated([&] { return num_in(); }, [&](int64_t unit, int64_t, int64_t) { multiply_in(unit, x); });
+    const Phase gated([&] { return num_in(); }, [&](int64_t unit, int64_t) { multiply_in(unit, x); });
     const Phase multiplied([&] { return num_out(); },
-                           [&](int64_t unit, int64_t, int64_t) {
+                           [&](int64_t unit, int64_t) {
                              multiply_out(unit, [&](int64_t t, int64_t column, const float* values, int64_t count) {
                                write(t, column, values, count);
                              });

@@ -120,7 +120,7 @@ struct FewTokensLayer {
           normalize(args.x, args.attention_norm);
           return inputs[0].num_units() + inputs[1].num_units() + inputs[2].num_units();
         },
-        [&](int64_t unit, int64_t, int64_t) {
+        [&](int64_t unit, int64_t) {
           int i = 0;
           for (; unit >= inputs[i].num_units(); ++i) unit -= inputs[i].num_units();
           inputs[i].run(unit, [&](int64_t t, int64_t row, const float* values, int64_t count) {
@@ -129,7 +129,7 @@ struct FewTokensLayer {
         });
     const Phase attending(
         [&] { return num_heads * num_segments; },
-        [&](int64_t unit, int64_t, int64_t worker) { attend(unit / num_segments, unit % num_segments, worker); });
+        [&](int64_t unit, int64_t worker) { attend(unit / num_segments, unit % num_segments, worker); });
     const Product output(attended_tokens, args.output);
     const Phase added(
         [&] {
@@ -138,7 +138,7 @@ struct FewTokensLayer {
           quantize(attended_tokens, attended, query_width(args));
           return output.num_units();
         },
-        [&](int64_t unit, int64_t, int64_t) {
+        [&](int64_t unit, int64_t) {
           output.run(unit, [&](int64_t t, int64_t row, const float* values, int64_t count) {
             const int64_t at = t * dim + row;
             for (int64_t i = 0; i < count; ++i) hidden[at + i] = args.x[at + i] + values[i];
@@ -151,7 +151,7 @@ struct FewTokensLayer {
           normalize(hidden, args.feed_forward_norm);
           return num_scores + gate.num_units();
         },
-        [&](int64_t unit, int64_t, int64_t) {
+        [&](int64_t unit, int64_t) {
           if (unit < num_scores) return experts.router.run(unit, normed);
           gate.run(unit - num_scores, [&](int64_t t, int64_t row, const float* values, int64_t count) {
             std::memcpy(mid + t * hidden_width(args) + row, values, count * sizeof(float));
@@ -168,7 +168,7 @@ struct FewTokensLayer {
           quantize(mid_tokens, mid, hidden_width(args));
           return num_in() + down.num_units();
         },
-        [&](int64_t unit, int64_t, int64_t) {
+        [&](int64_t unit, int64_t) {
           if (unit < num_in()) return experts.multiply_in(unit, normed);
           down.run(unit - num_in(), [&](int64_t t, int64_t row, const float* values, int64_t count) {
             float* target = (is_sparse ? shared : args.out) + t * dim + row;
@@ -177,7 +177,7 @@ struct FewTokensLayer {
           });
         });
     const Phase returned([&] { return is_sparse ? experts.num_out() : 0; },
-                         [&](int64_t unit, int64_t, int64_t) {
+                         [&](int64_t unit, int64_t) {
                            experts.multiply_out(unit, [&](int64_t t, int64_t row, const float* routed, int64_t count) {
                              const int64_t at = t * dim + row;
                              for (int64_t i = 0; i < count; ++i) {

@@ -26,12 +26,12 @@ struct Linear {
     const Rows rows = {args.x, args.dtype, args.in_features};
     const Product product(tokens, {args.tiles, args.out_features});
     Phase quantized([this] { return tokens.num_units(); },
-                    [&](int64_t unit, int64_t, int64_t worker) {
+                    [&](int64_t unit, int64_t worker) {
                       tokens.quantize(
                           unit, [&](int64_t t) { return rows.in(first + t, converted + worker * args.in_features); });
                     });
     Phase multiplied([&] { return product.num_units(); },
-                     [&](int64_t unit, int64_t, int64_t) {
+                     [&](int64_t unit, int64_t) {
                        product.run(unit, [&](int64_t t, int64_t row, const float* values, int64_t n) {
                          write_rows(args.out, args.dtype, args.out_features, first + t, row, values, n);
                        });

@@ -35,7 +35,7 @@ struct ManyTokens : Pass {
   template <typename Input, typename Multiply, typename Output>
   auto phase(int64_t num_columns, const Input& x, const Multiply& multiply, const Output& to) const {
     return Phase([this, num_columns] { return unit_start[problem.args.num_experts] * num_columns; },
-                 [=](int64_t unit, int64_t, int64_t) {
+                 [=](int64_t unit, int64_t) {
                    const int64_t range = unit / num_columns, column = unit % num_columns;
                    int64_t expert = 0;
                    while (unit_start[expert + 1] <= range) ++expert;
@@ -59,7 +59,7 @@ struct ManyTokens : Pass {
     const int64_t dim = problem.args.dim, width = problem.args.expert_dim, top_k = problem.args.top_k;
     const float* x = inputs();
     auto scored = score(x);
-    Phase chosen([] { return int64_t{1}; }, [this](int64_t, int64_t, int64_t) { choose_units(); });
+    Phase chosen([] { return int64_t{1}; }, [this](int64_t, int64_t) { choose_units(); });
     const auto gated = phase(
         width / kGroup, [=](int64_t pair) { return x + pair / top_k * dim; },
         [this](int64_t expert, int64_t column, const float* const* rows, int count, float* values) {
@@ -74,7 +74,7 @@ struct ManyTokens : Pass {
         [=](int64_t pair, int64_t column) { return out + pair * dim + column * kGroup; });
     constexpr int64_t kTokens = 16;
     const Phase added([this] { return ceil_div(num_tokens, kTokens); },
-                      [&](int64_t unit, int64_t, int64_t) {
+                      [&](int64_t unit, int64_t) {
                         for (int64_t t = unit * kTokens; t < smaller((unit + 1) * kTokens, num_tokens); ++t) {
                           for (int64_t column = 0; column < dim; column += kGroup) {
                             alignas(64) float sum[kGroup] = {};

@@ -72,6 +72,12 @@ class Waiter {
   std::condition_variable called_;
 };
 
+// The first unit of a range; that of the next one is its end.
+int64_t first_unit(int64_t range, int64_t count, int64_t num_threads) {
+  const int64_t num_ranges = smaller(num_threads, kRanges);
+  return range < num_ranges ? ceil_div(range * count, num_ranges) : count;
+}
+
 // The units of a phase, dealt out in ranges: neighbours mostly lie side by side in memory, and a thread that reads on
 // is faster than one that begins anew. A worker takes its own range from the front, and then what others have left.
 class Units {
@@ -127,8 +133,7 @@ class Units {
 
 // Computes a unit of an open phase: one that is `left` units from the end of its range.
 void compute(const Region& region, int64_t phase, int64_t count, int64_t range, int64_t left, int64_t worker) {
-  const int64_t end = first_unit(range + 1, count, region.num_threads), unit = end - left;
-  region.work(region.phases, phase, unit, unit + 1 < end ? unit + 1 : count, worker);
+  region.work(region.phases, phase, first_unit(range + 1, count, region.num_threads) - left, worker);
 }
 
 // A caller's region. It outlives the call, so that a helper that was stopped while it looked for work delays nobody.
@@ -336,11 +341,6 @@ class OpenMpRegion {
 
 }  // namespace
 
-int64_t first_unit(int64_t worker, int64_t count, int64_t num_threads) {
-  const int64_t num_ranges = smaller(num_threads, kRanges);
-  return worker < num_ranges ? ceil_div(worker * count, num_ranges) : count;
-}
-
 int check_threads(int64_t num_threads) {
   if (num_threads >= 1 && num_threads <= kMaxThreads) return MOBILEMOE_OK;
   return fail("num_threads=%lld is not between 1 and %lld", (long long)num_threads, (long long)kMaxThreads);
@@ -357,7 +357,7 @@ void run_region(const Region& region) {
   }
   for (int64_t phase = 0; phase < region.num_phases; ++phase) {
     const int64_t count = region.count(region.phases, phase);
-    for (int64_t unit = 0; unit < count; ++unit) region.work(region.phases, phase, unit, unit + 1, 0);
+    for (int64_t unit = 0; unit < count; ++unit) region.work(region.phases, phase, unit, 0);
   }
 }
 

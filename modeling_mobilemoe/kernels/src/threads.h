@@ -14,12 +14,8 @@ constexpr int64_t kMaxThreads = 1024;
 // A status with a sentence, as errors.h.
 int check_threads(int64_t num_threads);
 
-// The unit of a phase that a worker begins with, and from which it goes on; `count` where it has none of its own.
-int64_t first_unit(int64_t worker, int64_t count, int64_t num_threads);
-
 // Units that do not depend on each other, but on all of the phase before. `count()` is asked when that phase is done.
-// `work(unit, next, worker)` is told the unit that will likely follow on its thread, at most count(), to fetch its
-// memory in time; `worker` < num_threads names scratch memory.
+// In `work(unit, worker)`, `worker` < num_threads names scratch memory.
 template <typename Count, typename Work>
 struct Phase {
   Count count;
@@ -33,7 +29,7 @@ struct Region {
   void* phases;
   int64_t num_phases, num_threads;
   int64_t (*count)(void* phases, int64_t phase);
-  void (*work)(void* phases, int64_t phase, int64_t unit, int64_t next, int64_t worker);
+  void (*work)(void* phases, int64_t phase, int64_t unit, int64_t worker);
 };
 
 // Runs phases in order on the calling thread and up to num_threads - 1 others, which the process keeps.
@@ -46,9 +42,9 @@ void run_phases(int64_t num_threads, const Phases&... phases) {
     ((i++ == phase ? void(found = phases.count()) : void()), ...);
     return found;
   };
-  const auto work = [&](int64_t phase, int64_t unit, int64_t next, int64_t worker) {
+  const auto work = [&](int64_t phase, int64_t unit, int64_t worker) {
     int64_t i = 0;
-    ((i++ == phase ? void(phases.work(unit, next, worker)) : void()), ...);
+    ((i++ == phase ? void(phases.work(unit, worker)) : void()), ...);
   };
   struct Both {
     decltype(count)& of_count;
@@ -56,8 +52,8 @@ void run_phases(int64_t num_threads, const Phases&... phases) {
   } both{count, work};
   run_region({&both, sizeof...(Phases), num_threads,
               [](void* data, int64_t phase) { return static_cast<Both*>(data)->of_count(phase); },
-              [](void* data, int64_t phase, int64_t unit, int64_t next, int64_t worker) {
-                static_cast<Both*>(data)->of_work(phase, unit, next, worker);
+              [](void* data, int64_t phase, int64_t unit, int64_t worker) {
+                static_cast<Both*>(data)->of_work(phase, unit, worker);
               }});
 }
 
