@@ -12,7 +12,7 @@
 namespace mobilemoe {
 namespace {
 
-// Up to here most pairs have an expert of their own, and unpacking its weights would not pay.
+// Up to here most pairs have an expert of their own, and its weights come from memory.
 constexpr int64_t kFewTokens = 4;
 // Tokens taken through all steps at a time, which bounds the workspace.
 constexpr int64_t kPassTokens = 1024;
