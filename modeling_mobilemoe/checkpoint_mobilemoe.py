@@ -55,7 +55,7 @@ class CheckpointMixin(Base):
         # https://github.com/huggingface/transformers/blob/v5.24.0/src/transformers/modeling_utils.py#L4489
         # `expected_keys` are those of an adapter, which is no whole checkpoint.
         if checkpoint_files is not None and expected_keys is None:
-            check_checkpoint(model, checkpoint_files)
+            check_checkpoint(model, checkpoint_files, load_config.ignore_mismatched_sizes)
         return PreTrainedModel._load_pretrained_model(model, state_dict, checkpoint_files, load_config, expected_keys)
 
     @classmethod
@@ -74,12 +74,6 @@ class CheckpointMixin(Base):
             raise ValueError(
                 "use_safetensors=False asks for a pickle, which can run code when it is read, so it is refused. "
                 "Leave it out, and convert a checkpoint that is no safetensors file."
-            )
-        if kwargs.get("ignore_mismatched_sizes"):
-            raise ValueError(
-                "ignore_mismatched_sizes=True would put random numbers in place of tensors of another shape, and no "
-                "MobileMoE checkpoint is read in part. Leave it out; for another vocabulary call "
-                "resize_token_embeddings on the loaded model."
             )
         # By default, transformers would open a pickle that has no safetensors file beside it.
         kwargs["use_safetensors"] = True
@@ -192,13 +186,15 @@ def _stored_tensors(files: list[str]) -> dict[str, StoredTensor]:
     return stored
 
 
-def check_checkpoint(model: PreTrainedModel, files: list[str]) -> None:
+def check_checkpoint(model: PreTrainedModel, files: list[str], ignore_mismatched_sizes: bool = False) -> None:
     """
     Compares the headers of safetensors files with the model that is about to load them.
 
     Args:
         model (`PreTrainedModel`): on the meta device, with packed modules in place where the config asks for them.
         files (`list[str]`): all shards of the checkpoint.
+        ignore_mismatched_sizes (`bool`, defaults to `False`): the caller's option, which tensors of another shape
+            refuse.
 
     Raises:
         ValueError: naming the file, tensor or shape that does not fit. transformers only warns, and initialises
@@ -210,7 +206,7 @@ def check_checkpoint(model: PreTrainedModel, files: list[str]) -> None:
     stored = _stored_tensors(files)
     _check_names(model, expected, stored)
     for name, tensor in expected.items():
-        _check_tensor(name, tuple(tensor.shape), stored[name])
+        _check_tensor(name, tuple(tensor.shape), stored[name], ignore_mismatched_sizes)
     if "lm_head.weight" in stored and has_head:
         _check_tied_head(stored["lm_head.weight"], stored["embed_tokens.weight"])
 
@@ -237,7 +233,13 @@ def _check_names(model: PreTrainedModel, expected: dict[str, torch.Tensor], stor
             )
 
 
-def _check_tensor(name: str, shape: tuple[int, ...], stored: StoredTensor) -> None:
+def _check_tensor(name: str, shape: tuple[int, ...], stored: StoredTensor, ignore_mismatched_sizes: bool) -> None:
+    if stored.shape != shape and ignore_mismatched_sizes:
+        raise ValueError(
+            f"ignore_mismatched_sizes=True would put random numbers in place of {stored.name}, which has shape "
+            f"{stored.shape} in {stored.file} where config.json makes it {shape}. No MobileMoE checkpoint is read in "
+            "part: leave the option out, and for another vocabulary call resize_token_embeddings on the loaded model."
+        )
     if stored.shape != shape:
         raise ValueError(
             f"{stored.file} has {stored.name} with shape {stored.shape}, config.json makes it {shape}. "
