@@ -7,6 +7,7 @@ Each runs where our package can be imported and where it cannot, in BF16 and pac
 
 import copy
 import json
+import math
 import os
 import socket
 import subprocess
@@ -181,18 +182,24 @@ def conversations(tmp_path_factory) -> Path:
     return directory
 
 
+def train_adapter(method: str, model: Path, data: Path, output: Path, options: dict, *flags: object) -> list[dict]:
+    """The log of three steps of a method of TRL, with the adapter that PEFT makes when it is told no targets."""
+    command = [BIN / "trl", method, "--model_name_or_path", model, "--trust_remote_code", "--dataset_name", data]
+    command += ["--use_peft", "--max_steps", 3, "--learning_rate", 0.01, "--output_dir", output, "--save_steps", 3]
+    command += ["--bf16", "false", "--gradient_checkpointing", "false", "--logging_steps", 1, "--report_to", "none"]
+    run([*command, "--use_cpu", *flags], options)
+    log = json.loads((output / "checkpoint-3/trainer_state.json").read_text())["log_history"]
+    return [row for row in log if "loss" in row]
+
+
 @pytest.mark.slow
 @pytest.mark.works_with("trl sft --use_peft --assistant_only_loss", "trl", "peft")
 @every_weights
 @every_environment
 def test_trl_sft_with_peft(directories, process_options, conversations, weights, environment, tmp_path):
-    command = [BIN / "trl", "sft", "--model_name_or_path", directories[weights], "--trust_remote_code"]
-    command += ["--dataset_name", conversations, "--use_peft", "--assistant_only_loss", "--max_steps", 3]
-    command += ["--learning_rate", 0.01, "--output_dir", tmp_path, "--report_to", "none", "--use_cpu"]
-    command += ["--dtype", "float32", "--bf16", "false", "--gradient_checkpointing", "false", "--logging_steps", 1]
-    printed = run(command, process_options[environment])
-    losses = [float(part.split("'")[0]) for part in printed.split("'loss': '")[1:]]
-    assert len(losses) == 3 and losses[-1] < losses[0]
+    flags = ["--assistant_only_loss", "--dtype", "float32"]
+    log = train_adapter("sft", directories[weights], conversations, tmp_path, process_options[environment], *flags)
+    assert len(log) == 3 and log[-1]["loss"] < log[0]["loss"]
     config = json.loads((tmp_path / "adapter_config.json").read_text())
     assert set(config["target_modules"]) == {"q_proj", "k_proj", "v_proj", "o_proj"}
     # The adapter is whole and changes the model.
@@ -203,3 +210,140 @@ def test_trl_sft_with_peft(directories, process_options, conversations, weights,
         adapted = model(input_ids).logits
         with model.disable_adapter():
             assert (adapted - model(input_ids).logits).abs().max() > 1e-3
+
+
+@pytest.mark.slow
+@pytest.mark.works_with("trl dpo --use_peft", "trl", "peft")
+@every_weights
+@every_environment
+def test_trl_dpo_with_peft(directories, process_options, weights, environment, tmp_path):
+    data = tmp_path / "data"
+    data.mkdir()
+    pair = {"chosen": "parser = argparse.ArgumentParser()", "rejected": "def number(self): return"}
+    row = {"prompt": MESSAGES} | {key: [{"role": "assistant", "content": text}] for key, text in pair.items()}
+    (data / "train.jsonl").write_text((json.dumps(row) + "\n") * 24)
+    # In BF16, where packed models have kernels of another arithmetic.
+    log = train_adapter(
+        "dpo", directories[weights], data, tmp_path, process_options[environment], "--dtype", "bfloat16"
+    )
+    assert log[0]["loss"] == pytest.approx(math.log(2), abs=1e-4)
+    assert log[-1]["loss"] < 0.9 * math.log(2) and log[-1]["rewards/accuracies"] == 1
+
+
+REWARD = """
+def variety(completions, **kwargs):
+    return [float(len(set(completion[0]["content"]))) for completion in completions]
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.works_with("trl grpo --use_peft", "trl", "peft")
+@every_weights
+@every_environment
+def test_trl_grpo_with_peft(directories, process_options, weights, environment, tmp_path):
+    data, options = tmp_path / "data", process_options[environment]
+    data.mkdir()
+    (data / "train.jsonl").write_text((json.dumps({"prompt": MESSAGES}) + "\n") * 8)
+    (options["cwd"] / "rewards_of_a_user.py").write_text(REWARD)
+    flags = ["--reward_funcs", "rewards_of_a_user.variety", "--num_generations", 4, "--beta", 0.1]
+    flags += ["--per_device_train_batch_size", 4, "--max_completion_length", 12, "--dtype", "bfloat16"]
+    log = train_adapter("grpo", directories[weights], data, tmp_path, options, *flags)
+    assert all(row["reward"] > 0 and row["reward_std"] > 0 for row in log)
+    # The policy starts as its reference: both are computed in one arithmetic.
+    assert log[0]["kl"] == 0 < log[-1]["kl"]
+
+
+TASK = """
+task: next_word
+dataset_path: json
+dataset_kwargs: {data_files: {test: %s}}
+test_split: test
+output_type: loglikelihood
+doc_to_text: "{{context}}"
+doc_to_target: "{{target}}"
+target_delimiter: ""
+metric_list:
+  - metric: perplexity
+"""
+# lm-eval moves spaces from the end of a context to its target.
+DOCUMENTS = [("def function(", "self, value):"), ("    return", " self.parser"), ("import", " argparse")]
+
+
+@torch.no_grad()
+def log_likelihood(directory: Path, context: str, target: str) -> float:
+    tokenizer = AutoTokenizer.from_pretrained(directory)
+    model = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32)
+    start, ids = len(tokenizer(context).input_ids), tokenizer(context + target, return_tensors="pt").input_ids
+    scores = model(ids).logits[0, start - 1 : -1].log_softmax(-1)
+    return scores.gather(-1, ids[0, start:, None]).sum().item()
+
+
+@pytest.mark.slow
+@pytest.mark.works_with("lm_eval run --model hf --model_args pretrained=DIR,trust_remote_code=True", "lm-eval")
+@every_weights
+@every_environment
+def test_lm_eval(directories, process_options, weights, environment, tmp_path):
+    pytest.importorskip("lm_eval", reason="needs the `eval` extra")
+    directory, tasks, output = directories[weights], tmp_path / "tasks", tmp_path / "results"
+    tasks.mkdir()
+    rows = [json.dumps({"context": context, "target": target}) for context, target in DOCUMENTS]
+    (tasks / "documents.jsonl").write_text("\n".join(rows))
+    (tasks / "next_word.yaml").write_text(TASK % (tasks / "documents.jsonl"))
+    model_args = f"pretrained={directory},trust_remote_code=True,dtype=float32"
+    command = [BIN / "lm_eval", "run", "--model", "hf", "--model_args", model_args, "--device", "cpu"]
+    command += ["--tasks", "next_word", "--include_path", tasks, "--output_path", output]
+    run(command, process_options[environment])
+    (file,) = output.rglob("results_*.json")
+    perplexity = json.loads(file.read_text())["results"]["next_word"]["perplexity,none"]
+    expected = sum(log_likelihood(directory, *document) for document in DOCUMENTS) / len(DOCUMENTS)
+    assert math.log(perplexity) == pytest.approx(-expected, abs=1e-3)
+
+
+PIPELINE = """
+import json, sys
+from transformers import pipeline
+generator = pipeline("text-generation", model=sys.argv[1], trust_remote_code=True, dtype="auto", device="cpu")
+(answer,) = generator(json.loads(sys.argv[2]), max_new_tokens=8, do_sample=False)
+print(json.dumps(answer["generated_text"][-1]["content"]))
+"""
+
+
+@pytest.mark.works_with("pipeline('text-generation')", "transformers")
+@every_weights
+@every_environment
+def test_pipeline(directories, process_options, weights, environment):
+    directory = directories[weights]
+    command = [sys.executable, "-c", PIPELINE, directory, json.dumps(MESSAGES)]
+    printed = run(command, process_options[environment])
+    assert json.loads(printed.splitlines()[-1]) == greedy(directory, 8) != ""
+
+
+OFFLOAD = """
+import sys
+from transformers import AutoModelForCausalLM
+directory, folder, *ids = sys.argv[1:]
+options = {"trust_remote_code": True, "dtype": "float32"}
+device_map = dict.fromkeys(["model.embed_tokens", "model.norm", "model.rotary_emb", "lm_head"], "cpu")
+model = AutoModelForCausalLM.from_pretrained(
+    directory, device_map=device_map | {"model.layers": "disk"}, offload_folder=folder, **options
+)
+assert any(tensor.is_meta for tensor in model.state_dict().values())
+inputs = model.dummy_inputs["input_ids"].new_tensor([list(map(int, ids))])
+offloaded = model(inputs).logits
+assert offloaded.equal(AutoModelForCausalLM.from_pretrained(directory, **options)(inputs).logits)
+print(type(model).__module__, offloaded.sum().item())
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.works_with("from_pretrained(device_map=...) with layers on disk", "accelerate")
+@every_weights
+@every_environment
+def test_disk_offload(directories, process_options, weights, environment, tmp_path):
+    ids = range(3, 30)
+    command = [sys.executable, "-c", OFFLOAD, directories[weights], tmp_path, *ids]
+    module, total = run(command, process_options[environment]).split()[-2:]
+    assert module.startswith("transformers_modules.") == (environment == "remote code")
+    with torch.no_grad():
+        model = AutoModelForCausalLM.from_pretrained(directories[weights], dtype=torch.float32)
+        assert float(total) == pytest.approx(model(torch.tensor([list(ids)])).logits.sum().item(), rel=1e-3)
