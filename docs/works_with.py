@@ -4,7 +4,7 @@ Runs the tests that carry the mark `works_with` and writes docs/works-with.md fr
     python docs/works_with.py
 
 A mark names the tool and its packages: `@pytest.mark.works_with("trl sft --use_peft", "trl", "peft")`. The parameter
-`weights` of a test is the column, `environment` is where it ran.
+`weights` of a test, or that of its mark, is the column; without either it is both. `environment` is where it ran.
 """
 
 import sys
@@ -45,7 +45,8 @@ class Recorder:
         if mark is not None and (report.when == "call" or report.outcome != "passed"):
             parameters = item.callspec.params if hasattr(item, "callspec") else {}
             row = (*mark.args, item.nodeid.partition("[")[0])
-            for column in [parameters["weights"]] if "weights" in parameters else COLUMNS:
+            columns = mark.kwargs.get("weights", COLUMNS)
+            for column in [parameters["weights"]] if "weights" in parameters else columns:
                 self.outcomes[row][column].add(report.outcome)
             environment = parameters.get("environment", "package")
             if environment not in self.environments[row]:

@@ -309,9 +309,8 @@ def test_stock_targets_are_those_of_attention(int4_checkpoint, tiny_checkpoint):
         check_adapters(get_peft_model(base, LoraConfig(r=4)), "attention")
 
 
-@pytest.mark.works_with("LoraConfig(target_parameters=[...]) on routed experts", "peft")
-@pytest.mark.parametrize("weights", ["BF16"])
-def test_stock_target_parameters_reach_the_experts(tiny_checkpoint, batch, input_ids, tmp_path, weights):
+@pytest.mark.works_with("LoraConfig(target_parameters=[...]) on routed experts", "peft", weights=["BF16"])
+def test_stock_target_parameters_reach_the_experts(tiny_checkpoint, batch, input_ids, tmp_path):
     options = {"target_modules": [], "target_parameters": ["experts.gate_up_proj", "experts.down_proj"]}
     base = AutoModelForCausalLM.from_pretrained(tiny_checkpoint, dtype=torch.bfloat16)
     model = get_peft_model(base, LoraConfig(r=2, **options))

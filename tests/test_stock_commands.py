@@ -265,8 +265,8 @@ target_delimiter: ""
 metric_list:
   - metric: perplexity
 """
-# lm-eval moves spaces from the end of a context to its target.
-DOCUMENTS = [("def function(", "self, value):"), ("    return", " self.parser"), ("import", " argparse")]
+# No token reaches from a context into its target.
+DOCUMENTS = [("def function", " = value"), ("    return", " self.parser"), ("import", " argparse")]
 
 
 @torch.no_grad()

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from accelerate import cpu_offload, init_empty_weights, load_checkpoint_and_dispatch
-from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
+from transformers import AutoConfig, AutoModelForCausalLM, ContinuousBatchingConfig, GenerationConfig
 
 from mobilemoe.train.lora import add_lora
 from modeling_mobilemoe import MobileMoEForCausalLM, kernels
@@ -22,11 +22,27 @@ NEW_TOKENS = 12
 needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="offloaded caches need CUDA")
 
 
-@pytest.fixture(scope="module", params=["float", "int4"])
-def model(request: pytest.FixtureRequest, tiny_checkpoint: Path, int4_checkpoint: Path) -> MobileMoEForCausalLM:
+@pytest.fixture(scope="module", params=["BF16", "INT4"])
+def weights(request: pytest.FixtureRequest) -> str:
+    return request.param
+
+
+@pytest.fixture(scope="module")
+def bf16_checkpoint(tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("stock") / "bf16"
+    AutoModelForCausalLM.from_pretrained(tiny_checkpoint, dtype=torch.bfloat16).save_pretrained(path)
+    return path
+
+
+@pytest.fixture(scope="module")
+def checkpoint(weights: str, bf16_checkpoint: Path, int4_checkpoint: Path) -> Path:
+    return {"BF16": bf16_checkpoint, "INT4": int4_checkpoint}[weights]
+
+
+@pytest.fixture(scope="module")
+def model(checkpoint: Path) -> MobileMoEForCausalLM:
     """In FP32, where both take the exact path. Do not modify it."""
-    path = tiny_checkpoint if request.param == "float" else int4_checkpoint
-    return AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
+    return AutoModelForCausalLM.from_pretrained(checkpoint, dtype=torch.float32)
 
 
 def generate(model: MobileMoEForCausalLM, input_ids: torch.Tensor, **options) -> list[list[int]]:
@@ -36,13 +52,12 @@ def generate(model: MobileMoEForCausalLM, input_ids: torch.Tensor, **options) ->
     return tokens[:, input_ids.shape[1] :].tolist()
 
 
+@pytest.mark.works_with("generate, with a dynamic, a static and no cache, and chunked prefill", "transformers")
 @pytest.mark.parametrize(
     "options",
     [
         {"cache_implementation": "dynamic"},
         {"cache_implementation": "static"},
-        pytest.param({"cache_implementation": "offloaded"}, marks=needs_cuda),
-        pytest.param({"cache_implementation": "offloaded_static"}, marks=needs_cuda),
         {"use_cache": False},
         {"prefill_chunk_size": 7},
     ],
@@ -55,6 +70,15 @@ def test_generation_equals_plain_greedy(model: MobileMoEForCausalLM, input_ids: 
     assert all(len(set(row)) > NEW_TOKENS // 2 for row in expected)
 
 
+@needs_cuda
+@pytest.mark.works_with("generate(cache_implementation='offloaded'), 'offloaded_static'", "transformers")
+@pytest.mark.parametrize("cache", ["offloaded", "offloaded_static"])
+def test_offloaded_cache_equals_plain_greedy(model: MobileMoEForCausalLM, input_ids: torch.Tensor, cache: str):
+    model, input_ids = copy.deepcopy(model).to("cuda"), input_ids.to("cuda")
+    assert generate(model, input_ids, cache_implementation=cache) == generate(model, input_ids)
+
+
+@pytest.mark.works_with("generate(num_beams=...)", "transformers")
 @pytest.mark.parametrize("cache", [{"use_cache": False}, {"cache_implementation": "static"}], ids=str)
 def test_beams_do_not_depend_on_the_cache(model: MobileMoEForCausalLM, input_ids: torch.Tensor, cache: dict):
     expected = generate(model, input_ids, num_beams=3)
@@ -62,6 +86,7 @@ def test_beams_do_not_depend_on_the_cache(model: MobileMoEForCausalLM, input_ids
     assert expected != generate(model, input_ids)
 
 
+@pytest.mark.works_with("generate(prompt_lookup_num_tokens=...), generate(assistant_model=...)", "transformers")
 @pytest.mark.parametrize("options", [{"prompt_lookup_num_tokens": 3}, {"assistant_model": True}], ids=str)
 def test_speculation_equals_plain_greedy(model: MobileMoEForCausalLM, input_ids: torch.Tensor, options: dict):
     # Twice the same prompt, so that a look-up finds something.
@@ -71,6 +96,7 @@ def test_speculation_equals_plain_greedy(model: MobileMoEForCausalLM, input_ids:
     assert generate(model, prompt, **options) == generate(model, prompt)
 
 
+@pytest.mark.works_with("generate(assistant_early_exit=...)", "transformers")
 def test_early_exit_equals_plain_greedy(model: MobileMoEForCausalLM, input_ids: torch.Tensor):
     calls = [0, 0]
 
@@ -86,6 +112,7 @@ def test_early_exit_equals_plain_greedy(model: MobileMoEForCausalLM, input_ids: 
     assert calls[0] > calls[1] > 0
 
 
+@pytest.mark.works_with("generate(cache_implementation='quantized')", "transformers")
 def test_quantised_cache_equals_plain_greedy(model: MobileMoEForCausalLM, input_ids: torch.Tensor):
     pytest.importorskip("hqq", reason="needs hqq")
     # In 8 bits: keys and values are rounded, and this prompt has no near-ties.
@@ -94,10 +121,15 @@ def test_quantised_cache_equals_plain_greedy(model: MobileMoEForCausalLM, input_
     assert quantised == generate(model, input_ids[:1])
 
 
+@pytest.mark.works_with("generate_batch, continuous batching", "transformers")
 def test_continuous_batching_equals_plain_greedy(model: MobileMoEForCausalLM, input_ids: torch.Tensor):
     prompts = [input_ids[0, :9].tolist(), input_ids[1].tolist(), input_ids[0, 5:20].tolist()]
     options = GenerationConfig(do_sample=False, max_new_tokens=NEW_TOKENS, eos_token_id=-1, pad_token_id=2)
-    outputs = copy.deepcopy(model).generate_batch(prompts, generation_config=options)
+    # By default the cache takes most of the free memory.
+    memory = ContinuousBatchingConfig(num_blocks=16, max_batch_tokens=64)
+    outputs = copy.deepcopy(model).generate_batch(
+        prompts, generation_config=options, continuous_batching_config=memory
+    )
     for prompt, output in zip(prompts, outputs.values(), strict=True):
         assert [output.generated_tokens] == generate(model, torch.tensor([prompt]))
 
@@ -116,11 +148,7 @@ def unfused(model: MobileMoEForCausalLM) -> MobileMoEForCausalLM:
     return model
 
 
-@pytest.fixture(params=["float", "int4"])
-def checkpoint(request: pytest.FixtureRequest, tiny_checkpoint: Path, int4_checkpoint: Path) -> Path:
-    return tiny_checkpoint if request.param == "float" else int4_checkpoint
-
-
+@pytest.mark.works_with("from_pretrained(device_map=...) with parts or all on disk", "accelerate")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("kind", ON_DISK)
 @torch.no_grad()
@@ -135,6 +163,7 @@ def test_disk_offload_equals_memory(
     assert torch.equal(model(input_ids).logits, expected(input_ids).logits)
 
 
+@pytest.mark.works_with("cpu_offload", "accelerate")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @torch.no_grad()
 def test_cpu_offload_equals_memory(checkpoint: Path, dtype: torch.dtype, input_ids: torch.Tensor):
@@ -145,21 +174,25 @@ def test_cpu_offload_equals_memory(checkpoint: Path, dtype: torch.dtype, input_i
 
 
 # accelerate cannot have everything on disk, or a tied head, which is not in the checkpoint.
+@pytest.mark.works_with("load_checkpoint_and_dispatch", "accelerate")
 @pytest.mark.parametrize("kind", ["memory", "layers"])
 @torch.no_grad()
 def test_load_checkpoint_and_dispatch_equals_from_pretrained(
-    checkpoint: Path, kind: str, input_ids: torch.Tensor, tmp_path: Path
+    checkpoint: Path, weights: str, kind: str, input_ids: torch.Tensor, tmp_path: Path
 ):
+    # accelerate leaves what is on disk in the dtype of the checkpoint.
+    dtype = torch.bfloat16 if weights == "BF16" else torch.float32
     with init_empty_weights():
-        model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(checkpoint), dtype=torch.float32)
+        model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(checkpoint), dtype=dtype)
     model.tie_weights()
     device_map = ON_DISK.get(kind, IN_MEMORY)
     options = {"offload_folder": str(tmp_path), "offload_buffers": True}
     model = load_checkpoint_and_dispatch(model.eval(), str(checkpoint), device_map=device_map, **options)
-    expected = AutoModelForCausalLM.from_pretrained(checkpoint, dtype=torch.float32)
+    expected = AutoModelForCausalLM.from_pretrained(checkpoint, dtype=dtype)
     assert torch.equal(model(input_ids).logits, expected(input_ids).logits)
 
 
+@pytest.mark.works_with("resize_token_embeddings", "transformers", weights=["INT4"])
 @pytest.mark.parametrize("num_tokens", [512, 520, 500])
 @torch.no_grad()
 def test_resized_packed_embedding(int4_checkpoint: Path, input_ids: torch.Tensor, num_tokens: int, tmp_path: Path):
@@ -186,6 +219,7 @@ ADAPTERS = {
 }
 
 
+@pytest.mark.works_with("from_pretrained(adapter), load_adapter", "transformers", "peft", weights=["BF16"])
 @pytest.mark.parametrize("kind", ADAPTERS)
 @torch.no_grad()
 def test_adapter_directory_loads_as_a_model(tiny_checkpoint: Path, kind: str, input_ids: torch.Tensor, tmp_path: Path):
@@ -290,6 +324,7 @@ def test_training_mode_has_one_arithmetic(int4_checkpoint: Path, input_ids: torc
         assert not torch.equal(model.eval()(input_ids).logits, exact)
 
 
+@pytest.mark.works_with("torch.compile(fullgraph=True)", "torch", weights=["INT4"])
 @pytest.mark.parametrize("tokens", [1, 24])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @torch.no_grad()
