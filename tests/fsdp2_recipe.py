@@ -15,7 +15,10 @@ from accelerate import accelerator, state
 from accelerate.commands.launch import _validate_launch_command, launch_command_parser
 from accelerate.utils import DistributedType
 from accelerate.utils.launch import prepare_multi_gpu_env
+from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
+
+from modeling_mobilemoe.modeling_mobilemoe import MobileMoERouter
 
 
 def main(config: str, script: str, *arguments: str) -> None:
@@ -46,6 +49,8 @@ def main(config: str, script: str, *arguments: str) -> None:
     runpy.run_path(script, run_name="__main__")
     (model,) = prepared
     assert all(isinstance(parameter, DTensor) for parameter in model.parameters())
+    routers = [module for module in model.modules() if isinstance(module, MobileMoERouter)]
+    assert routers and all(isinstance(router, FSDPModule) for router in routers)
 
 
 if __name__ == "__main__":

@@ -12,12 +12,19 @@ import torch
 from conftest import build_tiny_model
 from torch import distributed as dist
 from torch import multiprocessing as mp
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 from transformers import AutoModelForCausalLM
 from transformers.distributed import DistributedConfig
 from transformers.trainer_callback import TrainerState
 
-from mobilemoe.train.routing import ExpertBiasCallback, add_router_z_loss, read_routing, set_capacity_factor
+from mobilemoe.train.routing import (
+    ExpertBiasCallback,
+    add_router_z_loss,
+    read_routing,
+    set_capacity_factor,
+    shard_routers,
+)
 from modeling_mobilemoe import MobileMoEForCausalLM, MobileMoEModel
 
 
@@ -93,6 +100,31 @@ def run_callback(config, output_dir, rank):
     return [layer.expert_bias for layer in callback.layers]
 
 
+def run_mixed_precision(config, keep_routers):
+    """What the routers compute with, their logits and gradients, when FSDP2 gathers the layers in BF16."""
+    model = build_tiny_model(config).train()
+    policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.bfloat16, output_dtype=torch.bfloat16)
+    if keep_routers:
+        shard_routers(model)
+    for layer in model.model.layers:
+        fully_shard(layer, mp_policy=policy)
+    fully_shard(model, mp_policy=policy)
+    weights, logits, linears = [], [], []
+    for layer in model.model.layers:
+        router, linear = layer.feed_forward.router, layer.self_attn.q_proj
+        # Before the forward pass, because after it the weights are freed.
+        router.register_forward_pre_hook(lambda module, args: weights.append(module.weight.detach().clone()))
+        router.register_forward_hook(lambda module, args, output: logits.append(output[0].dtype))
+        linear.register_forward_hook(lambda module, args, output: linears.append(output.dtype))
+    model(INPUT_IDS, labels=INPUT_IDS, use_cache=False).loss.backward()
+    return {
+        "weights": weights,
+        "logits": logits,
+        "linears": linears,
+        "gradients": [full(layer.feed_forward.router.weight.grad) for layer in model.model.layers],
+    }
+
+
 def refused(model_class, checkpoint, **layout):
     try:
         model_class.from_pretrained(checkpoint, distributed_config=DistributedConfig(**layout))
@@ -109,6 +141,8 @@ def work(rank, directory, config, tiny, int4):
         for name in LAYOUTS:
             results[name] = run_layout(name, tiny, directory)
         results["callback"] = run_callback(config, directory / "callback", rank)
+        for keep_routers in (False, True):
+            results["routers", keep_routers] = run_mixed_precision(config, keep_routers)
         results["int4"] = refused(MobileMoEForCausalLM, int4, tp_size=2)
         results["int4 base"] = refused(MobileMoEModel, int4, tp_size=2)
         results["int4 ep"] = refused(MobileMoEForCausalLM, int4, fsdp_size=2, ep_size=2)
@@ -198,6 +232,16 @@ def test_sharded_model_saves_an_ordinary_checkpoint(directory, tiny_config, tiny
         stepped = parameter - 0.1 * expected["gradients"][name]
         torch.testing.assert_close(saved.get_parameter(name), stepped, rtol=0, atol=1e-5, msg=name)
         assert not torch.equal(saved.get_parameter(name), parameter)
+
+
+def test_routers_stay_in_fp32_under_mixed_precision(results, tiny_config):
+    plain = [layer.feed_forward.router.weight for layer in build_tiny_model(tiny_config).model.layers]
+    kept, rounded = results["routers", True], results["routers", False]
+    assert all(map(torch.equal, kept["weights"], plain)) and set(kept["logits"]) == {torch.float32}
+    assert all(gradient.dtype == torch.float32 and gradient.abs().max() > 0 for gradient in kept["gradients"])
+    # The other parameters are gathered in BF16, as the routers are without it.
+    assert set(kept["linears"]) == {torch.bfloat16}
+    assert all(torch.equal(weight, whole.bfloat16()) for weight, whole in zip(rounded["weights"], plain, strict=True))
 
 
 def test_packed_checkpoint_is_not_sharded(results):

@@ -29,7 +29,7 @@ from modeling_mobilemoe.modeling_mobilemoe import MobileMoEForCausalLM
 
 from ..artifacts import is_checkpoint
 from .data import DataSource, Mixture, collate
-from .routing import ExpertBiasCallback, add_router_z_loss, set_capacity_factor
+from .routing import ExpertBiasCallback, add_router_z_loss, set_capacity_factor, shard_routers
 
 
 if TYPE_CHECKING:
@@ -399,4 +399,13 @@ def make_trainer(
 
 def train(trainer: "SFTTrainer") -> None:
     """Trains from the beginning, or from the checkpoint that `make_trainer` found."""
+    if trainer.accelerator.is_fsdp2:
+        plugin, mesh = trainer.accelerator.state.fsdp_plugin, trainer.accelerator.torch_device_mesh
+        shard_routers(
+            trainer.model,
+            reshard_after_forward=plugin.reshard_after_forward,
+            offload_policy=plugin.cpu_offload,
+            # As accelerate shards the layers.
+            mesh=None if mesh is None else mesh[tuple(trainer.accelerator.parallelism_config.fsdp_dim_names)],
+        )
     trainer.train(resume_from_checkpoint=trainer.args.resume_from_checkpoint)

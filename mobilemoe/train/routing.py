@@ -6,9 +6,11 @@ import os
 import statistics
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from transformers import PreTrainedModel, TrainerCallback
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
@@ -21,6 +23,22 @@ from ..display import picture
 
 # The statistics of each layer and step, in the order of a row's tensor.
 MEASURES = ("imbalance", "dropped", "entropy", "z_loss")
+
+
+def shard_routers(model: PreTrainedModel, **options: Any) -> None:
+    """
+    Makes every router an FSDP2 unit of its own, in FP32, to be called before the layers are sharded.
+
+    A mixed-precision policy rounds all parameters of a unit when it gathers them, and near-ties of FP32 scores decide
+    which experts run.
+
+    Args:
+        model (`PreTrainedModel`): not sharded yet.
+        options: of `fully_shard`, without `mp_policy`.
+    """
+    for module in model.modules():
+        if isinstance(module, MobileMoERouter):
+            fully_shard(module, mp_policy=MixedPrecisionPolicy(), **options)
 
 
 class _AddLossGradient(torch.autograd.Function):
