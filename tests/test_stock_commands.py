@@ -299,10 +299,18 @@ def test_lm_eval(directories, process_options, weights, environment, tmp_path):
     assert math.log(perplexity) == pytest.approx(-expected, abs=1e-3)
 
 
+# In Python people import the package where they have it, and trust the directory's code where they have not.
+IMPORT = """
+import sys
+trust_remote_code = sys.argv.pop() == "remote code"
+if not trust_remote_code:
+    import modeling_mobilemoe
+"""
 PIPELINE = """
-import json, sys
+import json
 from transformers import pipeline
-generator = pipeline("text-generation", model=sys.argv[1], trust_remote_code=True, dtype="auto", device="cpu")
+options = {"trust_remote_code": trust_remote_code, "dtype": "auto", "device": "cpu"}
+generator = pipeline("text-generation", model=sys.argv[1], **options)
 (answer,) = generator(json.loads(sys.argv[2]), max_new_tokens=8, do_sample=False)
 print(json.dumps(answer["generated_text"][-1]["content"]))
 """
@@ -313,16 +321,15 @@ print(json.dumps(answer["generated_text"][-1]["content"]))
 @every_environment
 def test_pipeline(directories, process_options, weights, environment):
     directory = directories[weights]
-    command = [sys.executable, "-c", PIPELINE, directory, json.dumps(MESSAGES)]
+    command = [sys.executable, "-c", IMPORT + PIPELINE, directory, json.dumps(MESSAGES), environment]
     printed = run(command, process_options[environment])
     assert json.loads(printed.splitlines()[-1]) == greedy(directory, 8) != ""
 
 
 OFFLOAD = """
-import sys
 from transformers import AutoModelForCausalLM
 directory, folder, *ids = sys.argv[1:]
-options = {"trust_remote_code": True, "dtype": "float32"}
+options = {"trust_remote_code": trust_remote_code, "dtype": "float32"}
 device_map = dict.fromkeys(["model.embed_tokens", "model.norm", "model.rotary_emb", "lm_head"], "cpu")
 model = AutoModelForCausalLM.from_pretrained(
     directory, device_map=device_map | {"model.layers": "disk"}, offload_folder=folder, **options
@@ -341,7 +348,7 @@ print(type(model).__module__, offloaded.sum().item())
 @every_environment
 def test_disk_offload(directories, process_options, weights, environment, tmp_path):
     ids = range(3, 30)
-    command = [sys.executable, "-c", OFFLOAD, directories[weights], tmp_path, *ids]
+    command = [sys.executable, "-c", IMPORT + OFFLOAD, directories[weights], tmp_path, *ids, environment]
     module, total = run(command, process_options[environment]).split()[-2:]
     assert module.startswith("transformers_modules.") == (environment == "remote code")
     with torch.no_grad():

@@ -282,7 +282,7 @@ def test_embedding_trained_the_other_ways_merges(
     torch.testing.assert_close(merged(input_ids).logits, expected, atol=1e-4, rtol=1e-4)
 
 
-def first_dpo_loss(checkpoint: Path, chat_tokenizer, output_dir: Path) -> float:
+def first_dpo_loss(checkpoint: Path, chat_tokenizer, output_dir: Path, training: bool, **options) -> float:
     trl = pytest.importorskip("trl", reason="needs the `train` extra")
     from datasets import Dataset
 
@@ -297,10 +297,10 @@ def first_dpo_loss(checkpoint: Path, chat_tokenizer, output_dir: Path) -> float:
     model = AutoModelForCausalLM.from_pretrained(checkpoint, dtype=torch.bfloat16)
     arguments = trl.DPOConfig(
         output_dir=str(output_dir), max_steps=1, per_device_train_batch_size=4, logging_steps=1, report_to="none",
-        use_cpu=True, bf16=False, gradient_checkpointing=False, save_strategy="no",
+        use_cpu=True, bf16=False, gradient_checkpointing=False, save_strategy="no", **options,
     )  # fmt: skip
     trainer = trl.DPOTrainer(
-        model=add_lora(model, "dense", rank=4),
+        model=add_lora(model, "dense", rank=4).train(training),
         args=arguments,
         train_dataset=Dataset.from_list(data),
         processing_class=chat_tokenizer,
@@ -311,7 +311,21 @@ def first_dpo_loss(checkpoint: Path, chat_tokenizer, output_dir: Path) -> float:
 
 def test_dpo_on_a_packed_model_starts_at_log_2(text_checkpoint: Path, chat_tokenizer, tmp_path: Path):
     """The reference is computed without gradients and the policy with them: both in the exact arithmetic."""
-    assert first_dpo_loss(text_checkpoint, chat_tokenizer, tmp_path) == pytest.approx(math.log(2), abs=1e-6)
+    loss = first_dpo_loss(text_checkpoint, chat_tokenizer, tmp_path, training=False)
+    assert loss == pytest.approx(math.log(2), abs=1e-6)
+
+
+@pytest.mark.skipif(not kernels.available(), reason="needs the C++ kernels")
+def test_dpo_computes_references_ahead_in_the_mode_of_the_model(text_checkpoint: Path, chat_tokenizer, tmp_path: Path):
+    """As docs/checkpoints.md says: TRL computes them before it switches to training mode."""
+    exact, kernel = (
+        first_dpo_loss(
+            text_checkpoint, chat_tokenizer, tmp_path / str(training), training, precompute_ref_log_probs=True
+        )
+        for training in (True, False)
+    )
+    assert exact == pytest.approx(math.log(2), abs=1e-6)
+    assert abs(kernel - math.log(2)) > 1e-6
 
 
 @pytest.mark.skipif(not kernels.available(), reason="needs the C++ kernels")
