@@ -19,7 +19,8 @@ from tqdm import tqdm
 
 from mobilemoe.display import number, show, table, with_spread
 from modeling_mobilemoe import kernels
-from modeling_mobilemoe.fused_mobilemoe import Int4Experts, Int4Format
+from modeling_mobilemoe.int4_mobilemoe import Int4Format
+from modeling_mobilemoe.packed_mobilemoe import Int4Experts
 
 
 DIM, EXPERT_DIM, NUM_EXPERTS, TOP_K = 768, 384, 60, 4

@@ -23,7 +23,7 @@ from tqdm import tqdm
 from mobilemoe.display import show, table, with_spread
 from mobilemoe.train.qat import prepare
 from modeling_mobilemoe import MobileMoEConfig, MobileMoEForCausalLM
-from modeling_mobilemoe.fused_mobilemoe import Int4Format
+from modeling_mobilemoe.int4_mobilemoe import Int4Format
 
 
 VARIANTS = {

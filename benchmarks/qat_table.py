@@ -27,7 +27,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 from mobilemoe.display import show, table
 from mobilemoe.train.qat import Int4FakeQuantizer, prepare
 from modeling_mobilemoe import dequantize, quantize
-from modeling_mobilemoe.fused_mobilemoe import Int4Format
+from modeling_mobilemoe.int4_mobilemoe import Int4Format
 
 
 AXES = ("output", "input")

@@ -14,7 +14,7 @@ from mobilemoe.export.relayout import Weight, relayout
 from mobilemoe.export.source import weights_of
 from mobilemoe.shapes import program_config
 from modeling_mobilemoe import MobileMoEConfig
-from modeling_mobilemoe.fused_mobilemoe import Int4Format
+from modeling_mobilemoe.int4_mobilemoe import Int4Format
 
 
 def grouped_by_input(weight: Weight) -> Weight:

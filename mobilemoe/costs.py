@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 
 from modeling_mobilemoe.configuration_mobilemoe import MobileMoEConfig
-from modeling_mobilemoe.fused_mobilemoe import Int4Format
+from modeling_mobilemoe.int4_mobilemoe import Int4Format
 from modeling_mobilemoe.kernels.modules import CACHE_BITS, CACHE_BLOCK, DEFAULT_CACHE, MoEFFN
 
 from .results import Benchmark, DeviceMeasurements, result_kind

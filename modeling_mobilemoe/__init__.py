@@ -2,13 +2,13 @@
 
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 
-from . import fused_mobilemoe, kernels
+from . import kernels, packed_mobilemoe
 from .configuration_mobilemoe import MobileMoEConfig
 from .modeling_mobilemoe import MobileMoEForCausalLM, MobileMoEModel
 from .quantization_mobilemoe import dequantize, quantize
 
 
-fused_mobilemoe.has_cpu_kernels = kernels.available
+packed_mobilemoe.has_cpu_kernels = kernels.available
 
 AutoConfig.register(MobileMoEConfig.model_type, MobileMoEConfig, exist_ok=True)
 AutoModel.register(MobileMoEConfig, MobileMoEModel, exist_ok=True)

@@ -38,7 +38,7 @@ from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
 from .checkpoint_mobilemoe import CheckpointMixin
 from .configuration_mobilemoe import MobileMoEConfig
-from .fused_mobilemoe import ExpandedExperts, FixedDtypeModule
+from .packed_mobilemoe import ExpandedExperts, FixedDtypeModule
 from .quantization_mobilemoe import prepare_packed, resize_packed_embedding
 
 

@@ -1,8 +1,8 @@
 """The released INT4 format `mobilemoe-int4-g32` as a quantization method of transformers.
 
 [`quantize`] packs a full-precision model and [`dequantize`] expands it again. [`MobileMoEInt4Quantizer`] lets
-`from_pretrained` and `save_pretrained` handle packed checkpoints. The number grid and the packed modules are in
-`fused_mobilemoe.py`.
+`from_pretrained` and `save_pretrained` handle packed checkpoints. The number grid is in `int4_mobilemoe.py`, the
+packed modules are in `packed_mobilemoe.py` and `fused_mobilemoe.py`.
 """
 
 import re
@@ -17,19 +17,9 @@ from transformers.quantizers.base import HfQuantizer
 from transformers.utils import logging
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from .fused_mobilemoe import (
-    Int4AttentionInputs,
-    Int4Embedding,
-    Int4Experts,
-    Int4FeedForward,
-    Int4Format,
-    Int4Head,
-    Int4Linear,
-    Int4Module,
-    dequantize_tensor,
-    pack_int4,
-    quantize_tensor,
-)
+from .fused_mobilemoe import Int4AttentionInputs, Int4FeedForward
+from .int4_mobilemoe import Int4Format, dequantize_tensor, pack_int4, quantize_tensor
+from .packed_mobilemoe import Int4Embedding, Int4Experts, Int4Head, Int4Linear, Int4Module
 
 
 logger = logging.get_logger(__name__)
@@ -230,6 +220,7 @@ def resize_packed_embedding(
     model.set_input_embeddings(new)
     _pack_head(model)
     model.config.vocab_size = model.vocab_size = new.num_embeddings
+    model.train(model.training)
     return new
 
 
@@ -298,6 +289,8 @@ def quantize(model: PreTrainedModel, int4_format: Int4Format | None = None) -> P
         model.set_submodule(name, twin)
     _pack_head(model)
     _fuse(model)
+    # New modules are in training mode, where the kernels do not run.
+    model.train(model.training)
     for name, tensor in model.state_dict().items():
         if name.endswith(BF16_SUFFIXES):
             tensor.copy_(tensor.bfloat16())
@@ -328,11 +321,14 @@ def dequantize(model: PreTrainedModel) -> PreTrainedModel:
     packed = {name: module for name, module in model.named_modules() if isinstance(module, Int4Module)}
     for name in tqdm(list(packed), desc="dequantise", unit="module"):
         module = packed.pop(name)
-        buffers = dict(module.named_buffers(recurse=False))
+        # A checkpoint's tensors, of a module in tiles too.
+        packed_tensors = module.state_dict()
         tensors = {
-            parameter_name: dequantize_tensor(buffers[weight_name], buffers[scale_name], dtype, module.group_dim)
+            parameter_name: dequantize_tensor(
+                packed_tensors[weight_name], packed_tensors[scale_name], dtype, module.group_dim
+            )
             for parameter_name, (weight_name, scale_name) in PACKED_NAMES.items()
-            if weight_name in buffers
+            if weight_name in packed_tensors
         }
         plain = skeleton.get_submodule(name)
         plain.load_state_dict(tensors, assign=True)
@@ -343,7 +339,7 @@ def dequantize(model: PreTrainedModel) -> PreTrainedModel:
         del model._tied_weights_keys
         model.tie_weights()
         model.all_tied_weights_keys = skeleton.all_tied_weights_keys
-    return model
+    return model.train(model.training)
 
 
 def register_int4_quantizer() -> None:

@@ -14,7 +14,7 @@ from trl import SFTConfig
 
 from mobilemoe.train.qat import FakeQuantizationStart, convert, preparation_table, prepare
 from mobilemoe.train.recipe import RecipeArguments, load_model, make_trainer, parse_arguments, refuse_fsdp, train
-from modeling_mobilemoe.fused_mobilemoe import Int4Format
+from modeling_mobilemoe.int4_mobilemoe import Int4Format
 from modeling_mobilemoe.quantization_mobilemoe import quantization_table
 
 

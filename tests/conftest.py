@@ -28,7 +28,7 @@ from mobilemoe.export.random_program import random_packed_model
 from mobilemoe.train.qat import convert, prepare
 from mobilemoe.train.recipe import CHAT_TEMPLATE
 from modeling_mobilemoe import MobileMoEConfig, MobileMoEForCausalLM, dequantize, quantize
-from modeling_mobilemoe.fused_mobilemoe import Int4Format
+from modeling_mobilemoe.int4_mobilemoe import Int4Format
 from modeling_mobilemoe.kernels import build_runner
 
 

@@ -20,7 +20,7 @@ from mobilemoe.display import show
 from mobilemoe.export import random_program as bench_programs
 from mobilemoe.results import Benchmark
 from modeling_mobilemoe import MobileMoEConfig
-from modeling_mobilemoe.fused_mobilemoe import Int4Module
+from modeling_mobilemoe.packed_mobilemoe import Int4Module
 
 
 RECIPES = Path(__file__).parents[1] / "recipes"

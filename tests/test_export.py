@@ -30,7 +30,7 @@ from mobilemoe.export.parity import rounded_as
 from mobilemoe.export.program import MOE_MODULES, ProgramOptions
 from mobilemoe.runtime import CheckpointModel, PteModel
 from modeling_mobilemoe import MobileMoEConfig, MobileMoEForCausalLM, quantize
-from modeling_mobilemoe.fused_mobilemoe import Int4Format
+from modeling_mobilemoe.int4_mobilemoe import Int4Format
 from modeling_mobilemoe.kernels import BuildError
 from modeling_mobilemoe.quantization_mobilemoe import INT4_BLOCK
 

@@ -12,7 +12,7 @@ from mobilemoe.export.program import (
     export_linear,
 )
 from modeling_mobilemoe import quantize
-from modeling_mobilemoe.fused_mobilemoe import Int4Format, unpack_int4
+from modeling_mobilemoe.int4_mobilemoe import Int4Format, unpack_int4
 
 
 pytest.importorskip("executorch.kernels.quantized", reason="executorch is not installed: make setup")

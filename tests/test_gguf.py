@@ -17,7 +17,7 @@ from mobilemoe.export.relayout import Weight, relayout
 from mobilemoe.export.source import Source, weights_of
 from mobilemoe.runtime import CheckpointModel
 from modeling_mobilemoe import MobileMoEConfig, MobileMoEForCausalLM
-from modeling_mobilemoe.fused_mobilemoe import quantize_tensor
+from modeling_mobilemoe.int4_mobilemoe import quantize_tensor
 
 
 gguf = pytest.importorskip("gguf", reason="needs gguf: pip install 'mobilemoe[gguf]'")

@@ -17,18 +17,12 @@ import torch
 from torch import nn
 from transformers import AutoModelForCausalLM
 
-from modeling_mobilemoe import MobileMoEConfig, fused_mobilemoe, kernels, quantize
-from modeling_mobilemoe.fused_mobilemoe import (
-    Int4Experts,
-    Int4Format,
-    Int4Linear,
-    Int4Module,
-    dequantize_tensor,
-    unpack_int4,
-)
+from modeling_mobilemoe import MobileMoEConfig, fused_mobilemoe, kernels, packed_mobilemoe, quantize
+from modeling_mobilemoe.int4_mobilemoe import Int4Format, dequantize_tensor, unpack_int4
 from modeling_mobilemoe.kernels import reference as reference_operators
 from modeling_mobilemoe.kernels.modules import DecoderLayer, MoEFFN, empty_cache
 from modeling_mobilemoe.modeling_mobilemoe import MobileMoERouter, apply_rotary_emb, rms_normalize
+from modeling_mobilemoe.packed_mobilemoe import Int4Experts, Int4Linear, Int4Module
 from modeling_mobilemoe.tiles_mobilemoe import (
     expert_tiles,
     expert_weights,
@@ -446,7 +440,7 @@ def test_packed_bf16_model_runs_on_the_kernels(int4_checkpoint: Path, input_ids:
         "mobilemoe::feed_forward": layers,
         "mobilemoe::int4_linear": layers + 1,
     }
-    monkeypatch.setattr(fused_mobilemoe, "has_cpu_kernels", bool)
+    monkeypatch.setattr(packed_mobilemoe, "has_cpu_kernels", bool)
     exact = model(input_ids).logits.float()
     similarity = torch.cosine_similarity(fast, exact, dim=-1)
     # In random weights a token whose fourth and fifth expert nearly tie may take the other one.

@@ -8,7 +8,7 @@ import torch
 
 from mobilemoe.export.packing import expand_rows, operator_rows, pack_experts, pack_universal
 from modeling_mobilemoe import quantize
-from modeling_mobilemoe.fused_mobilemoe import Int4Format, dequantize_tensor, unpack_int4
+from modeling_mobilemoe.int4_mobilemoe import Int4Format, dequantize_tensor, unpack_int4
 
 
 def unpack_universal(blob: np.ndarray, rows: int, columns: int, group_size: int, num_bits: int):

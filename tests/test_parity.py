@@ -20,7 +20,7 @@ from mobilemoe.export.parity import (
 from mobilemoe.export.program import ExportModel, ProgramOptions, QuantizedMoEFFN
 from mobilemoe.runtime import LanguageModel
 from modeling_mobilemoe import kernels, quantize
-from modeling_mobilemoe.fused_mobilemoe import dequantize_tensor
+from modeling_mobilemoe.int4_mobilemoe import dequantize_tensor
 from modeling_mobilemoe.kernels.modules import MoEFFN
 from modeling_mobilemoe.tiles_mobilemoe import linear_tiles, linear_weights
 

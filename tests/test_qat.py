@@ -29,7 +29,7 @@ from mobilemoe.train.qat import (
 from mobilemoe.train.recipe import load_model
 from mobilemoe.train.routing import set_capacity_factor
 from modeling_mobilemoe import MobileMoEConfig, MobileMoEForCausalLM, dequantize, quantize
-from modeling_mobilemoe.fused_mobilemoe import Int4Format, dequantize_tensor, pack_int4, quantize_tensor
+from modeling_mobilemoe.int4_mobilemoe import Int4Format, dequantize_tensor, pack_int4, quantize_tensor
 
 
 AXES = ["output", "input"]

@@ -18,22 +18,14 @@ from modeling_mobilemoe import (
     MobileMoEForCausalLM,
     MobileMoEModel,
     dequantize,
-    fused_mobilemoe,
+    kernels,
+    packed_mobilemoe,
     quantize,
 )
-from modeling_mobilemoe.fused_mobilemoe import (
-    Int4AttentionInputs,
-    Int4Embedding,
-    Int4Experts,
-    Int4FeedForward,
-    Int4Format,
-    Int4Linear,
-    dequantize_tensor,
-    pack_int4,
-    quantize_tensor,
-    unpack_int4,
-)
+from modeling_mobilemoe.fused_mobilemoe import Int4AttentionInputs, Int4FeedForward
+from modeling_mobilemoe.int4_mobilemoe import Int4Format, dequantize_tensor, pack_int4, quantize_tensor, unpack_int4
 from modeling_mobilemoe.modeling_mobilemoe import MobileMoEFeedForward
+from modeling_mobilemoe.packed_mobilemoe import Int4Embedding, Int4Experts, Int4Linear, Int4Module
 from modeling_mobilemoe.quantization_mobilemoe import MobileMoEInt4Config
 
 
@@ -187,7 +179,7 @@ def once_rounded(packed: torch.Tensor, scale: torch.Tensor, dtype: torch.dtype) 
 @torch.no_grad()
 def test_packed_modules_use_weights_that_were_rounded_once(int4_checkpoint: Path, dtype: torch.dtype, monkeypatch):
     # In BF16 the C++ kernels would round activations too (test_kernels.py).
-    monkeypatch.setattr(fused_mobilemoe, "has_cpu_kernels", bool)
+    monkeypatch.setattr(packed_mobilemoe, "has_cpu_kernels", bool)
     model = AutoModelForCausalLM.from_pretrained(int4_checkpoint, dtype=dtype)
     embedding, linear = model.model.embed_tokens, model.model.layers[1].self_attn.k_proj
     assert (type(embedding), type(linear)) == (Int4Embedding, Int4Linear)
@@ -288,7 +280,7 @@ def test_fused_modules_come_and_go_with_the_packed_weights(tiny_model: MobileMoE
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @torch.no_grad()
 def test_modules_one_by_one_compute_the_plain_block(int4_checkpoint: Path, dtype: torch.dtype, monkeypatch):
-    monkeypatch.setattr(fused_mobilemoe, "has_cpu_kernels", bool)
+    monkeypatch.setattr(packed_mobilemoe, "has_cpu_kernels", bool)
     model = AutoModelForCausalLM.from_pretrained(int4_checkpoint, dtype=dtype)
     packed, plain = model.model.layers[0].feed_forward, MobileMoEFeedForward(model.config)
     plain.router, plain.experts, plain.shared_expert = packed.router, packed.experts, packed.shared_expert
@@ -444,6 +436,24 @@ def test_packed_model_in_bf16_says_so(int4_checkpoint: Path, tmp_path: Path):
     assert model.dtype == torch.bfloat16
     model.save_pretrained(tmp_path)
     assert AutoModelForCausalLM.from_pretrained(tmp_path).model.norm.weight.dtype == torch.bfloat16
+
+
+@pytest.mark.skipif(not kernels.available(), reason="needs the C++ kernels")
+@torch.no_grad()
+def test_a_model_quantized_in_memory_runs_the_kernels_and_expands_again(
+    tiny_model: MobileMoEForCausalLM, input_ids: torch.Tensor
+):
+    model = quantize(tiny_model.bfloat16())
+    packed = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    model(input_ids)
+    modules = [module for module in model.modules() if isinstance(module, Int4Module)]
+    assert not model.training and all(module.is_tiled for module in modules)
+    expanded = dequantize(model).state_dict()
+    linears = [name.removesuffix("qweight") for name in packed if name.endswith(".qweight")]
+    assert len(linears) > 10
+    for name in linears:
+        weight = dequantize_tensor(packed[f"{name}qweight"], packed[f"{name}weight_scale"], torch.bfloat16)
+        assert torch.equal(expanded[f"{name}weight"], weight)
 
 
 def test_dequantizing_a_bf16_model_gives_bf16_weights(int4_checkpoint: Path):

@@ -19,7 +19,7 @@ from mobilemoe.export.mlx import export_mlx
 from mobilemoe.export.relayout import Weight, relayout, restore
 from mobilemoe.export.source import Shards, Source, plan, weights_of
 from modeling_mobilemoe import quantize
-from modeling_mobilemoe.fused_mobilemoe import Int4Format
+from modeling_mobilemoe.int4_mobilemoe import Int4Format
 
 
 needs_gguf = pytest.mark.skipif(find_spec("gguf") is None, reason="needs gguf: pip install 'mobilemoe[gguf]'")

@@ -14,7 +14,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, ContinuousBatchingCon
 
 from mobilemoe.train.lora import add_lora
 from modeling_mobilemoe import MobileMoEForCausalLM, kernels
-from modeling_mobilemoe.fused_mobilemoe import Int4Embedding
+from modeling_mobilemoe.packed_mobilemoe import Int4Embedding
 
 
 NEW_TOKENS = 12

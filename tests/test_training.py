@@ -28,7 +28,7 @@ from mobilemoe.train.recipe import (
     parse_arguments,
     set_up_routing,
 )
-from modeling_mobilemoe.fused_mobilemoe import Int4Format
+from modeling_mobilemoe.int4_mobilemoe import Int4Format
 
 
 ROOT = Path(__file__).parents[1]

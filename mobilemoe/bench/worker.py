@@ -21,9 +21,9 @@ from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache, Pretrai
 
 from modeling_mobilemoe import kernels
 from modeling_mobilemoe.configuration_mobilemoe import MobileMoEConfig
-from modeling_mobilemoe.fused_mobilemoe import Int4Experts
 from modeling_mobilemoe.kernels.modules import CACHE_BITS
 from modeling_mobilemoe.modeling_mobilemoe import MobileMoEExperts
+from modeling_mobilemoe.packed_mobilemoe import Int4Experts
 
 from ..artifacts import PROGRAM_FILE, is_pte, is_shape, read_export
 from ..costs import weight_bytes_read

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 
 from modeling_mobilemoe.configuration_mobilemoe import MobileMoEConfig
-from modeling_mobilemoe.fused_mobilemoe import Int4Format, quantize_tensor
+from modeling_mobilemoe.int4_mobilemoe import Int4Format, quantize_tensor
 from modeling_mobilemoe.modeling_mobilemoe import compute_rope, default_inv_freq
 
 from ..artifacts import LogitAgreement

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import torch
 
-from modeling_mobilemoe.fused_mobilemoe import Int4Format, pack_int4
+from modeling_mobilemoe.int4_mobilemoe import Int4Format, pack_int4
 
 from ..artifacts import LogitAgreement
 from .relayout import Weight

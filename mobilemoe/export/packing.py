@@ -3,7 +3,8 @@
 import torch
 from torch import nn
 
-from modeling_mobilemoe.fused_mobilemoe import Int4Experts, Int4Format, dequantize_tensor, unpack_int4
+from modeling_mobilemoe.int4_mobilemoe import Int4Format, dequantize_tensor, unpack_int4
+from modeling_mobilemoe.packed_mobilemoe import Int4Experts
 
 
 # torchao's "universal" packed layout, which llama::quantized_moe_ffn reads: panels of 8 rows, chunks of 16 columns

@@ -13,9 +13,9 @@ import torch
 from torch import nn
 from transformers import Cache, DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
 
-from modeling_mobilemoe.fused_mobilemoe import Int4Embedding, Int4Experts, Int4Head, Int4Linear
 from modeling_mobilemoe.kernels import reference
 from modeling_mobilemoe.modeling_mobilemoe import MobileMoEAttention, MobileMoEMLP, MobileMoERMSNorm, MobileMoERouter
+from modeling_mobilemoe.packed_mobilemoe import Int4Embedding, Int4Experts, Int4Head, Int4Linear
 
 from ..artifacts import LogitAgreement, Parity
 from ..runtime import PteModel

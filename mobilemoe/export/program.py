@@ -12,7 +12,7 @@ import torch
 from torch import nn
 from tqdm.auto import tqdm
 
-from modeling_mobilemoe.fused_mobilemoe import Int4Embedding, Int4Format, Int4Linear, unpack_int4
+from modeling_mobilemoe.int4_mobilemoe import Int4Format, unpack_int4
 from modeling_mobilemoe.kernels.modules import (
     FEW_TOKENS,
     DecoderLayer,
@@ -28,6 +28,7 @@ from modeling_mobilemoe.modeling_mobilemoe import (
     compute_rope,
     rms_normalize,
 )
+from modeling_mobilemoe.packed_mobilemoe import Int4Embedding, Int4Linear
 
 from .packing import pack_experts
 

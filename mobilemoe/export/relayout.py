@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 import torch
 
 from modeling_mobilemoe.configuration_mobilemoe import MobileMoEConfig
-from modeling_mobilemoe.fused_mobilemoe import Int4Format
+from modeling_mobilemoe.int4_mobilemoe import Int4Format
 
 
 # Within a layer, ours and theirs; attention, the norms, the embedding keep their names.

@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 from modeling_mobilemoe.checkpoint_mobilemoe import EXPERT_SUFFIX, check_checkpoint, check_index, replace_when_complete
 from modeling_mobilemoe.configuration_mobilemoe import MobileMoEConfig
-from modeling_mobilemoe.fused_mobilemoe import unpack_int4
+from modeling_mobilemoe.int4_mobilemoe import unpack_int4
 from modeling_mobilemoe.quantization_mobilemoe import (
     PACKED_NAMES,
     MobileMoEInt4Config,

@@ -26,8 +26,8 @@ from transformers import PreTrainedModel
 from transformers.utils import logging
 
 from modeling_mobilemoe.configuration_mobilemoe import MobileMoEConfig
-from modeling_mobilemoe.fused_mobilemoe import Int4Experts
 from modeling_mobilemoe.modeling_mobilemoe import MobileMoEExperts
+from modeling_mobilemoe.packed_mobilemoe import Int4Experts
 
 
 logger = logging.get_logger(__name__)

@@ -25,7 +25,7 @@ from torchao.quantization.qat import (
 from transformers import PreTrainedModel, TrainerCallback
 from transformers.utils import logging
 
-from modeling_mobilemoe.fused_mobilemoe import Int4Format
+from modeling_mobilemoe.int4_mobilemoe import Int4Format
 from modeling_mobilemoe.modeling_mobilemoe import (
     MobileMoEExperts,
     MobileMoEPreTrainedModel,

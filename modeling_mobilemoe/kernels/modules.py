@@ -8,7 +8,7 @@ registers them in this process, `EXECUTORCH_JNI_CUSTOM_LIBRARY` in an app (READM
 import torch
 from torch import nn
 
-from ..fused_mobilemoe import Int4Experts
+from ..packed_mobilemoe import Int4Experts
 from ..tiles_mobilemoe import expert_tiles, gate_up_tiles, linear_tiles
 
 

@@ -11,7 +11,7 @@ import math
 import torch
 from torch import nn
 
-from ..fused_mobilemoe import Int4Format, dequantize_tensor, unpack_int4
+from ..int4_mobilemoe import Int4Format, dequantize_tensor, unpack_int4
 
 
 # As in src/isa.h and src/vectors.h.
