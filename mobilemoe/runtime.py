@@ -282,7 +282,7 @@ class PteModel(LanguageModel):
             self.tokenizer = cast(PreTrainedTokenizerBase, AutoTokenizer.from_pretrained(path))
 
     def _execute(self, tokens: list[int], start: int) -> torch.Tensor:
-        # The runtime copies what it returns by PyTorch, whose threads would spin for milliseconds beside the program's.
+        # The runtime copies what it returns by PyTorch, whose threads would then spin beside the program's.
         num_threads = torch.get_num_threads()
         torch.set_num_threads(1)
         try:
