@@ -129,11 +129,14 @@ class MobileMoEConfig(PreTrainedConfig):
             "norm_topk_prob": True,
             "no_rope_layers": [1] * self.num_hidden_layers,
             "layer_types": ["full_attention"] * self.num_hidden_layers,
-            "quantization": None,
         }.items():
             found = kwargs.pop(name, None)
             if found is not None and found != value:
                 raise ValueError(f"{name}={found!r} is not implemented for MobileMoE. Set it to {value!r}.")
+        if kwargs.pop("quantization", None) is not None:
+            raise ValueError(
+                "`quantization` is set: packed INT4 is not implemented. Load a full-precision checkpoint."
+            )
         if self.rope_parameters is None and kwargs.get("rope_scaling") is None:
             self.rope_parameters = {
                 "rope_type": "llama3",
