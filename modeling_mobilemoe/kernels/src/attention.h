@@ -102,25 +102,12 @@ inline void add_integer_values(const AttentionRow* rows, const float (*probabili
   for (int r = 0; r < kRows; ++r) {
     num_keys = rows[r].num_keys > num_keys ? rows[r].num_keys : num_keys;
     alignas(64) float weights[kKeys];
-    u32 largest = {};
     for (int j = 0; j < kKeys; j += kLanes) {
       store(weights + j, load<f32>(probabilities[r] + j) * load<f32>(block.value_steps + j));
     }
     // Whatever the steps of keys are that the row does not see.
     for (int j = rows[r].num_keys; j < kKeys; ++j) weights[j] = 0.0f;
-    for (int j = 0; j < kKeys; j += kLanes) {
-      const u32 magnitude = (u32)load<f32>(weights + j) & 0x7FFFFFFFu;
-      largest = magnitude > largest ? magnitude : largest;
-    }
-    uint32_t lanes[kLanes], bits = 0;
-    store(lanes, largest);
-    for (const uint32_t lane : lanes) bits = lane > bits ? lane : bits;
-    const Rounding rounding(bits);
-    step[r] = rounding.step;
-    for (int j = 0; j < kKeys; j += 16) {
-      const u32x16 rounded = (u32x16)(load<f32x16>(weights + j) * rounding.inverse + kRound);
-      store(integers[r] + j, __builtin_convertvector(rounded, u8x16));
-    }
+    step[r] = round_to_int8(weights, kKeys, integers[r]).step;
   }
   for (int64_t first = 0; first < head_dim; first += kChannels) {
     const int count = static_cast<int>(head_dim - first < kChannels ? head_dim - first : kChannels);
@@ -196,20 +183,7 @@ inline void merge_row(const AttentionRow& part, AttentionRow* whole, int64_t hea
 }
 
 // x [dim] -> INT8 of -127 to 127. Returns the step, NaN where x is not finite.
-inline float quantize_head(const float* x, int64_t dim, int8_t* out) {
-  uint32_t bits = 0;
-  for (int64_t d = 0; d < dim; ++d) {
-    uint32_t magnitude;
-    std::memcpy(&magnitude, x + d, sizeof(magnitude));
-    magnitude &= 0x7FFFFFFFu;
-    bits = magnitude > bits ? magnitude : bits;
-  }
-  const Rounding rounding(bits);
-  for (int64_t d = 0; d < dim; d += 16) {
-    store(out + d, __builtin_convertvector((u32x16)(load<f32x16>(x + d) * rounding.inverse + kRound), u8x16));
-  }
-  return rounding.step;
-}
+inline float quantize_head(const float* x, int64_t dim, int8_t* out) { return round_to_int8(x, dim, out).step; }
 
 }  // namespace
 }  // namespace mobilemoe

@@ -32,6 +32,7 @@ constexpr int kColumnBytes = 64;  // 4 inputs of a tile
 constexpr int kInputBytes = 18;   // of a tile for each input, with its share of the scales
 // Integers are stored plus 8, because x86 multiplies unsigned by signed bytes; `offset` takes it back.
 constexpr int kBias = 8;
+constexpr int kDraftTokens = 8;  // up to so many tokens, a draft to verify, a layer is one region
 constexpr int kTileTokens = 12;  // that a tile is multiplied with at a time
 constexpr int kSums = 4;         // FP32 sums of a linear's output
 

@@ -4,6 +4,21 @@
 namespace mobilemoe {
 namespace {
 
+inline void from_halves(const uint16_t* halves, int count, float* out) {
+  for (int i = 0; i < count; ++i) out[i] = half_to_float(halves[i]);
+}
+
+void quantize(const float* const* x, int num_tokens, const uint16_t* scales, int num_inputs, TileInputs* inputs) {
+  float factors[kBlock], scaled[kBlock];
+  from_halves(scales, num_inputs, factors);
+  for (int t = 0; t < num_tokens; ++t) {
+    for (int k = 0; k < num_inputs; ++k) scaled[k] = x[t][k] * factors[k];
+    const Rounded rounded = round_to_int8(scaled, num_inputs, inputs[t].cells);
+    inputs[t].step = rounded.step;
+    inputs[t].offset = rounded.offset;
+  }
+}
+
 // The integer of an output and an input of a tile, plus 8.
 int integer(const uint8_t* tile, int n, int k) {
   const uint8_t byte = tile[k / kCellBytes * kColumnBytes + n % 16 * kCellBytes + k % kCellBytes];

@@ -13,8 +13,6 @@
 namespace mobilemoe {
 namespace {
 
-constexpr int64_t kFewLayerTokens = kFewQueries;
-
 mobilemoe_moe_ffn_args experts_of(const mobilemoe_layer_args& args, int64_t num_tokens, const float* x, float* out) {
   mobilemoe_moe_ffn_args experts = args.experts;
   experts.num_tokens = num_tokens;
@@ -307,7 +305,7 @@ int check(const mobilemoe_layer_args* args, int64_t num_threads) {
 int mobilemoe_decoder_layer(const mobilemoe_layer_args* args, int64_t num_threads) {
   using namespace mobilemoe;
   if (const int status = check(args, num_threads)) return status;
-  if (args->num_tokens <= kFewLayerTokens) return args->num_tokens > 0 ? run_few(*args, num_threads) : MOBILEMOE_OK;
+  if (args->num_tokens <= kDraftTokens) return args->num_tokens > 0 ? run_few(*args, num_threads) : MOBILEMOE_OK;
   // Some tokens at a time, which bounds what the operators hand to each other; later ones see earlier ones in the
   // cache.
   const int64_t num_passes = ceil_div(args->num_tokens, kPassTokens);

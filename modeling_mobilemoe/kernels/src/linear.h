@@ -12,8 +12,8 @@ namespace mobilemoe {
 
 constexpr int64_t kFewTokens = 3;
 constexpr int64_t kPassTokens = 1024;
-// Up to so many tokens, a draft to verify, weights come from memory, in one stream for up to kStreamTokens.
-constexpr int64_t kDraftTokens = 8, kStreamTokens = 4;
+// Weights of a draft come from memory, in one stream for up to so many of its tokens.
+constexpr int64_t kStreamTokens = 4;
 // Bytes of weights in a unit, at least: a microsecond, little to lose when a thread is stopped.
 constexpr int64_t kUnitBytes = 8 * 1024;
 

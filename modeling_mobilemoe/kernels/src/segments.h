@@ -11,7 +11,6 @@
 
 namespace mobilemoe {
 
-constexpr int64_t kFewQueries = 8;
 constexpr int64_t kQueriesPerUnit = 32;
 constexpr int64_t kSegmentBlocks = 4, kSegment = kSegmentBlocks * kKeys;
 
@@ -64,7 +63,7 @@ struct Attention {
     partials = layout.take<char>(is_few() ? partial_bytes * num_segments * a.cache.num_kv_heads : 0);
   }
 
-  bool is_few() const { return args.num_tokens <= kFewQueries; }
+  bool is_few() const { return args.num_tokens <= kDraftTokens; }
 
   Worker worker(int64_t index) const {
     Layout layout(workers + index * worker_bytes);

@@ -59,10 +59,6 @@ inline float half_to_float(uint16_t half) {
   return sign ? -value : value;
 }
 
-inline void from_halves(const uint16_t* halves, int count, float* out) {
-  for (int i = 0; i < count; ++i) out[i] = half_to_float(halves[i]);
-}
-
 // Within about 1 ulp (the polynomial is Cephes' expf); NaN stays NaN, the ends saturate at e^-87 and e^88.
 template <typename Integers, typename V>
 inline V exponential(V x) {
@@ -149,37 +145,32 @@ struct Rounding {
   }
 };
 
-// Compared as integers, where NaN is larger than infinity and thus never lost.
-inline uint32_t largest_lane(u32x16 v) {
-  uint32_t lanes[16], bits = 0;
-  store(lanes, v);
-  for (const uint32_t lane : lanes) bits = lane > bits ? lane : bits;
-  return bits;
-}
+struct Rounded {
+  float step;
+  int32_t offset;  // -8 times the sum of the integers
+};
 
-[[maybe_unused]] inline void quantize(const float* const* x, int num_tokens, const uint16_t* scales, int num_inputs,
-                                      TileInputs* inputs) {
-  float factors[kBlock];
-  from_halves(scales, num_inputs, factors);
-  for (int t = 0; t < num_tokens; ++t) {
-    u32x16 largest = {}, sums = {};
-    for (int k = 0; k < num_inputs; k += 16) {
-      const u32x16 magnitude = (u32x16)(load<f32x16>(x[t] + k) * load<f32x16>(factors + k)) & 0x7FFFFFFFu;
-      largest = magnitude > largest ? magnitude : largest;
-    }
-    const Rounding rounding(largest_lane(largest));
-    for (int k = 0; k < num_inputs; k += 16) {
-      const f32x16 scaled = load<f32x16>(x[t] + k) * load<f32x16>(factors + k);
-      const u32x16 rounded = (u32x16)(scaled * rounding.inverse + kRound);
-      sums += rounded;
-      store(inputs[t].cells + k, __builtin_convertvector(rounded, u8x16));
-    }
-    uint32_t lanes[16], sum = 0;
-    store(lanes, sums);
-    for (const uint32_t lane : lanes) sum += lane;
-    inputs[t].step = rounding.step;
-    inputs[t].offset = -kBias * static_cast<int32_t>(sum - static_cast<uint32_t>(num_inputs) * kRoundBits);
+// x [count] -> INT8 of -127 to 127; count is a multiple of 16.
+inline Rounded round_to_int8(const float* x, int64_t count, int8_t* out) {
+  // Compared as integers, where NaN is larger than infinity and thus never lost.
+  u32 largest = {};
+  for (int64_t i = 0; i < count; i += kLanes) {
+    const u32 magnitude = (u32)load<f32>(x + i) & 0x7FFFFFFFu;
+    largest = magnitude > largest ? magnitude : largest;
   }
+  uint32_t bits = 0, lanes[16], sum = 0;
+  store(lanes, largest);
+  for (int i = 0; i < kLanes; ++i) bits = lanes[i] > bits ? lanes[i] : bits;
+  const Rounding rounding(bits);
+  u32x16 sums = {};
+  for (int64_t i = 0; i < count; i += 16) {
+    const u32x16 rounded = (u32x16)(load<f32x16>(x + i) * rounding.inverse + kRound);
+    sums += rounded;
+    store(out + i, __builtin_convertvector(rounded, u8x16));
+  }
+  store(lanes, sums);
+  for (const uint32_t lane : lanes) sum += lane;
+  return {rounding.step, -kBias * static_cast<int32_t>(sum - static_cast<uint32_t>(count) * kRoundBits)};
 }
 
 inline float sum_lanes(const float* source) {
@@ -255,18 +246,9 @@ inline void expand_row(const uint8_t* tiles, int row, int64_t num_groups, float*
 
 inline void quantize_inputs(const float* x, int num_groups, const LinearInputs& inputs) {
   for (int g = 0; g < num_groups; ++g) {
-    const f32x16 first = load<f32x16>(x + g * kGroup), second = load<f32x16>(x + g * kGroup + 16);
-    const u32x16 magnitude = (u32x16)first & 0x7FFFFFFFu, other = (u32x16)second & 0x7FFFFFFFu;
-    const Rounding rounding(largest_lane(magnitude > other ? magnitude : other));
-    const u32x16 low = (u32x16)(first * rounding.inverse + kRound),
-                 high = (u32x16)(second * rounding.inverse + kRound);
-    store(inputs.integers + g * kGroup, __builtin_convertvector(low, u8x16));
-    store(inputs.integers + g * kGroup + 16, __builtin_convertvector(high, u8x16));
-    uint32_t lanes[16], sum = 0;
-    store(lanes, low + high);
-    for (const uint32_t lane : lanes) sum += lane;
-    inputs.step[g] = rounding.step;
-    inputs.offset[g] = -kBias * static_cast<int32_t>(sum - kGroup * kRoundBits);
+    const Rounded rounded = round_to_int8(x + g * kGroup, kGroup, inputs.integers + g * kGroup);
+    inputs.step[g] = rounded.step;
+    inputs.offset[g] = rounded.offset;
   }
 }
 
