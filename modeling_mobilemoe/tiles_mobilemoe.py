@@ -10,12 +10,24 @@ follow: one for each output in a linear, whose tiles have 32 inputs; one for eac
 import torch
 from torch import nn
 
+from .int4_mobilemoe import Int4Format, pack_int4, unpack_int4
 
-GROUP = 32  # weights that share a scale
+
+GROUP = Int4Format.group_size
 HALF = GROUP // 2
 CELL = 4
 BLOCK = 128  # inputs of an expert's tile
 INPUT_BYTES = 18
+
+
+def _stored(qweight: torch.Tensor) -> torch.Tensor:
+    """Packed integers `(..., n / 2)` to values of 0 to 15 `(..., n)`."""
+    return (unpack_int4(qweight) - Int4Format.qmin).view(torch.uint8)
+
+
+def _packed(stored: torch.Tensor) -> torch.Tensor:
+    """Inverse of [`_stored`]."""
+    return pack_int4(stored.view(torch.int8) + Int4Format.qmin)
 
 
 def _columns(nibbles: torch.Tensor) -> torch.Tensor:
@@ -44,9 +56,7 @@ def linear_tiles(qweight: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
         uint8 of shape `(ceil(N / 32), K / 32, 576)`; outputs beyond N are zero.
     """
     padding = (0, 0, 0, -len(qweight) % GROUP)
-    # Two's complement plus 8 is its top bit flipped.
-    stored = nn.functional.pad(qweight, padding) ^ 0x88
-    nibbles = torch.stack((stored & 15, stored >> 4), dim=-1).flatten(-2)
+    nibbles = _stored(nn.functional.pad(qweight, padding))
     nibbles = (
         nibbles.unflatten(0, (-1, GROUP)).unflatten(2, (-1, GROUP)).permute(0, 2, 3, 1)
     )  # (N / 32, K / 32, 32, 32)
@@ -58,9 +68,8 @@ def linear_weights(tiles: torch.Tensor, out_features: int) -> tuple[torch.Tensor
     """Inverse of [`linear_tiles`]: integers `(N, K / 2)` and scales `(N, K / 32)` of the checkpoint."""
     columns, scales = tiles.split([GROUP * HALF, GROUP * 2], dim=-1)
     nibbles = _nibbles(columns).permute(0, 3, 1, 2).flatten(2).flatten(0, 1)[:out_features]  # (N, K)
-    qweight = (nibbles[:, 0::2] | nibbles[:, 1::2] << 4) ^ 0x88
     scale = scales.contiguous().view(torch.float16).transpose(1, 2).flatten(0, 1)[:out_features]
-    return qweight.contiguous(), scale.contiguous()
+    return _packed(nibbles), scale.contiguous()
 
 
 def expert_tiles(qweight: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
@@ -74,9 +83,7 @@ def expert_tiles(qweight: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
     """
     tiles = []
     for integers, scales in zip(qweight.split(BLOCK, dim=1), scale.split(BLOCK, dim=1), strict=True):
-        stored = integers ^ 0x88
-        nibbles = torch.stack((stored & 15, stored >> 4), dim=-1).flatten(-2)
-        nibbles = nibbles.unflatten(-1, (-1, GROUP)).transpose(1, 2)  # (E, N / 32, up to 128, 32)
+        nibbles = _stored(integers).unflatten(-1, (-1, GROUP)).transpose(1, 2)  # (E, N / 32, up to 128, 32)
         tiles += [_columns(nibbles), _bytes(scales.transpose(1, 2))]
     return torch.cat(tiles, dim=-1)
 
@@ -88,7 +95,7 @@ def expert_weights(tiles: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         num_inputs = tile.shape[-1] // INPUT_BYTES
         columns, scales = tile.split([num_inputs * HALF, num_inputs * 2], dim=-1)
         nibbles = _nibbles(columns).transpose(1, 2).flatten(2)  # (E, up to 128, N)
-        qweight.append((nibbles[..., 0::2] | nibbles[..., 1::2] << 4) ^ 0x88)
+        qweight.append(_packed(nibbles))
         scale.append(scales.contiguous().view(torch.float16).transpose(1, 2))
     return torch.cat(qweight, dim=1), torch.cat(scale, dim=1)
 
