@@ -3,7 +3,7 @@
 import math
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from functools import cached_property
 from itertools import zip_longest
 from pathlib import Path
@@ -25,7 +25,14 @@ MAX_DRAFT_TOKENS = FEW_TOKENS - 1
 
 
 class LanguageModel(ABC):
-    """Common interface of a `.pte` and a checkpoint: one sequence with a key-value cache, and its tokenizer."""
+    """
+    Common interface of a `.pte` and a checkpoint: one sequence with a key-value cache, and its tokenizer.
+
+    `generate` and `sequence_logits` run only the tokens that the cache does not hold from earlier calls. Where
+    `is_exact`, the logits are those of a run from the first position, bit for bit. Elsewhere they differ by rounding,
+    as much as between a prompt in one call and token by token, and the model may choose another of nearly tied tokens;
+    `reset` makes the next call run everything.
+    """
 
     tokenizer: PreTrainedTokenizerBase
     max_seq_len: int
@@ -39,6 +46,15 @@ class LanguageModel(ABC):
     def _times(self) -> VerificationTimes:
         return VerificationTimes(self.max_draft_tokens)
 
+    @cached_property
+    def _cached(self) -> list[int]:
+        """The tokens whose keys and values are in the cache."""
+        return []
+
+    def reset(self) -> None:
+        """Forgets the sequence: the next one runs from its first position."""
+        self._cached = []
+
     def forward(self, tokens: list[int], start: int) -> torch.Tensor:
         """
         Runs tokens at positions `start`, `start + 1`, ... and returns the FP32 logits of the last one, `(vocab,)`.
@@ -46,7 +62,8 @@ class LanguageModel(ABC):
         A call with `start=0` begins a new sequence.
 
         Raises:
-            ValueError: when `tokens` is empty, or a position is outside the context.
+            ValueError: when `tokens` is empty, `start` is not reached by earlier calls, or a position is outside the
+                context.
         """
         return self.last_logits(tokens, start, 1)[0]
 
@@ -61,11 +78,35 @@ class LanguageModel(ABC):
             ValueError: as `forward`.
         """
         self.check_positions(tokens, start)
-        return self._forward(tokens, start, num_positions)
+        # A call that fails or is interrupted may leave anything in the cache.
+        cached, self._cached = self._cached, []
+        logits = self._forward(tokens, start, num_positions)
+        del cached[start:]
+        cached.extend(tokens)
+        self._cached = cached
+        return logits
+
+    def sequence_logits(self, tokens: list[int], num_positions: int = 1) -> torch.Tensor:
+        """
+        FP32 logits of the last positions of a sequence. Runs what follows the longest prefix that the cache holds.
+
+        Returns:
+            `torch.Tensor` of shape `(num_positions, vocab)`.
+
+        Raises:
+            ValueError: when `tokens` is empty, or longer than the context.
+        """
+        # Of the wanted positions, all run.
+        start = max(0, min(common_length(tokens, self._cached), len(tokens) - num_positions))
+        return self.last_logits(tokens[start:], start, num_positions)
 
     def check_positions(self, tokens: list[int], start: int) -> None:
         if not tokens:
             raise ValueError("There are no tokens to run. Give at least one.")
+        if start > len(self._cached):
+            raise ValueError(
+                f"Position {start} cannot be run: the cache holds {len(self._cached)} tokens. Run those before first."
+            )
         if start < 0 or start + len(tokens) > self.max_seq_len:
             raise ValueError(
                 f"Positions {start} to {start + len(tokens) - 1} exceed the context of {self.max_seq_len} tokens. "
@@ -91,6 +132,8 @@ class LanguageModel(ABC):
         """
         Yields new token ids until an end-of-sequence token, `max_new_tokens` or the end of the context.
 
+        Tokens of the prompt that the cache holds do not run again, as in the next turn of a conversation.
+
         Args:
             tokens (`list[int]`): the prompt.
             max_new_tokens (`int`): the maximum number of new tokens.
@@ -102,8 +145,8 @@ class LanguageModel(ABC):
                 model may choose another of nearly tied tokens.
 
         Raises:
-            ValueError: for a negative temperature, a `top_p` outside (0, 1], or `prompt_lookup` of a program that
-                returns the logits of one position only.
+            ValueError: for an empty prompt or one longer than the context, a negative temperature, a `top_p` outside
+                (0, 1], or `prompt_lookup` of a program that returns the logits of one position only.
         """
         if not temperature >= 0 or not 0 < top_p <= 1:
             raise ValueError(
@@ -129,7 +172,7 @@ class LanguageModel(ABC):
             )
         longest = self.max_draft_tokens if prompt_lookup else 0
         text, draft = PromptLookup(tokens, self._times), []
-        rows = self.last_logits(tokens, 0, 1)
+        rows = self.sequence_logits(tokens)
         remaining = max_new_tokens
         while remaining > 0:
             # What follows a token that differs from the draft's was computed for a text that the model did not choose.
@@ -148,7 +191,7 @@ class LanguageModel(ABC):
                 return
             draft = text.draft(min(longest, remaining - 1, room))
             started = time.perf_counter()
-            rows = self.last_logits([token, *draft], len(text.tokens) - 1, len(draft) + 1)
+            rows = self.sequence_logits([*text.tokens, *draft], len(draft) + 1)
             self._times.record(len(draft), time.perf_counter() - started)
 
     def encode(self, prompt: str, chat: bool = False) -> list[int]:
@@ -322,6 +365,15 @@ def load_kernels() -> None:
             f"The program needs operators of this package, which are compiled on first use: {error} "
             "Alternatively, export again with --moe-op llama."
         ) from error
+
+
+def common_length(one: Sequence[int], other: Sequence[int]) -> int:
+    """Length of the common prefix of two lists, or of two tuples."""
+    length = min(len(one), len(other))
+    # The usual case, in C.
+    if one[:length] == other[:length]:
+        return length
+    return next(i for i, (left, right) in enumerate(zip(one, other, strict=False)) if left != right)
 
 
 def check_operators(needed: list[str], available: set[str]) -> None:

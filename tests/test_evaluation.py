@@ -40,7 +40,7 @@ from mobilemoe.eval.models import CheckpointLM, PteLM
 from mobilemoe.eval.report import mean_score
 from mobilemoe.eval.run import group_file
 from mobilemoe.results import Score
-from mobilemoe.runtime import CheckpointModel
+from mobilemoe.runtime import CheckpointModel, LanguageModel
 from modeling_mobilemoe import quantize
 
 
@@ -246,8 +246,10 @@ def test_packed_int4_runs_and_is_compared(bf16_report, checkpoints, foundation_d
     assert "differ in limit" in failure(*again)
 
 
-class Uncached:
+class Uncached(LanguageModel):
     """What a `.pte` does, said plainly: tokens overwrite positions, and everything up to them is read."""
+
+    all_logits = None
 
     def __init__(self, checkpoint: CheckpointModel, max_seq_len: int):
         self.checkpoint, self.tokenizer = checkpoint, checkpoint.tokenizer
@@ -255,7 +257,7 @@ class Uncached:
         self.positions: list[int] = []
         self.num_fed = 0
 
-    def last_logits(self, tokens: list[int], start: int, num_positions: int) -> torch.Tensor:
+    def _forward(self, tokens: list[int], start: int, num_positions: int) -> torch.Tensor:
         assert start <= len(self.positions)
         self.positions = [*self.positions[:start], *tokens]
         self.num_fed += len(tokens)

@@ -59,6 +59,103 @@ def test_few_tokens_have_the_logits_of_single_ones(kernels_pte):
     assert torch.equal(kernels_pte.forward(tokens, 0), expected[-1])
 
 
+@pytest.fixture
+def count_run(monkeypatch):
+    """Tokens that a model ran since the last call."""
+
+    def watch(model):
+        run, forward = [], model._forward
+
+        def counted(tokens, start, num_positions):
+            run.append(len(tokens))
+            return forward(tokens, start, num_positions)
+
+        def taken() -> int:
+            total = sum(run)
+            run.clear()
+            return total
+
+        monkeypatch.setattr(model, "_forward", counted)
+        model.reset()
+        return taken
+
+    return watch
+
+
+@pytest.mark.parametrize("model", ["kernels_pte", "pte", "checkpoint"])
+def test_the_next_turn_runs_what_is_new(model, request, count_run):
+    model = request.getfixturevalue(model)
+    taken = count_run(model)
+    first = model.encode("import os\nimport sys\n")
+    answer = list(model.generate(first, 12, prompt_lookup=False))
+    # The last token of the answer has not run.
+    assert taken() == len(first) + len(answer) - 1
+    second = [*first, *answer, *model.encode("def")]
+    continued = list(model.generate(second, 8, prompt_lookup=False))
+    assert taken() == len(second) - (len(first) + len(answer) - 1) + len(continued) - 1
+    # The cache holds all of a prompt: its last token runs again.
+    assert list(model.generate(second, 1)) == continued[:1] and taken() == 1
+    # A sequence that differs in the middle, and one that the cached one continues.
+    changed = [*first, 300, *second[len(first) + 1 :]]
+    other = list(model.generate(changed, 1))
+    assert taken() == len(changed) - len(first)
+    assert list(model.generate(first, 1)) == answer[:1] and taken() == 1
+    for prompt, expected in ((second, continued), (changed, other)):
+        model.reset()
+        assert list(model.generate(prompt, len(expected), prompt_lookup=False)) == expected
+        assert taken() == len(prompt) + len(expected) - 1
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_answers_in_alternation_are_those_of_one_after_the_other(kernels_pte, temperature):
+    prompts = [kernels_pte.encode(text) for text in ("import os\n" * 3, "import os\nreturn x\nreturn y\nreturn")]
+    options = {"max_new_tokens": 20, "temperature": temperature, "seed": 1}
+    expected = [list(kernels_pte.generate(prompt, **options)) for prompt in prompts]
+    assert list(zip(*(kernels_pte.generate(prompt, **options) for prompt in prompts), strict=True)) == list(
+        zip(*expected, strict=True)
+    )
+
+
+@pytest.mark.parametrize("model", ["kernels_pte", "checkpoint"])
+def test_after_an_interrupted_call_all_runs_again(model, request, count_run, monkeypatch):
+    model = request.getfixturevalue(model)
+    taken = count_run(model)
+    prompt = model.encode("import os\nimport sys\n")
+    expected = list(model.generate(prompt, 12, prompt_lookup=False))
+    longer = [*prompt, *expected, *[300] * 12]
+    expected_longer = list(model.generate(longer, 4, prompt_lookup=False))
+    taken()
+
+    def interrupt(*arguments):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as broken:
+        if isinstance(model, PteModel):
+            # After the first of two calls.
+            execute = model._execute
+            broken.setattr(
+                model, "_execute", lambda tokens, start: execute(tokens, start) if start == 0 else interrupt()
+            )
+            with pytest.raises(KeyboardInterrupt):
+                model.last_logits(longer, 0, 4)
+        else:
+            # After the cache of the first layer has grown.
+            hook = model.model.model.layers[1].register_forward_pre_hook(interrupt)
+            with pytest.raises(KeyboardInterrupt):
+                list(model.generate([*prompt, *expected], 4))
+            hook.remove()
+    taken()
+    with pytest.raises(ValueError, match="Position 5 cannot be run: the cache holds 0 tokens"):
+        model.forward([3], 5)
+    assert list(model.generate(longer, 4, prompt_lookup=False)) == expected_longer
+    assert taken() == len(longer) + len(expected_longer) - 1
+    # A call that is refused before it runs costs nothing.
+    with pytest.raises(ValueError, match="exceed the context"):
+        next(model.generate([*longer, *[3] * model.max_seq_len], 1))
+    list(model.generate(longer, 1))
+    assert taken() == 1
+
+
 class Drafting:
     """A model that drafts wherever a single token has occurred before, however few drafts it accepts."""
 

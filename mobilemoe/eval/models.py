@@ -22,7 +22,7 @@ from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 from tqdm import tqdm
 from transformers import DynamicCache
 
-from ..runtime import CheckpointModel, PteModel
+from ..runtime import CheckpointModel, PteModel, common_length
 
 
 # (context and continuation as text, context tokens, continuation tokens), the format of TemplateLM.
@@ -223,14 +223,6 @@ def sharing_prompts(continuations: dict[tuple[int, ...], list]) -> Iterator[tupl
         yield prefixes[0][:shared], [(prefix, continuations[prefix]) for prefix in prefixes]
 
 
-def common_length(one, other) -> int:
-    """Length of the common prefix of two sequences."""
-    for length, (left, right) in enumerate(zip(one, other, strict=False)):
-        if left != right:
-            return length
-    return min(len(one), len(other))
-
-
 def pad_right(sequences: list, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
     """Tokens and their mask, both `(len(sequences), longest)`."""
     longest = max(map(len, sequences))
@@ -243,8 +235,7 @@ class PteLM(TemplateLM):
     """
     A `.pte`, one sequence at a time. Prompts are encoded as the harness encodes them for a checkpoint.
 
-    Requests run in lexicographic order. The key-value cache holds the previous sequence, so only the tokens after the
-    common prefix run again.
+    Requests run in lexicographic order, so that the cache of the model holds much of each from the previous one.
 
     Args:
         model (`PteModel`): the program. If it returns the logits of all positions, a continuation takes one call,
@@ -261,7 +252,6 @@ class PteLM(TemplateLM):
         self.max_length = model.max_seq_len
         # Attributes of `CheckpointLM`. A `.pte` never truncates or batches.
         self.num_truncated, self.tokens_per_batch = 0, None
-        self._cached: list[int] = []
 
     @property
     def eot_token_id(self) -> int:
@@ -295,14 +285,6 @@ class PteLM(TemplateLM):
                 f"Export it again with --max-seq-len {longest} or more, or leave the task out with --tasks."
             )
 
-    def _feed(self, tokens: list[int], num_scored: int) -> torch.Tensor:
-        """FP32 logits `(num_scored, vocab)` at the last positions of a sequence. Cached tokens do not run again."""
-        start = min(common_length(tokens, self._cached), len(tokens) - num_scored)
-        self._cached = []
-        logits = self.pte.last_logits(tokens[start:], start, num_scored)
-        self._cached = tokens
-        return logits
-
     def _loglikelihood_tokens(
         self, requests: list[Request], disable_tqdm: bool = False, **kwargs
     ) -> list[tuple[float, bool]]:
@@ -318,7 +300,7 @@ class PteLM(TemplateLM):
             text, _, continuation = requests[index]
             # Choices of a single token share the same input.
             if previous != (inputs[index], len(continuation)):
-                log_probs = self._feed(inputs[index], len(continuation)).log_softmax(dim=-1)
+                log_probs = self.pte.sequence_logits(inputs[index], len(continuation)).log_softmax(dim=-1)
                 previous = (inputs[index], len(continuation))
             target = torch.tensor(continuation)
             log_likelihood = log_probs[torch.arange(len(target)), target].sum().item()
@@ -361,11 +343,10 @@ class PteLM(TemplateLM):
     def _generate(self, prompt: list[int], max_new_tokens: int, stop: list[str]) -> list[int]:
         tokens = list(prompt)
         while len(tokens) < len(prompt) + max_new_tokens:
-            token = self._feed(tokens, 1)[-1].argmax().item()
+            token = self.pte.sequence_logits(tokens)[-1].argmax().item()
             if token in self.pte.eos_ids:
                 break
-            # A new list: `_cached` refers to the old one.
-            tokens = [*tokens, token]
+            tokens.append(token)
             tail = self.tokenizer.decode(tokens[len(prompt) :][-STOP_WINDOW:], skip_special_tokens=True)
             if any(sequence in tail for sequence in stop):
                 break
