@@ -6,13 +6,14 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
 TRAVELLING = list((ROOT / "modeling_mobilemoe").glob("*_mobilemoe.py"))
-GROUND = {"artifacts", "results", "console", "display", "machine"}
+GROUND = {"artifacts", "results", "console", "display", "machine", "tools"}
 LOW = GROUND | {"costs", "shapes", "runtime"}
 # Rooms of `mobilemoe` that each room may import, beside itself and the architecture.
 ALLOWED = {
     "artifacts": set(),
     "results": {"artifacts"},
     "console": set(),
+    "tools": {"artifacts"},
     "display": set(),
     "machine": set(),
     "costs": GROUND,
