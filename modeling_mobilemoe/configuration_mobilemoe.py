@@ -6,6 +6,7 @@ import math
 import sys
 from typing import Any, TypeGuard
 
+import torch
 from huggingface_hub.dataclasses import strict
 from huggingface_hub.errors import StrictDataclassFieldValidationError
 from transformers import AutoModelForCausalLM
@@ -205,6 +206,8 @@ class MobileMoEConfig(PreTrainedConfig):
         if self.quantization is not None:
             # The releases call the block `quantization`; transformers looks for `quantization_config`.
             self.quantization_config = {**self.quantization, "quant_method": self.model_type}
+            # What the format stores and the kernels compute in. Training in FP32 may have written otherwise.
+            self.dtype = torch.bfloat16
         self._check_architecture()
 
     def _check_architecture(self) -> None:
@@ -352,6 +355,8 @@ class MobileMoEConfig(PreTrainedConfig):
     def _with_released_keys(self, serialized: dict[str, Any]) -> dict[str, Any]:
         # `quantization` is the released name; another method's `quantization_config` stays.
         serialized.pop("quantization" if self.quantization is None else "quantization_config", None)
+        if self.quantization is not None:
+            serialized["dtype"] = "bfloat16"
         return serialized
 
     @classmethod

@@ -6,6 +6,7 @@ packed modules are in `packed_mobilemoe.py` and `fused_mobilemoe.py`.
 """
 
 import re
+import warnings
 from typing import Any, cast
 
 import torch
@@ -155,6 +156,16 @@ class MobileMoEInt4Quantizer(HfQuantizer):
             model.set_submodule(name, _packed_twin(module, dtype, self.quantization_config.int4_format))
         _pack_head(model)
         _fuse(model)
+
+    def update_dtype(self, dtype: torch.dtype) -> torch.dtype:
+        # Another than BF16 was asked for: without a `dtype`, that of the config is taken.
+        if dtype != torch.bfloat16:
+            warnings.warn(
+                f"Packed INT4 weights with dtype={dtype} are expanded for every use, which makes text about 25 times "
+                "slower than the CPU kernels, which take BF16. Leave dtype out, unless you train or compare exactly.",
+                stacklevel=2,
+            )
+        return dtype
 
     def update_parallel_plan(self, model: PreTrainedModel, plan: dict[str, str]) -> None:
         # The plans name the full-precision tensors. With them, packed tensors would stay whole on every rank and their

@@ -255,7 +255,11 @@ def test_model_prepared_for_qat_is_refused(tiny_model):
 
 @pytest.mark.parametrize("scope", ["attention", "dense"])
 def test_packed_base_trains_under_adapters(int4_checkpoint, scope, batch, input_ids, tmp_path, recwarn):
-    model = add_lora(AutoModelForCausalLM.from_pretrained(int4_checkpoint), scope, rank=8).train()
+    # The exact path, in training and after it.
+    def packed_base():
+        return AutoModelForCausalLM.from_pretrained(int4_checkpoint, dtype=torch.float32)
+
+    model = add_lora(packed_base(), scope, rank=8).train()
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2, weight_decay=0)
     losses = []
@@ -275,10 +279,10 @@ def test_packed_base_trains_under_adapters(int4_checkpoint, scope, batch, input_
     assert torch.equal(logits(model, input_ids), expected)
 
     model.save_pretrained(tmp_path)
-    packed = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(int4_checkpoint), tmp_path)
+    packed = PeftModel.from_pretrained(packed_base(), tmp_path)
     assert torch.equal(logits(packed, input_ids), expected)
     # What the refusal says to do.
-    plain = PeftModel.from_pretrained(dequantize(AutoModelForCausalLM.from_pretrained(int4_checkpoint)), tmp_path)
+    plain = PeftModel.from_pretrained(dequantize(packed_base()), tmp_path)
     assert_same(logits(plain, input_ids), expected)
     assert_same(logits(plain.merge_and_unload(), input_ids), expected)
     assert not [str(warning.message) for warning in recwarn if "Unsupported layer type" in str(warning.message)]
@@ -331,7 +335,8 @@ def test_stock_target_parameters_reach_the_experts(tiny_checkpoint, batch, input
 def test_packed_gradients_are_those_of_the_expanded_base(int4_checkpoint, batch):
     gradients = []
     for expand in (False, True):
-        base = AutoModelForCausalLM.from_pretrained(int4_checkpoint, experts_implementation="eager")
+        options = {"experts_implementation": "eager", "dtype": torch.float32}
+        base = AutoModelForCausalLM.from_pretrained(int4_checkpoint, **options)
         model = randomize_adapters(add_lora(dequantize(base) if expand else base, "dense", rank=4))
         model(batch, labels=batch).loss.backward()
         gradients.append({name: p.grad for name, p in model.named_parameters() if p.requires_grad})
@@ -429,7 +434,7 @@ def test_road_from_base_to_packed_checkpoint(tiny_checkpoint, batch, input_ids, 
     merged(batch, labels=batch).loss.backward()
     optimizer.step()
     convert(merged).save_pretrained(tmp_path / "packed")
-    packed = AutoModelForCausalLM.from_pretrained(tmp_path / "packed").eval()
+    packed = AutoModelForCausalLM.from_pretrained(tmp_path / "packed", dtype=torch.float32).eval()
     assert packed.config.quantization is not None
     assert packed.state_dict().keys() == plain.keys()
     produced = packed.generate(input_ids, max_new_tokens=4, do_sample=False)

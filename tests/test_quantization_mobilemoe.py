@@ -2,6 +2,7 @@ import hashlib
 import json
 import re
 import shutil
+import warnings
 from pathlib import Path
 
 import numpy as np
@@ -228,7 +229,7 @@ def test_checkpoint_with_experts_along_the_input(
     assert table["model.layers.0.feed_forward.experts.gate_up_scale"] == ("F16", [8, 64 // 32, 64])
     assert table["model.layers.0.feed_forward.experts.down_scale"] == ("F16", [8, 32 // 32, 64])
 
-    loaded = AutoModelForCausalLM.from_pretrained(tmp_path)
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32)
     assert torch.equal(loaded(input_ids).logits, tiny_model(input_ids).logits)
     loaded.save_pretrained(tmp_path / "again")
     assert sha256(tmp_path / "again/model.safetensors") == sha256(tmp_path / "model.safetensors")
@@ -325,7 +326,7 @@ def test_quantized_in_memory_equals_what_was_saved(
     tiny_model: MobileMoEForCausalLM, int4_checkpoint: Path, input_ids: torch.Tensor
 ):
     quantize(tiny_model)
-    loaded = AutoModelForCausalLM.from_pretrained(int4_checkpoint)
+    loaded = AutoModelForCausalLM.from_pretrained(int4_checkpoint, dtype=torch.float32)
     assert torch.equal(tiny_model(input_ids).logits, loaded(input_ids).logits)
 
 
@@ -429,6 +430,36 @@ def test_casting_keeps_the_scales(int4_checkpoint: Path, input_ids: torch.Tensor
         assert torch.equal(model.state_dict()[name], tensor), name
     # The cast reached what computes.
     assert model(input_ids).logits.dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("written", ["float32", "float16", None])
+@torch.no_grad()
+def test_packed_model_runs_in_the_kernels_whatever_dtype_is_written(
+    int4_checkpoint: Path, input_ids: torch.Tensor, tmp_path: Path, written: str | None
+):
+    if not kernels.available():
+        pytest.skip("the kernels cannot be built here")
+    # As a trainer in FP32 wrote it.
+    shutil.copytree(int4_checkpoint, tmp_path, dirs_exist_ok=True)
+    config = json.loads((tmp_path / "config.json").read_text()) | {"dtype": written}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for options in ({}, {"dtype": "auto"}, {"dtype": torch.bfloat16}):
+            model = AutoModelForCausalLM.from_pretrained(tmp_path, **options)
+            model(input_ids)
+            assert model.dtype == torch.bfloat16
+            # The form of the weights in which the kernels read them, and only they.
+            assert all(module.is_tiled for module in model.modules() if isinstance(module, Int4Module))
+
+
+def test_another_dtype_than_the_kernels_take_is_kept_with_one_warning(int4_checkpoint: Path, tmp_path: Path):
+    with pytest.warns(UserWarning, match="Leave dtype out") as caught:
+        model = AutoModelForCausalLM.from_pretrained(int4_checkpoint, dtype=torch.float32)
+    assert len(caught) == 1 and model.dtype == torch.float32
+    # What the files hold.
+    model.save_pretrained(tmp_path)
+    assert json.loads((tmp_path / "config.json").read_text())["dtype"] == "bfloat16"
 
 
 def test_packed_model_in_bf16_says_so(int4_checkpoint: Path, tmp_path: Path):

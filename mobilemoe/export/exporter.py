@@ -13,13 +13,14 @@ import os
 import shutil
 import signal
 import threading
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from modeling_mobilemoe.checkpoint_mobilemoe import replace_when_complete
 from modeling_mobilemoe.configuration_mobilemoe import MobileMoEConfig
@@ -38,6 +39,14 @@ from .program import MOE_MODULES, DenseMoE, ExportModel, ProgramOptions, Quantiz
 
 
 logger = logging.getLogger(__name__)
+
+
+def load_exact(checkpoint: str | Path) -> PreTrainedModel:
+    """A checkpoint in FP32, packed or not, to compare with."""
+    with warnings.catch_warnings():
+        # A packed model's, for those who want speed.
+        warnings.filterwarnings("ignore", message="Packed INT4")
+        return AutoModelForCausalLM.from_pretrained(checkpoint, dtype=torch.float32).eval()
 
 
 def export_checkpoint(
@@ -188,7 +197,7 @@ def load(
     with stages("load"):
         tokenizer = AutoTokenizer.from_pretrained(checkpoint)
         prompts = encode_prompts(tokenizer, config.vocab_size, options.max_seq_len)
-        source = AutoModelForCausalLM.from_pretrained(checkpoint, dtype=torch.float32).eval()
+        source = load_exact(checkpoint)
         eos_ids = end_of_sequence_ids(source, tokenizer)
         if packed and options.weights != "int4":
             dequantize(source)

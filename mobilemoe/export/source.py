@@ -26,7 +26,7 @@ from modeling_mobilemoe.quantization_mobilemoe import (
 
 from ..artifacts import EXPORT_FILE, LogitAgreement, RuntimeExport, is_pte, local_checkpoint, weights_sha256
 from ..machine import available_memory, package_versions, peak_memory
-from .exporter import check_absent, check_config, check_place, remove_remnants, stop_signal_as_exit
+from .exporter import check_absent, check_config, check_place, load_exact, remove_remnants, stop_signal_as_exit
 from .parity import compare, encode_prompts, reference_logits
 from .relayout import LAYER, Weight, relayout
 
@@ -248,8 +248,7 @@ class Source:
         if needed > limit:
             return f"not compared: takes about {needed / 1e9:.1f} GB of memory, the limit is {limit / 1e9:.1f} GB"
         # A packed model stays packed in FP32, a full-precision one is not widened.
-        dtype = torch.float32 if self.is_int4 else "auto"
-        model = AutoModelForCausalLM.from_pretrained(self.path, dtype=dtype).eval()
+        model = load_exact(self.path) if self.is_int4 else AutoModelForCausalLM.from_pretrained(self.path).eval()
         expected = reference_logits(model, self.prompts)
         del model
         # Only now, so that the two are not in memory together.
