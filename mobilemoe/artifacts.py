@@ -3,8 +3,9 @@
 import hashlib
 import json
 import os
+import re
 import tempfile
-from collections.abc import Generator
+from collections.abc import Generator, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, ClassVar, Literal, Self
@@ -17,6 +18,13 @@ SIZES = ("S", "M", "L")
 SHAPES = (*SIZES, "MobileLLM-Pro")
 PROGRAM_FILE = "model.pte"
 EXPORT_FILE = "export.json"
+# OWNER/NAME. Other names can only be paths.
+HUB_ID = re.compile(r"\w[\w.-]*/\w[\w.-]*")
+# The messages of the Hub mention neither the licence nor how to log in.
+GATED = (
+    "{name} is gated: only accounts that have accepted its licence can download it. "
+    "Accept the licence at https://huggingface.co/{name}, then log in with `hf auth login`."
+)
 
 
 class Artifact(BaseModel):
@@ -215,24 +223,52 @@ def read_export(directory: str | os.PathLike) -> Export:
 
 def local_checkpoint(model: str | os.PathLike) -> Path:
     """
-    The directory itself, or the snapshot of a Hub id.
+    The directory itself, or the snapshot of a Hub id, downloaded unless the cache has it.
 
     Raises:
-        ValueError: when it is neither.
+        ValueError: when it is neither. A name that can only be a path is not looked up on the Hub.
     """
-    # Imported here: it takes as long as all other imports of this module together.
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HFValidationError
-
     if Path(model).is_dir():
         return Path(model)
-    try:
-        return Path(snapshot_download(str(model), allow_patterns=["*.json", "*.safetensors", "*.jinja", "README.md"]))
-    except (HFValidationError, OSError) as error:
+    name = str(model)
+    if name in SHAPES:
         raise ValueError(
-            f"{model} is not a directory and cannot be downloaded from the Hub: {error} Name a checkpoint directory. "
-            "For a gated model, accept its licence on the Hub and log in with `hf auth login`."
-        ) from error
+            f"{name} is a shape without trained weights, which only `mobilemoe bench` takes. Name a checkpoint "
+            "directory or a Hub id."
+        )
+    if not HUB_ID.fullmatch(name):
+        raise ValueError(f"There is no directory {name}. Name a checkpoint directory or a Hub id, OWNER/NAME.")
+    # Imported here: it takes as long as all other imports of this module together.
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import RepositoryNotFoundError
+
+    try:
+        # Unlike `from_pretrained`, it does not try again and again when the network is down.
+        return Path(snapshot_download(name, allow_patterns=["*.json", "*.safetensors", "*.jinja", "README.md"]))
+    except OSError as error:
+        if is_gated(error):
+            raise ValueError(GATED.format(name=name)) from error
+        chain = list(causes(error))
+        if any(isinstance(cause, RepositoryNotFoundError) for cause in chain):
+            problem = "the Hub has no model of this name that is open to you. Correct it, or log in: `hf auth login`"
+        else:
+            reason = str(chain[-1]).rstrip(".")
+            problem = f"it cannot be downloaded from the Hub: {reason}. Correct the name, or check the network"
+        raise ValueError(f"There is no directory {name}, and {problem}.") from error
+
+
+def causes(error: BaseException | None) -> Iterator[BaseException]:
+    """The exception and those that it was raised from."""
+    while error is not None:
+        yield error
+        error = error.__cause__
+
+
+def is_gated(error: OSError) -> bool:
+    """Whether a download failed because the model's licence has not been accepted."""
+    from huggingface_hub.errors import GatedRepoError
+
+    return any(isinstance(cause, GatedRepoError) for cause in causes(error))
 
 
 def file_sha256(path: str | os.PathLike) -> str:

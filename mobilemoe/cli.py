@@ -10,6 +10,7 @@ import os
 import shlex
 import sys
 import time
+from typing import Any
 
 from . import __version__
 from .console import PrintCompletion, log_to_stderr
@@ -58,6 +59,27 @@ def make_parser() -> argparse.ArgumentParser:
     return parser
 
 
+def add_json(parser: argparse._ActionsContainer, what: str) -> None:
+    parser.add_argument(
+        "--json",
+        nargs="?",
+        const="-",
+        metavar="FILE",
+        help=f"write {what} there; without FILE, or with -, print that and nothing else",
+    )
+
+
+def write_result(result: dict[str, Any], file: str | None) -> bool:
+    """Writes what --json asks for. Returns whether it was printed, in place of a table."""
+    from .artifacts import write_json
+
+    if file == "-":
+        print(json.dumps(result, indent=2))
+    elif file is not None:
+        write_json(file, result)
+    return file == "-"
+
+
 def add_plan(commands) -> None:
     plan = commands.add_parser("plan", help="find the best model shape for a memory, a training budget and a speed")
     limits = plan.add_argument_group("limits")
@@ -86,7 +108,7 @@ def add_plan(commands) -> None:
     output = plan.add_argument_group("output")
     output.add_argument("--output", metavar="DIR", help="write config.json and plan.json there")
     output.add_argument("--plot", metavar="FILE", help="draw predicted loss over memory")
-    output.add_argument("--json", action="store_true", help="print plan.json, which has every shape, not the table")
+    add_json(output, "plan.json, which has every shape")
     plan.set_defaults(function=run_plan, extra="plan")
 
 
@@ -110,8 +132,7 @@ def run_plan(arguments: argparse.Namespace) -> None:
         conditions = dict(condition.partition("=")[::2] for condition in arguments.where)
         runs = read_table(arguments.law, **conditions)
         law = fit_law(runs)
-        if not arguments.json:
-            parts.append(report.fit_table(law, runs))
+        parts.append(report.fit_table(law, runs))
     request = planner.Request(
         memory=arguments.memory_gb * 1e9,
         context=arguments.context,
@@ -124,9 +145,7 @@ def run_plan(arguments: argparse.Namespace) -> None:
         vocab_size=arguments.vocab_size,
     )
     result = planner.plan(request, law)
-    if arguments.json:
-        print(json.dumps(result.as_json, indent=2))
-    else:
+    if not write_result(result.as_json, arguments.json):
         show(*parts, *report.plan_report(result))
     if arguments.plot:
         report.plot_plan(result, arguments.plot)
@@ -221,6 +240,10 @@ def add_run(commands) -> None:
 
 
 def run_generation(arguments: argparse.Namespace) -> None:
+    from .artifacts import local_checkpoint
+
+    # Before what takes seconds to import: the name may have a typing error.
+    local_checkpoint(arguments.model)
     from .runtime import load_language_model
 
     model = load_language_model(arguments.model)
@@ -265,7 +288,7 @@ def add_bench(commands) -> None:
     )
     bench.add_argument("--profile", action="store_true", help="also time every operator of a program")
     output = bench.add_argument_group("output")
-    output.add_argument("--json", metavar="FILE", help="write the result there")
+    add_json(output, "the result")
     output.add_argument("--picture", metavar="FILE", help="draw the result there, as in bench.png")
     output.add_argument("--paper", action="store_true", help="show the phones of the paper too")
     phone = bench.add_argument_group("--device adb", "an Android phone with USB debugging, see docs/phone.md")
@@ -314,12 +337,10 @@ def run_bench(arguments: argparse.Namespace) -> None:
             arguments.command_line,
         )
     # First what was measured: a table or a picture that fails must not cost it.
-    if arguments.json:
-        result.save(arguments.json)
-    show(*tables(result, arguments.paper))
+    if not write_result(result.as_dict(), arguments.json):
+        show(*tables(result, arguments.paper))
     if arguments.picture:
         draw(result, arguments.picture, arguments.paper)
-    print(json.dumps(result.as_dict()))
 
 
 def add_eval(commands) -> None:
@@ -356,7 +377,7 @@ def add_eval(commands) -> None:
     check.add_argument("--reference", metavar="MODEL", help="the model to compare with")
     check.add_argument("--text", required=True, nargs="+", metavar="DOMAIN=FILE", help="held-out text by domain")
     check.add_argument("--max-tokens", type=int, default=4096, help="of each text (default: 4096)")
-    check.add_argument("--json", metavar="FILE", help="write the result there too")
+    add_json(check, "the result")
     evaluation.set_defaults(function=run_evaluation, extra="eval")
 
 
@@ -380,10 +401,8 @@ def run_evaluation(arguments: argparse.Namespace) -> None:
 
         texts, command = arguments.text, arguments.command_line
         check = check_models(arguments.model, arguments.reference, texts, arguments.max_tokens, command)
-        if arguments.json:
-            check.save(arguments.json)
-        for line in check_lines(check):
-            print(line)
+        if not write_result(check.as_dict(), arguments.json):
+            print("\n".join(check_lines(check)))
     else:
         from .display import show
         from .eval.report import paper_scores, report_table

@@ -1,4 +1,4 @@
-"""What the command line has beside its parsers: shell completion, and log lines on stderr."""
+"""What the command line has beside its parsers: shell completion, and what is on stderr."""
 
 import argparse
 import logging
@@ -29,14 +29,29 @@ def complete_paths(parser: argparse.ArgumentParser, by_metavar: Mapping[str, obj
 
 @contextmanager
 def log_to_stderr(command: str) -> Generator[None]:
-    """Shows what the package logs; in a notebook its user decides."""
-    logger, handler = logging.getLogger("mobilemoe"), logging.StreamHandler()
+    """Shows what the package logs, and not what libraries say of themselves; in a notebook its user decides."""
+    handler = logging.StreamHandler()
     handler.setFormatter(logging.Formatter(f"[{command}] %(message)s"))
-    level = logger.level
-    logger.addHandler(handler)
-    logger.setLevel(logging.INFO)
+    # The architecture says on level INFO what a library has no use for.
+    shown = {logging.getLogger("mobilemoe"): logging.INFO, logging.getLogger("modeling_mobilemoe"): logging.WARNING}
+    before = {logger: (logger.level, logger.propagate) for logger in shown}
+    for logger, level in shown.items():
+        logger.addHandler(handler)
+        logger.setLevel(level)
+        # Some libraries give the root logger a handler, which would say everything again.
+        logger.propagate = False
     try:
+        quiet_libraries()
         yield
     finally:
-        logger.removeHandler(handler)
-        logger.setLevel(level)
+        for logger, (level, propagate) in before.items():
+            logger.removeHandler(handler)
+            logger.setLevel(level)
+            logger.propagate = propagate
+
+
+def quiet_libraries() -> None:
+    """Before they are imported: silences what some say about themselves, which no user of this package can change."""
+    # torchao: that it does not load its CUDA extensions, which nothing here calls. PyTorch: how torchao is to call it.
+    for name in ("torchao", "torch.utils._pytree"):
+        logging.getLogger(name).setLevel(logging.ERROR)

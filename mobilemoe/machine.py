@@ -5,7 +5,10 @@ import os
 import platform
 import re
 import statistics
-from collections.abc import Sequence
+import sys
+import tempfile
+from collections.abc import Generator, Sequence
+from contextlib import contextmanager
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
@@ -64,3 +67,26 @@ def spread(values: Sequence[float]) -> dict[str, float]:
     p10, p90 = (ranked[round(q * (len(ranked) - 1))] for q in (0.1, 0.9))
     numbers = {"median": statistics.median(ranked), "p10": p10, "p90": p90, "min": ranked[0], "max": ranked[-1]}
     return {name: float(f"{value:.4g}") for name, value in numbers.items()} | {"repeats": len(ranked)}
+
+
+@contextmanager
+def without_lines(pattern: str) -> Generator[None]:
+    """
+    Removes lines from what native code writes to stderr. The others follow when the block ends, also by an error.
+
+    Args:
+        pattern (`str`): regular expression, searched in each line.
+    """
+    sys.stderr.flush()
+    stderr = os.dup(2)
+    with tempfile.TemporaryFile("w+", errors="replace") as written:
+        os.dup2(written.fileno(), 2)
+        try:
+            yield
+        finally:
+            sys.stderr.flush()
+            os.dup2(stderr, 2)
+            os.close(stderr)
+            written.seek(0)
+            kept = [line for line in written if not re.search(pattern, line)]
+            os.write(2, "".join(kept).encode())

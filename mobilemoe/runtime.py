@@ -10,14 +10,15 @@ from pathlib import Path
 from typing import cast
 
 import torch
-from huggingface_hub.errors import GatedRepoError
 from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.utils import logging
 
 from modeling_mobilemoe.kernels import BuildError, load_executorch
 from modeling_mobilemoe.kernels.modules import FEW_TOKENS, MoEFFN
 
-from .artifacts import PROGRAM_FILE, is_pte, read_export
+from .artifacts import GATED, PROGRAM_FILE, is_gated, is_pte, local_checkpoint, read_export
 from .lookup import PromptLookup, VerificationTimes
+from .machine import without_lines
 
 
 # Longest draft of prompt lookup: with the token before it, what our operators compute in one region.
@@ -249,16 +250,9 @@ class CheckpointModel(LanguageModel):
             self.model = AutoModelForCausalLM.from_pretrained(path, dtype=dtype).eval()
             self.tokenizer = cast(PreTrainedTokenizerBase, AutoTokenizer.from_pretrained(path))
         except OSError as error:
-            cause: BaseException | None = error
-            while cause is not None and not isinstance(cause, GatedRepoError):
-                cause = cause.__cause__
-            if cause is None:
-                raise
-            # The message of transformers mentions neither the licence nor how to log in.
-            raise OSError(
-                f"{path} is gated: only accounts that have accepted its licence can download it. "
-                f"Accept the licence at https://huggingface.co/{path}, then log in with `hf auth login`."
-            ) from error
+            if is_gated(error):
+                raise OSError(GATED.format(name=path)) from error
+            raise
         self.max_seq_len = self.model.config.max_position_embeddings
         self.eos_ids = end_of_sequence_ids(self.model, self.tokenizer)
         self._cache = DynamicCache(config=self.model.config)
@@ -294,6 +288,7 @@ class PteModel(LanguageModel):
     def __init__(self, path: str | Path):
         import executorch.extension.llm.custom_ops.custom_ops  # noqa: F401  registers llama::*
         import executorch.kernels.quantized  # noqa: F401  registers quantized_decomposed::embedding_4bit
+        from executorch.extension.pybindings.portable_lib import _threadpool_get_thread_count
         from executorch.runtime import Method, Runtime
 
         path = Path(path)
@@ -304,6 +299,9 @@ class PteModel(LanguageModel):
                 f"{path / PROGRAM_FILE} has {size} bytes, export.json says {report.pte_bytes}: it is truncated or "
                 "belongs to another export. Copy the whole directory again."
             )
+        with without_lines("cpuinfo_utils"):
+            # Makes the threads, which says in five lines which files about the processor are not there.
+            _threadpool_get_thread_count()
         runtime = Runtime.get()
         if any(name.startswith("mobilemoe::") for name in report.operators):
             load_kernels()
@@ -349,8 +347,23 @@ class PteModel(LanguageModel):
 
 
 def load_language_model(path: str | Path) -> LanguageModel:
-    """Loads a `.pte` directory or a checkpoint. Raises the errors of [`PteModel`] and [`CheckpointModel`]."""
-    return PteModel(path) if is_pte(path) else CheckpointModel(path)
+    """
+    Loads a `.pte` directory or a checkpoint, from the Hub if there is no such directory.
+
+    Raises:
+        ValueError: as [`local_checkpoint`] and [`PteModel`].
+    """
+    if is_pte(path):
+        return PteModel(path)
+    directory = local_checkpoint(path)
+    # That of the download is over. Reading a local file takes less time than reading what the bar says.
+    shows_progress = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        return CheckpointModel(directory)
+    finally:
+        if shows_progress:
+            logging.enable_progress_bar()
 
 
 def load_kernels() -> None:

@@ -109,6 +109,9 @@ def test_check_from_the_command_line(base_checkpoint, text_checkpoint, tmp_path,
     assert len(result["domains"]["code"]["experts"]["load"]) == 2
     printed = capsys.readouterr().out
     assert printed.startswith("code {") and "effective" in printed
+    # The same, printed.
+    main([*arguments[:-1], "-", "--text", f"code={tmp_path / 'code.py'}"])
+    assert json.loads(capsys.readouterr().out)["domains"]["code"]["bits_per_byte"] > 0
     with pytest.raises(SystemExit, match="Give DOMAIN=FILE"):
         main([*arguments, "--text", str(tmp_path / "code.py")])
     (tmp_path / "empty").write_text("")

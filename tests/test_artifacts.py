@@ -1,6 +1,7 @@
 """The JSON files that we write: read as they were written, refused with the key and the value that is wrong."""
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -8,7 +9,7 @@ from pathlib import Path
 import pytest
 from stand_ins import bench_result
 
-from mobilemoe.artifacts import Artifact, Export, is_checkpoint, is_pte, is_shape, read_export
+from mobilemoe.artifacts import Artifact, Export, is_checkpoint, is_pte, is_shape, local_checkpoint, read_export
 from mobilemoe.results import Benchmark, read_result
 from modeling_mobilemoe import MobileMoEConfig
 
@@ -64,6 +65,42 @@ def test_only_these_say_what_a_path_is(tiny_checkpoint, tmp_path, monkeypatch):
     Path("S/export.json").write_text("{}")
     with pytest.raises(ValueError, match="S/export.json does not hold the report of an export: the key model is mis"):
         read_export("S")
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("S", "S is a shape without trained weights, which only `mobilemoe bench` takes"),
+        *(
+            (name, f"There is no directory {name}. Name a")
+            for name in ("typo", "./a/b", "../a", "/a/b", "a/b/c", "~/a")
+        ),
+    ],
+)
+def test_what_can_only_be_a_path_is_not_looked_up(name, message, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("huggingface_hub.snapshot_download", lambda *_, **__: pytest.fail("asked the Hub"))
+    with pytest.raises(ValueError, match=message):
+        local_checkpoint(name)
+
+
+def test_without_network_a_hub_id_is_tried_once(tmp_path):
+    code = """
+import time
+def again(seconds): raise AssertionError("waits to try again")
+time.sleep = again
+from mobilemoe.runtime import load_language_model
+try:
+    load_language_model("user/model")
+except ValueError as error:
+    print(error)
+"""
+    # Nothing listens there.
+    environment = {"HF_ENDPOINT": "http://127.0.0.1:9", "HF_HUB_OFFLINE": "0", "HF_HOME": str(tmp_path)}
+    command = [sys.executable, "-c", code]
+    result = subprocess.run(command, capture_output=True, text=True, env=os.environ | environment)
+    assert result.stdout.startswith("There is no directory user/model, and it cannot be downloaded from the Hub: ")
+    assert result.stdout.count("\n") == 1
 
 
 def test_every_result_records_its_command():

@@ -116,7 +116,7 @@ def test_result_has_every_number_with_its_spread(
 ):
     stdout, directory = result
     measured = json.loads((directory / "bench.json").read_text())
-    assert json.loads(stdout.splitlines()[-1]) == measured
+    assert "{" not in stdout
     assert measured["machine"]["threads"] == 1
     assert list(measured["models"]) == [str(int4_checkpoint), str(tiny_checkpoint), str(pte_directory)]
     for path, model in measured["models"].items():
@@ -156,7 +156,7 @@ def test_planner_reads_the_result(result):
 @pytest.mark.slow
 def test_table_and_picture_show_the_models(result, int4_checkpoint: Path):
     stdout, directory = result
-    *tables, _ = stdout.splitlines()
+    tables = stdout.splitlines()
     assert max(map(len, tables)) <= 80 and "prefill tok/s" in stdout
     # A long path takes several lines of its column.
     assert int4_checkpoint.name in "".join(line[:14].split("  ")[0].strip() for line in tables)

@@ -1,6 +1,8 @@
 """The command itself: how little it imports, help, version, completion, exit codes, what it logs."""
 
 import logging
+import os
+import re
 import shutil
 import subprocess
 import sys
@@ -9,6 +11,8 @@ import pytest
 
 import mobilemoe
 from mobilemoe import cli
+from mobilemoe.machine import without_lines
+from mobilemoe.runtime import load_language_model
 
 
 VERBS = ("plan", "export", "run", "bench", "eval", "card")
@@ -86,6 +90,43 @@ complete mobilemoe plan --device pho
     command = ["bash", "-c", script, "bash", sys.executable]
     result = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
     assert result.stdout.splitlines() == ["export", "--inference-gflops", "llama", "phone.json"], result.stderr
+
+
+def run_in_a_process(model) -> tuple[list[str], list[str]]:
+    """Lines of stdout and of stderr of `mobilemoe run`; a progress bar that is drawn anew is a line each time."""
+    command = ["run", "--model", model, "--prompt", "import os", "--max-new-tokens", "8"]
+    result = subprocess.run([sys.executable, "-m", "mobilemoe.cli", *map(str, command)], capture_output=True)
+    assert result.returncode == 0, result.stderr
+    return result.stdout.decode().split("\n"), [line for line in re.split("[\r\n]", result.stderr.decode()) if line]
+
+
+@pytest.mark.parametrize("fixture", ["text_checkpoint", "base_checkpoint", "pte_directory", "kernel_pte"])
+def test_run_prints_the_answer_and_one_line_of_speed(fixture, request):
+    path = request.getfixturevalue(fixture)
+    model = load_language_model(path)
+    answer = model.decode(list(model.generate(model.encode("import os"), 8)))
+    printed, said = run_in_a_process(path)
+    assert "\n".join(printed) == f"{answer}\n"
+    assert len(said) <= 1 and all("prompt tokens, first token after" in line for line in said), said
+
+
+@pytest.mark.slow
+def test_the_first_use_of_the_kernels_says_that_they_are_compiled(kernel_pte, tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    _, said = run_in_a_process(kernel_pte)
+    assert len(said) == 2 and said[0].startswith(
+        "[run] Compiling mobilemoe_executorch for this machine, once: up to a"
+    )
+    _, said = run_in_a_process(kernel_pte)
+    assert len(said) == 1
+
+
+def test_of_native_code_only_the_given_lines_are_dropped(capfd):
+    with pytest.raises(ValueError), without_lines("cpuinfo"):
+        os.write(2, b"I cpuinfo.cpp:1] no file\nE program.cpp:2] damaged\n")
+        raise ValueError
+    os.write(2, b"after\n")
+    assert capfd.readouterr().err == "E program.cpp:2] damaged\nafter\n"
 
 
 def test_what_the_package_logs_goes_to_stderr_while_a_verb_runs(monkeypatch, capsys):

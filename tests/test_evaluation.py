@@ -5,6 +5,7 @@ import importlib.util
 import json
 import logging
 import os
+import re
 import shutil
 import socket
 import subprocess
@@ -410,9 +411,7 @@ def test_errors_name_what_to_do_before_anything_is_written(
     assert "no suite 'advance'. Choose one of: foundation, advanced" in message("--suite", "advance")
     assert "no task hellaswog. Choose from: bbh, gsm8k" in message("--tasks", "hellaswog")
     assert "limit=0 leaves nothing to run" in message("--limit", 0)
-    assert "nowhere is not a directory and cannot be downloaded from the Hub" in message(
-        "--tasks", "piqa", model="nowhere"
-    )
+    assert "There is no directory nowhere. Name a checkpoint" in message("--tasks", "piqa", model="nowhere")
     assert "has neither model.pte nor config.json" in message("--tasks", "piqa", model=tmp_path)
     assert "no model 'XS'. Choose one of: S-Base" in message("--paper", "XS")
     code = message("--suite", "advanced", "--tasks", "humaneval", data=advanced_data)
@@ -550,6 +549,16 @@ def test_advanced_tasks_run_and_code_only_when_confirmed(kind, checkpoints, adva
     assert set(report["tasks"]) == {"humaneval", "mbpp", "ifeval", "mmlu_pro", "gpqa"}
     assert report["tasks"]["mmlu_pro"]["num_documents"] == 14
     assert all(0 <= task["score"] <= 1 for task in report["tasks"].values())
+
+
+def test_prepare_without_network_is_one_line(tmp_path):
+    # Nothing listens there.
+    environment = os.environ | {"HF_ENDPOINT": "http://127.0.0.1:9", "HF_HUB_OFFLINE": "0", "HF_HOME": str(tmp_path)}
+    command = [sys.executable, "-m", "mobilemoe.cli", "eval", "prepare", "--data-dir", str(tmp_path / "data")]
+    result = subprocess.run(command, capture_output=True, text=True, env=environment)
+    (line,) = result.stderr.splitlines()
+    assert result.returncode == 1 and result.stdout == "" and not (tmp_path / "data").exists()
+    assert re.match("mobilemoe eval: .* cannot be downloaded from the Hub: .*[Cc]onnect.* Check the network", line)
 
 
 def test_math500_needs_a_grammar_that_prepare_puts_beside_the_data(checkpoints, advanced_data, tmp_path):

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import math
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -215,6 +216,27 @@ def test_command_line_prints_tables_or_json(capsys, tmp_path):
     assert len(printed["runners_up"]) == 5 and all(row["verdict"] for row in printed["candidates"])
     config = MobileMoEConfig.from_pretrained(tmp_path / "s")
     assert [getattr(config, name) for name in ARCHITECTURE] == [getattr(SIZES["s"], name) for name in ARCHITECTURE]
+
+
+@pytest.mark.parametrize(
+    ("options", "remedy"),
+    [
+        ([], "set --device galaxy-s25 --tokens-per-second 20 or --inference-gflops 0.5."),
+        (["--device", "galaxy-s25"], "set --tokens-per-second 20 or --inference-gflops 0.5."),
+    ],
+)
+def test_a_slow_shape_says_so_and_what_to_set(options, remedy, capsys):
+    limits = ["plan", "--memory-gb", 5, "--tokens", 5e11]
+    run_cli(*limits, *options)
+    lines = capsys.readouterr().out.splitlines()
+    printed = " ".join(" ".join(lines).split())
+    assert max(map(len, lines)) <= 80
+    speed = re.search(r"Slow: ([\d.]+) tokens/s at a context of 8192 on Galaxy S25, 4 threads, because no", printed)
+    assert float(speed[1]) < 10 and remedy in printed
+    # With what it says.
+    run_cli(*limits, "--device", "galaxy-s25", "--tokens-per-second", 20)
+    run_cli(*limits, "--inference-gflops", 0.5)
+    assert "Slow" not in capsys.readouterr().out
 
 
 def test_command_line_reads_a_device_and_a_table(capsys, tmp_path):

@@ -7,6 +7,7 @@ the memory.
 """
 
 import json
+import logging
 import os
 import statistics
 import subprocess
@@ -22,10 +23,21 @@ from tqdm import tqdm
 
 from modeling_mobilemoe.kernels import BuildError, memory_read_rate
 
-from ..artifacts import is_shape
+from ..artifacts import is_shape, local_checkpoint
 from ..machine import cpu_name, spread
 from ..results import Benchmark, BenchmarkedModel, BenchmarkMachine, LengthResult, Spread, StartSeconds
 from ..shapes import shapes
+
+
+logger = logging.getLogger(__name__)
+
+# Of a module whose imports would say the same again for every model.
+START_WORKER = """
+from mobilemoe.console import quiet_libraries
+quiet_libraries()
+from mobilemoe.bench.worker import main
+main()
+"""
 
 
 class Worker:
@@ -81,7 +93,7 @@ class Worker:
 
 
 def worker_command(model: str | Path, num_threads: int) -> list[str]:
-    return [sys.executable, "-m", "mobilemoe.bench.worker", str(model), "--threads", str(num_threads)]
+    return [sys.executable, "-c", START_WORKER, str(model), "--threads", str(num_threads)]
 
 
 def model_files(model: str | Path) -> list[Path]:
@@ -196,18 +208,20 @@ def run_rounds(
     times = {(name, length): Times() for name in workers for length in rounds.prompt_lengths}
     rates = []
     # The first round warms up.
-    for repeat in tqdm(range(rounds.repeats + 1), desc="rounds", leave=False):
-        if measures_memory:
-            rate = memory_read_rate(rounds.num_threads)
-            if repeat > 0:
-                rates.append(rate)
-        for length in rounds.prompt_lengths:
-            for name, worker in workers.items():
-                answer = worker.measure(length, rounds.new_tokens, repeat, rounds.text)
-                models[name].peak_memory_bytes = answer["peak_memory_bytes"]
+    with tqdm(total=(rounds.repeats + 1) * len(times), desc="measure", leave=False) as bar:
+        for repeat in range(rounds.repeats + 1):
+            if measures_memory:
+                rate = memory_read_rate(rounds.num_threads)
                 if repeat > 0:
-                    times[name, length].first_token.append(answer["first_token"])
-                    times[name, length].decode.append(rounds.new_tokens / sum(answer["decode"]))
+                    rates.append(rate)
+            for length in rounds.prompt_lengths:
+                for name, worker in workers.items():
+                    answer = worker.measure(length, rounds.new_tokens, repeat, rounds.text)
+                    models[name].peak_memory_bytes = answer["peak_memory_bytes"]
+                    if repeat > 0:
+                        times[name, length].first_token.append(answer["first_token"])
+                        times[name, length].decode.append(rounds.new_tokens / sum(answer["decode"]))
+                    bar.update()
     return times, rates
 
 
@@ -255,6 +269,7 @@ def run_benchmark(
     models: dict[str, BenchmarkedModel] = {}
     try:
         for name, worker_words in commands.items():
+            logger.info("load %s", name)
             workers[name], starts = start_model(name, worker_words, files[name], rounds)
             models[name] = BenchmarkedModel(
                 runtime=workers[name].loaded["runtime"],
@@ -317,9 +332,10 @@ def bench(
     with tempfile.TemporaryDirectory() as directory:
         paths = {}
         for name in models:
-            paths[name] = name
             if not is_shape(name):
+                paths[name] = str(local_checkpoint(name))
                 continue
+            paths[name] = name
             config = shapes()[name]
             path = os.path.join(directory, name)
             if runtime == "pte":
@@ -328,6 +344,7 @@ def bench(
                         f"{name} has a context of {config.max_position_embeddings} tokens and {context} are needed. "
                         "Give shorter prompt lengths."
                     )
+                logger.info("export %s with random weights", name)
                 write_random_program(config, path, context)
                 paths[name] = path
             elif config.model_type == "mobilemoe":

@@ -28,7 +28,7 @@ from modeling_mobilemoe.packed_mobilemoe import Int4Experts
 from ..artifacts import PROGRAM_FILE, is_pte, is_shape, read_export
 from ..costs import weight_bytes_read
 from ..export.random_program import random_packed_model
-from ..machine import peak_memory
+from ..machine import peak_memory, without_lines
 from ..runtime import CheckpointModel, LanguageModel, PteModel, most_probable
 from ..shapes import shapes
 
@@ -153,7 +153,9 @@ def set_threads(num_threads: int, executorch: bool) -> None:
     if executorch:
         from executorch.extension.pybindings.portable_lib import _unsafe_reset_threadpool
 
-        _unsafe_reset_threadpool(num_threads)
+        # As in `PteModel`.
+        with without_lines("cpuinfo_utils"):
+            _unsafe_reset_threadpool(num_threads)
 
 
 def main() -> None:

@@ -7,10 +7,11 @@ import logging
 import shutil
 import subprocess
 import sys
+import tempfile
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
-from ..artifacts import write_json
+from ..artifacts import causes, write_json
 from .suites import select_tasks, suite_file
 
 
@@ -91,11 +92,21 @@ def prepare_data(suite: str, data_dir: str | Path, names: list[str] | None = Non
 
 def download(data_dir: Path, repo: str, kind: str, pin: dict) -> None:
     """Downloads to a temporary directory and renames it. A directory with a record file beside it is complete."""
-    from huggingface_hub import HfApi, snapshot_download
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import LocalEntryNotFoundError
 
-    api = HfApi()
-    info = api.dataset_info if kind == "dataset" else api.space_info
-    revision = info(repo, revision=pin["revision"] or "main").sha
+    with tempfile.TemporaryDirectory() as cache:
+        try:
+            # Of the card alone. `HfApi` would know the commit too, but its errors are those of its HTTP client.
+            card = snapshot_download(
+                repo, repo_type=kind, revision=pin["revision"], cache_dir=cache, allow_patterns=["README.md"]
+            )
+        except LocalEntryNotFoundError as error:
+            raise OSError(
+                f"{repo} cannot be downloaded from the Hub: {list(causes(error))[-1]}. Check the network, then run "
+                "again: what is complete stays."
+            ) from error
+        revision = Path(card).name
     logger.info("%s at %s", repo, revision)
     final, partial = data_dir / repo, data_dir / f"{repo}.partial"
     # An interrupted download resumes where it stopped.

@@ -22,7 +22,7 @@ from pathlib import Path
 import torch
 import yaml
 
-from ..artifacts import describe_model, is_pte
+from ..artifacts import describe_model, is_pte, local_checkpoint
 from ..machine import machine, package_versions
 from ..results import EVALUATION_FILE, Evaluation, EvaluationSettings, Machine, TaskResult
 from ..runtime import CheckpointModel, PteModel
@@ -199,7 +199,7 @@ def load_model(model: str | Path, dtype: str, tokens_per_batch: int | None, chat
             raise ValueError(f"dtype={dtype} is set, but the precision of a .pte is fixed. Leave --dtype out.")
         lm = PteLM(PteModel(model))
     else:
-        checkpoint = CheckpointModel(model, dtype=DTYPES[dtype])
+        checkpoint = CheckpointModel(local_checkpoint(model), dtype=DTYPES[dtype])
         # As an exported `.pte`: the generation config may lack end-of-sequence ids that the tokenizer has.
         checkpoint.model.generation_config.eos_token_id = checkpoint.eos_ids
         if torch.cuda.is_available():

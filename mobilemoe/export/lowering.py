@@ -76,7 +76,9 @@ def lower(model: ExportModel, constant_methods: dict, experts_file: bool, stages
                 constant_methods=constant_methods,
             )
             del exported
-        with stages("plan"):
+        with stages("plan"), warnings.catch_warnings():
+            # It warns of buffers that programs write. Ours is the cache, which is written before it is read.
+            warnings.filterwarnings("ignore", message="Mutation on a buffer in the model is detected")
             return edge.to_executorch(
                 ExecutorchBackendConfig(
                     extract_delegate_segments=True,

@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from ..costs import read_device
 from ..display import markdown, picture, table
 from .fit import LawFit, heldout_error
 from .law import PAPER_GRID
@@ -14,10 +15,17 @@ from .planner import PROMPT_TOKENS, Candidate, Plan, describe, millions
 if TYPE_CHECKING:
     from rich.console import Group
 
+# Tokens per second below which an answer takes longer than people like to wait: about twice the speed of reading.
+SLOW = 10.0
+# For a request without a device.
+EXAMPLE_DEVICE = "galaxy-s25"
+
 
 def plan_report(result: Plan) -> "list[str | Group]":
     """A sentence on why this shape was chosen, a table of the best shape of every E, and extrapolation warnings."""
     parts = [why(result), plan_table(result)]
+    if note := slowness(result):
+        parts.append(note)
     if result.warnings:
         parts.append(f"The law extrapolates: {'; '.join(result.warnings)}.")
     return parts
@@ -30,6 +38,22 @@ def why(result: Plan) -> str:
     return (
         f"{shape[0].upper()}{shape[1:]}: {reason} among the {within} of {len(result.candidates)} shapes that are "
         f"within the limits; {best.loss:.4f} nats per token, 95 % interval {low:.4f} to {high:.4f}."
+    )
+
+
+def slowness(result: Plan) -> str | None:
+    """A sentence on a shape that is slow because no speed was asked for; `None` for another."""
+    request, config = result.request, result.best.config
+    if request.inference_flops is not None or request.tokens_per_second is not None:
+        return None
+    device = request.device or read_device(EXAMPLE_DEVICE)
+    speed = device.decode_tokens_per_second(config, request.context)
+    if speed >= SLOW:
+        return None
+    option = "--tokens-per-second 20" if request.device else f"--device {EXAMPLE_DEVICE} --tokens-per-second 20"
+    return (
+        f"Slow: {speed:.1f} tokens/s at a context of {request.context} on {device.name}, because no speed was asked "
+        f"for. For a faster model, set {option} or --inference-gflops 0.5."
     )
 
 

@@ -8,6 +8,7 @@ cache under a hash of their sources. Importing this module builds nothing. MOBIL
 import ctypes
 import functools
 import hashlib
+import logging
 import os
 import platform
 import shutil
@@ -20,6 +21,8 @@ from pathlib import Path
 
 import torch
 
+
+logger = logging.getLogger(__name__)
 
 SOURCES = Path(__file__).parent
 SUFFIX = ".dylib" if sys.platform == "darwin" else ".so"
@@ -61,6 +64,8 @@ def build(target: str, *options: str, headers: str = "", executable: bool = Fals
     if cmake is None:
         raise BuildError("CMake is missing: pip install cmake.")
     cache.mkdir(parents=True, exist_ok=True)
+    # Otherwise the first use would be silent for a minute.
+    logger.warning("Compiling %s for this machine, once: up to a minute; kept in %s", target, cache)
     with tempfile.TemporaryDirectory(dir=cache) as directory:
         for command in (
             [cmake, "-S", str(SOURCES), "-B", directory, "-DCMAKE_BUILD_TYPE=Release", *options],
