@@ -40,7 +40,7 @@ SKIP = {
     r"facebook/MobileMoE|from_pretrained\(\"out/mobilemoe|--model out/mobilemoe-": WEIGHTS,
     r"recipes/(pretrain|midtrain|sft|qat)\.yaml|recipes/mobilemoe-": "needs data sets of the Hub; "
     "tests/test_recipe_files.py reads its files on rows of their schemas",
-    r"^python benchmarks/(?!ablation)\w+\.py": HOURS,
+    r"^python benchmarks/(?!ablation|install_sizes)\w+\.py": HOURS,
     r"^python benchmarks/ablation\.py": "takes hours; tests/test_ablation.py runs it on less",
     r"^python examples/notebooks\.py": "tests/test_notebooks.py runs each notebook",
     r"^make (setup|demo|test|test-slow|docs|lint)": "makes or needs an environment of its own",

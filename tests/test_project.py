@@ -65,6 +65,11 @@ def test_the_page_of_tools_lists_those_that_are_tested():
     assert len(marks) > 3 and sorted(listed) == sorted(marks), "run `python docs/works_with.py`"
 
 
+def test_the_page_of_installing_has_every_extra():
+    listed = re.findall(r"^\| `(\w+)` \|", (ROOT / "docs" / "install.md").read_text(), re.MULTILINE)
+    assert listed == [name for name in PROJECT["project"]["optional-dependencies"] if name not in ("dev", "docs")]
+
+
 def test_the_type_checker_reads_files_that_exist():
     assert [name for name in PROJECT["tool"]["ty"]["src"]["include"] if not (ROOT / name).is_file()] == []
 
