@@ -14,22 +14,17 @@ constexpr int64_t kMaxHeads = 1 << 16;
 
 void run_few(const Attention& attention) {
   const mobilemoe_attention_args& args = attention.args;
-  const int64_t num_rows = args.num_tokens * attention.heads_per_key, num_heads = args.cache.num_kv_heads;
-  const Phase attended([&] { return num_heads * attention.num_segments; },
+  const Phase attended([&] { return attention.open_few(); },
                        [&](int64_t unit, int64_t index) {
-                         const int64_t kv_head = unit / attention.num_segments,
-                                       segment = unit % attention.num_segments;
-                         const Attention::Worker own = attention.worker(index);
-                         const Attention::Rows part = attention.partial(kv_head, segment);
-                         attention.load_queries(part, own, num_rows, [&](int64_t row) {
-                           return args.query + attention.place(kv_head, 0, row);
-                         });
-                         attention.attend(part, own, kv_head, 0, args.num_tokens, segment);
+                         const auto queries = [&](int64_t kv_head) {
+                           return [&args, &attention, kv_head](int64_t row) {
+                             return args.query + attention.place(kv_head, 0, row);
+                           };
+                         };
+                         attention.attend_few(unit / attention.num_segments, unit % attention.num_segments, index,
+                                              queries);
                        });
-  const Phase merged(
-      [&] { return num_heads; },
-      [&](int64_t kv_head, int64_t index) { attention.finish(kv_head, attention.worker(index).whole); });
-  run_phases(attention.num_threads, attended, merged);
+  run_phases(attention.num_threads, attended);
 }
 
 void run_many(const Attention& attention) {

@@ -129,29 +129,35 @@ inline void attend_tile(AttentionRow* rows, const CachedBlock& block, int64_t he
   } else {
     score_floats<kRows>(rows, block.keys, head_dim, scale, scores);
   }
-  float correction[kRows];
+  // Per row, one lane each: what corrects the sums so far.
+  f32 corrections = {};
+  f32 offsets[kRows];
+#pragma GCC unroll 4
   for (int r = 0; r < kRows; ++r) {
-    const int num_keys = rows[r].num_keys;
-    for (int j = num_keys; j < kKeys; ++j) scores[r][j] = rows[r].largest;
+    for (int j = rows[r].num_keys; j < kKeys; ++j) scores[r][j] = rows[r].largest;
     f32 largest = repeat_value(rows[r].largest);
-    for (int j = 0; j < kKeys; j += kLanes) {
-      const f32 score = load<f32>(scores[r] + j);
-      largest = score > largest ? score : largest;
-    }
-    float lanes[16] = {};
-    store(lanes, largest);
-    for (int i = 1; i < kLanes; ++i) lanes[0] = lanes[i] > lanes[0] ? lanes[i] : lanes[0];
-    const f32 offset = repeat_value(lanes[0]);
-    for (int j = 0; j < kKeys; j += kLanes) store(scores[r] + j, exponential(load<f32>(scores[r] + j) - offset));
-    for (int j = num_keys; j < kKeys; ++j) scores[r][j] = 0.0f;
+    // In this order a score that is NaN is left out.
+    for (int j = 0; j < kKeys; j += kLanes) largest = larger(load<f32>(scores[r] + j), largest);
+    const float offset = largest_lane(largest);
+    offsets[r] = repeat_value(offset);
+    corrections[r] = rows[r].largest - offset;
+    rows[r].largest = offset;
+  }
+  corrections = exponential(corrections);
+  float correction[kRows];
+#pragma GCC unroll 4
+  for (int r = 0; r < kRows; ++r) {
+    correction[r] = corrections[r];
+    for (int j = 0; j < kKeys; j += kLanes) store(scores[r] + j, exponential(load<f32>(scores[r] + j) - offsets[r]));
+    for (int j = rows[r].num_keys; j < kKeys; ++j) scores[r][j] = 0.0f;
     f32 total[16 / kLanes] = {};
     for (int j = 0; j < kKeys; j += 16) {
       for (int i = 0; i < 16 / kLanes; ++i) total[i] += load<f32>(scores[r] + j + i * kLanes);
     }
-    correction[r] = exponential(repeat_value(rows[r].largest) - offset)[0];
-    rows[r].largest = lanes[0];
-    for (int i = 0; i < 16 / kLanes; ++i) store(lanes + i * kLanes, total[i]);
-    rows[r].total = rows[r].total * correction[r] + sum_lanes(lanes);
+    for (int half = 8 / kLanes; half; half /= 2) {
+      for (int i = 0; i < half; ++i) total[i] += total[i + half];
+    }
+    rows[r].total = rows[r].total * correction[r] + sum_register(total[0]);
   }
   if (is_int8) return add_integer_values<kRows>(rows, scores, correction, block, head_dim);
   int64_t d = 0;
@@ -173,8 +179,9 @@ inline void attend(AttentionRow* rows, int num_rows, const CachedBlock& block, i
 
 inline void merge_row(const AttentionRow& part, AttentionRow* whole, int64_t head_dim) {
   const float largest = part.largest > whole->largest ? part.largest : whole->largest;
-  const float before = exponential(repeat_value(whole->largest - largest))[0];
-  const float now = exponential(repeat_value(part.largest - largest))[0];
+  f32 corrections = {whole->largest - largest, part.largest - largest};
+  corrections = exponential(corrections);
+  const float before = corrections[0], now = corrections[1];
   whole->largest = largest;
   whole->total = whole->total * before + part.total * now;
   for (int64_t d = 0; d < head_dim; d += kLanes) {

@@ -57,6 +57,7 @@ struct AttentionRow {
   const float* query;      // [head_dim]
   const int8_t* integers;  // [head_dim]: the query divided by `step`, for keys in INT8
   float step;
+  int32_t sum;  // of the integers
   float* sums;  // [head_dim]: values times probabilities, not yet divided by `total`
   float largest, total;
   int num_keys;  // that it sees of a block: the first ones

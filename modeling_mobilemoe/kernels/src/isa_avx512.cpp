@@ -210,11 +210,9 @@ void multiply_keys_tile(const int8_t* cells, const AttentionRow* rows, int64_t h
   __m512i sums[kRows][4];
 #pragma GCC unroll 4
   for (int r = 0; r < kRows; ++r) {
-    int32_t sum = 0;
-    for (int64_t d = 0; d < head_dim; ++d) sum += rows[r].integers[d];
     // Keys are multiplied plus 128, without their sign.
 #pragma GCC unroll 4
-    for (int i = 0; i < 4; ++i) sums[r][i] = _mm512_set1_epi32(-128 * sum);
+    for (int i = 0; i < 4; ++i) sums[r][i] = _mm512_set1_epi32(-128 * rows[r].sum);
   }
   for (int64_t d = 0; d < head_dim; d += kCellBytes) {
     __m512i keys[4];

@@ -38,8 +38,8 @@ struct FewTokensLayer {
   // Inputs of the linears: of query, key and value and then of gate and up; of the output projection; of down.
   Tokens normed_tokens, attended_tokens, mid_tokens;
   float *normed, *query, *key, *value, *attended, *hidden, *mid, *shared;
-  float* heads;   // [threads, rows, head_dim]: rotated queries of one head of keys, or one key
-  char* scratch;  // [threads, 2 * head_dim]
+  float* heads;   // [threads, rows, head_dim]: rotated queries of one head of keys
+  char* scratch;  // [threads, 6 * head_dim]: a rotated key, and what its cache needs to write it
   mobilemoe_attention_args attention_args;
   Attention attention;
   mobilemoe_moe_ffn_args expert_args;
@@ -64,7 +64,7 @@ struct FewTokensLayer {
         mid(layout.take<float>(num_tokens * hidden_width(a))),
         shared(layout.take<float>(num_tokens * dim)),
         heads(layout.take<float>(threads * num_tokens * query_width(a))),
-        scratch(layout.take<char>(threads * 2 * head_dim)),
+        scratch(layout.take<char>(threads * 6 * head_dim)),
         attention_args(attention_of(a, attended)),
         attention(layout, attention_args, threads),
         expert_args(experts_of(a, num_tokens, normed, nullptr)),
@@ -91,25 +91,26 @@ struct FewTokensLayer {
 
   // One head of keys over one segment, after writing the new keys and values that lie in it.
   void attend(int64_t kv_head, int64_t segment, int64_t worker) const {
-    const int64_t num_rows = num_tokens * attention.heads_per_key, width = attention.heads_per_key * head_dim;
-    float* states = heads + worker * num_tokens * query_width(args);
+    char* own = scratch + worker * 6 * head_dim;
+    auto* rotated = reinterpret_cast<float*>(own);
     for (int64_t t = 0; t < num_tokens; ++t) {
       if ((args.start + t) / kSegment != segment) continue;
       const int64_t at = t * key_width(args) + kv_head * head_dim;
-      rotate(key + at, 1, t, states);
-      attention.cache.write(kv_head, args.start + t, states, value + at, scratch + worker * 2 * head_dim);
+      rotate(key + at, 1, t, rotated);
+      attention.cache.write(kv_head, args.start + t, rotated, value + at, own + 4 * head_dim);
     }
-    for (int64_t t = 0; t < num_tokens; ++t) {
-      rotate(query + t * query_width(args) + kv_head * width, attention.heads_per_key, t, states + t * width);
-    }
-    const Attention::Worker own = attention.worker(worker);
-    const Attention::Rows part = attention.partial(kv_head, segment);
-    attention.load_queries(part, own, num_rows, [&](int64_t row) { return states + row * head_dim; });
-    attention.attend(part, own, kv_head, 0, num_tokens, segment);
+    attention.attend_few(kv_head, segment, worker, [&](int64_t head) {
+      const int64_t width = attention.heads_per_key * head_dim;
+      float* states = heads + worker * num_tokens * query_width(args);
+      for (int64_t t = 0; t < num_tokens; ++t) {
+        rotate(query + t * query_width(args) + head * width, attention.heads_per_key, t, states + t * width);
+      }
+      return [this, states](int64_t row) { return states + row * head_dim; };
+    });
   }
 
   void run() const {
-    const int64_t num_heads = args.cache.num_kv_heads, num_segments = attention.num_segments;
+    const int64_t num_segments = attention.num_segments;
     const bool is_sparse = has_experts(args);
     const Product inputs[] = {{normed_tokens, args.query}, {normed_tokens, args.key}, {normed_tokens, args.value}};
     float* const outs[] = {query, key, value};
@@ -126,13 +127,11 @@ struct FewTokensLayer {
           });
         });
     const Phase attending(
-        [&] { return num_heads * num_segments; },
+        [&] { return attention.open_few(); },
         [&](int64_t unit, int64_t worker) { attend(unit / num_segments, unit % num_segments, worker); });
     const Product output(attended_tokens, args.output);
     const Phase added(
         [&] {
-          const Attention::Rows whole = attention.worker(0).whole;
-          for (int64_t head = 0; head < num_heads; ++head) attention.finish(head, whole);
           quantize(attended_tokens, attended, query_width(args));
           return output.num_units();
         },

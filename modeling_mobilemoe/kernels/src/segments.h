@@ -1,8 +1,10 @@
 // Attention over a layer's cache, in pieces: rows of some tokens over one segment of keys, and their merge.
 #pragma once
 
+#include <atomic>
 #include <cmath>
 #include <cstring>
+#include <new>
 
 #include "cache.h"
 #include "isa.h"
@@ -21,8 +23,12 @@ struct Attention {
   int64_t num_threads;
   Cache cache;
   int64_t dim, heads_per_key, num_segments, max_rows, worker_bytes, partial_bytes;
-  char* workers;   // one Worker each
-  char* partials;  // of few tokens: one Rows for every head of keys and segment
+  char* workers;  // one Worker each
+  // Of few tokens: one Rows for every head of keys and segment, how many segments of a head are still to do, and the
+  // head whose queries a worker has.
+  char* partials;
+  std::atomic<int64_t>* missing;
+  int64_t* loaded;
 
   // Rows of some tokens and all query heads of one head of keys.
   struct Rows {
@@ -61,6 +67,8 @@ struct Attention {
     partial_bytes = partial.size();
     workers = layout.take<char>(worker_bytes * threads);
     partials = layout.take<char>(is_few() ? partial_bytes * num_segments * a.cache.num_kv_heads : 0);
+    missing = layout.take<std::atomic<int64_t>>(a.cache.num_kv_heads);
+    loaded = layout.take<int64_t>(threads);
   }
 
   bool is_few() const { return args.num_tokens <= kDraftTokens; }
@@ -106,6 +114,8 @@ struct Attention {
       int8_t* integers = worker.integers + row * dim;
       to.step = isa().quantize_head(to.query, dim, integers);
       to.integers = integers;
+      to.sum = 0;
+      for (int64_t d = 0; d < dim; ++d) to.sum += integers[d];
     }
   }
 
@@ -139,7 +149,28 @@ struct Attention {
     }
   }
 
-  // Of few tokens: the output of one head of keys, when all its partials are there.
+  // Few tokens: opens the phase whose units are attend_few().
+  int64_t open_few() const {
+    const int64_t num_heads = cache.args.num_kv_heads;
+    for (int64_t head = 0; head < num_heads; ++head) new (missing + head) std::atomic<int64_t>(num_segments);
+    for (int64_t index = 0; index < num_threads; ++index) loaded[index] = -1;
+    return num_heads * num_segments;
+  }
+
+  // One head of keys over one segment. `queries(kv_head)` prepares a head's queries, and gives that of a row. Whoever
+  // does the last segment of a head merges all of them.
+  template <typename Queries>
+  void attend_few(int64_t kv_head, int64_t segment, int64_t index, const Queries& queries) const {
+    const int64_t num_rows = args.num_tokens * heads_per_key;
+    const Worker own = worker(index);
+    if (loaded[index] != kv_head) load_queries(own.whole, own, num_rows, queries(kv_head));
+    loaded[index] = kv_head;
+    const Rows part = partial(kv_head, segment);
+    for (int64_t row = 0; row < num_rows; ++row) part.rows[row] = own.whole.rows[row];
+    attend(part, own, kv_head, 0, args.num_tokens, segment);
+    if (missing[kv_head].fetch_sub(1) == 1) finish(kv_head, own.whole);
+  }
+
   void finish(int64_t kv_head, const Rows& whole) const {
     reset(whole, 0, args.num_tokens * heads_per_key, dim);
     for (int64_t segment = 0; segment < num_segments; ++segment) {

@@ -19,8 +19,13 @@ constexpr int kLanes = 4;
 #endif
 typedef float f32 __attribute__((vector_size(4 * kLanes)));
 typedef uint32_t u32 __attribute__((vector_size(4 * kLanes)));
+typedef float f32x4 __attribute__((vector_size(16)));
+typedef float f32x8 __attribute__((vector_size(32)));
 typedef float f32x16 __attribute__((vector_size(64)));
+typedef uint32_t u32x4 __attribute__((vector_size(16)));
+typedef uint32_t u32x8 __attribute__((vector_size(32)));
 typedef uint32_t u32x16 __attribute__((vector_size(64)));
+typedef uint16_t u16x16 __attribute__((vector_size(32)));
 typedef uint8_t u8x16 __attribute__((vector_size(16)));
 
 // 1.5 * 2^23: adding it rounds a float to the nearest integer, ties to even, and leaves that in the low bits.
@@ -40,6 +45,42 @@ inline V load(const void* source) {
 template <typename V>
 inline void store(void* target, V value) {
   std::memcpy(target, &value, sizeof(V));
+}
+
+// What is combined across lanes is halved in registers until one lane is left.
+inline f32x4 low_half(f32x8 v) { return __builtin_shufflevector(v, v, 0, 1, 2, 3); }
+inline f32x4 high_half(f32x8 v) { return __builtin_shufflevector(v, v, 4, 5, 6, 7); }
+inline f32x8 low_half(f32x16 v) { return __builtin_shufflevector(v, v, 0, 1, 2, 3, 4, 5, 6, 7); }
+inline f32x8 high_half(f32x16 v) { return __builtin_shufflevector(v, v, 8, 9, 10, 11, 12, 13, 14, 15); }
+inline u32x4 low_half(u32x8 v) { return __builtin_shufflevector(v, v, 0, 1, 2, 3); }
+inline u32x4 high_half(u32x8 v) { return __builtin_shufflevector(v, v, 4, 5, 6, 7); }
+inline u32x8 low_half(u32x16 v) { return __builtin_shufflevector(v, v, 0, 1, 2, 3, 4, 5, 6, 7); }
+inline u32x8 high_half(u32x16 v) { return __builtin_shufflevector(v, v, 8, 9, 10, 11, 12, 13, 14, 15); }
+
+template <typename V>
+inline V larger(V a, V b) {
+  return a > b ? a : b;
+}
+
+template <typename V>
+inline auto largest_lane(V v) {
+  if constexpr (sizeof(V) == 16) {
+    v = larger(v, __builtin_shufflevector(v, v, 2, 3, 0, 1));
+    return larger(v, __builtin_shufflevector(v, v, 1, 0, 3, 2))[0];
+  } else {
+    return largest_lane(larger(low_half(v), high_half(v)));
+  }
+}
+
+// The sum of a register's lanes in the order of sum_lanes().
+template <typename V>
+inline float sum_register(V v) {
+  if constexpr (sizeof(V) == 16) {
+    v += __builtin_shufflevector(v, v, 2, 3, 0, 1);
+    return v[0] + v[1];
+  } else {
+    return sum_register(low_half(v) + high_half(v));
+  }
 }
 
 // FP16 -> FP32 without the instruction for it.
@@ -155,18 +196,16 @@ inline Rounded round_to_int8(const float* x, int64_t count, int8_t* out) {
   // Compared as integers, where NaN is larger than infinity and thus never lost.
   u32 largest = {};
   for (int64_t i = 0; i < count; i += kLanes) {
-    const u32 magnitude = (u32)load<f32>(x + i) & 0x7FFFFFFFu;
-    largest = magnitude > largest ? magnitude : largest;
+    largest = larger<u32>(largest, (u32)load<f32>(x + i) & 0x7FFFFFFFu);
   }
-  uint32_t bits = 0, lanes[16], sum = 0;
-  store(lanes, largest);
-  for (int i = 0; i < kLanes; ++i) bits = lanes[i] > bits ? lanes[i] : bits;
-  const Rounding rounding(bits);
+  uint32_t lanes[16], sum = 0;
+  const Rounding rounding(largest_lane(largest));
   u32x16 sums = {};
   for (int64_t i = 0; i < count; i += 16) {
     const u32x16 rounded = (u32x16)(load<f32x16>(x + i) * rounding.inverse + kRound);
     sums += rounded;
-    store(out + i, __builtin_convertvector(rounded, u8x16));
+    // In two steps: GCC 12 would take the lanes one by one.
+    store(out + i, __builtin_convertvector(__builtin_convertvector(rounded, u16x16), u8x16));
   }
   store(lanes, sums);
   for (const uint32_t lane : lanes) sum += lane;
