@@ -20,7 +20,8 @@ from mobilemoe.costs import kv_cache_bytes, parameter_counts, weight_bytes_read
 from mobilemoe.export.random_program import random_packed_model
 from mobilemoe.shapes import shapes
 from modeling_mobilemoe import kernels
-from modeling_mobilemoe.kernels.modules import CACHE_BITS, DEFAULT_CACHE, DecoderLayer, MoEFFN
+from modeling_mobilemoe.cache_mobilemoe import CACHE_BITS
+from modeling_mobilemoe.kernels.modules import DEFAULT_CACHE, DecoderLayer, MoEFFN
 
 
 def fill(layer: DecoderLayer, config, length: int) -> None:

@@ -7,7 +7,10 @@ from typing import Any, cast
 
 import torch
 from torch import nn
+from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
+from transformers.modeling_layers import GradientCheckpointingLayer
 
+from .cache_mobilemoe import BlockLayer
 from .packed_mobilemoe import FixedDtypeModule, Int4Experts, Int4Linear, use_kernels
 
 
@@ -46,7 +49,7 @@ class Int4FeedForward(FixedDtypeModule):
         self.register_buffer("expert_bias", expert_bias)
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        if self._may_fuse(hidden_states):
+        if self.may_fuse(hidden_states):
             return self._fused(hidden_states)
         # As `MobileMoEFeedForward`.
         flat_hidden_states = hidden_states.reshape(-1, hidden_states.shape[-1])  # (tokens, hidden)
@@ -58,7 +61,7 @@ class Int4FeedForward(FixedDtypeModule):
     def _shared_linears(self) -> tuple[nn.Module, nn.Module, nn.Module]:
         return self.shared_expert.gate_proj, self.shared_expert.up_proj, self.shared_expert.down_proj
 
-    def _may_fuse(self, hidden_states: torch.Tensor) -> bool:
+    def may_fuse(self, hidden_states: torch.Tensor) -> bool:
         # The operator reads experts that are grouped along their output only.
         if type(self.experts) is not Int4Experts or self.experts.group_dim != -1:
             return False
@@ -69,16 +72,21 @@ class Int4FeedForward(FixedDtypeModule):
             self.router, self.experts, self.shared_expert, *linears
         )
 
+    def routed_weights(self) -> list[torch.Tensor]:
+        experts = self.experts
+        tiles = (experts.tiles_of("gate_up_tiles"), experts.tiles_of("down_tiles"))
+        return [self.router.weight, self.expert_bias, *tiles]
+
+    def shared_weights(self) -> list[torch.Tensor]:
+        return [cast(Int4Linear, linear).tiles_of() for linear in self._shared_linears()]
+
     def _fused(self, hidden_states: torch.Tensor) -> torch.Tensor:
         return torch.ops.mobilemoe.feed_forward(
             hidden_states.contiguous(),
-            self.router.weight,
-            self.expert_bias,
-            self.experts.tiles_of("gate_up_tiles"),
-            self.experts.tiles_of("down_tiles"),
+            *self.routed_weights(),
             self.router.top_k,
             self.router.routed_scaling_factor,
-            [cast(Int4Linear, linear).tiles_of() for linear in self._shared_linears()],
+            self.shared_weights(),
         )
 
 
@@ -122,3 +130,118 @@ class Int4AttentionInputs(nn.Module):
             self.plain.eps,
         )
         return tuple(heads.transpose(1, 2) for heads in states)  # (B, heads, T, D)
+
+
+class Int4DecoderLayer(GradientCheckpointingLayer):
+    """
+    Takes over the modules of a `MobileMoEDecoderLayer` whose attention and feed-forward block are packed.
+
+    One operator computes the whole layer of one sequence that attends to all tokens before each one, over a
+    `DynamicCache`, in which it keeps keys and values in its own order ([`BlockLayer`]). Inside it, everything is in
+    FP32. In all other cases, and under the conditions of [`Int4FeedForward`], the modules run one by one.
+
+    Args:
+        plain (`nn.Module`): the decoder layer.
+    """
+
+    # Their classes are in `modeling_mobilemoe.py`, which imports this file.
+    self_attn: Any
+    feed_forward: Any
+    input_layernorm: Any
+    post_attention_layernorm: Any
+
+    def __init__(self, plain: nn.Module):
+        super().__init__()
+        # In this order: a packed model's dtype is that of its first floating-point parameter, a norm.
+        for name, module in plain.named_children():
+            self.add_module(name, module)
+
+    def forward(
+        self,
+        hidden_states: torch.Tensor,
+        position_embeddings: tuple[torch.Tensor, torch.Tensor],
+        attention_mask: torch.Tensor | None = None,
+        cache: Cache | None = None,
+        **kwargs: Any,
+    ) -> torch.Tensor:
+        if cache is not None and self._may_fuse(hidden_states, attention_mask, cache):
+            return self._fused(hidden_states, position_embeddings, cache)
+        # As `MobileMoEDecoderLayer`.
+        residual = hidden_states
+        hidden_states = self.input_layernorm(hidden_states)
+        hidden_states, _ = self.self_attn(hidden_states, position_embeddings, attention_mask, cache=cache, **kwargs)
+        hidden_states = residual + hidden_states
+
+        residual = hidden_states
+        hidden_states = self.post_attention_layernorm(hidden_states)
+        return residual + self.feed_forward(hidden_states)
+
+    def _linears(self) -> tuple[nn.Module, nn.Module, nn.Module, nn.Module]:
+        attention = self.self_attn
+        return attention.q_proj, attention.k_proj, attention.v_proj, attention.o_proj
+
+    def _may_fuse(self, hidden_states: torch.Tensor, attention_mask: torch.Tensor | None, cache: Cache) -> bool:
+        attention, feed_forward = self.self_attn, self.feed_forward
+        if hidden_states.shape[0] != 1 or torch.compiler.is_compiling() or type(feed_forward) is not Int4FeedForward:
+            return False
+        if not feed_forward.may_fuse(hidden_states):
+            return False
+        # The operator's scores are divided by the root of the head's size. YaRN and LongRoPE scale them further.
+        if attention.config._attn_implementation != "sdpa" or attention.scaling != attention.head_dim**-0.5:
+            return False
+        # Other caches, and layers of other kinds, have rules of their own.
+        if type(cache) is not DynamicCache or cache.offloading or attention.layer_idx >= len(cache.layers):
+            return False
+        layer = cache.layers[attention.layer_idx]
+        if type(layer) not in (DynamicLayer, BlockLayer):
+            return False
+        if type(layer) is DynamicLayer and layer.get_seq_length() and not is_bf16_sequence(layer.keys):
+            return False
+        linears = self._linears()
+        if not all(type(linear) is Int4Linear for linear in linears):
+            return False
+        norms = (self.input_layernorm, self.post_attention_layernorm)
+        if not is_untouched(attention, attention.inputs, feed_forward, *linears, *norms):
+            return False
+        return attention_mask is None or is_causal(attention_mask, hidden_states.shape[1], layer.get_seq_length())
+
+    def _fused(
+        self, hidden_states: torch.Tensor, position_embeddings: tuple[torch.Tensor, torch.Tensor], cache: Cache
+    ) -> torch.Tensor:
+        attention, feed_forward = self.self_attn, self.feed_forward
+        layer = cache.layers[attention.layer_idx]
+        if not isinstance(layer, BlockLayer):
+            num_heads = attention.k_proj.out_features // attention.head_dim
+            layer = cache.layers[attention.layer_idx] = BlockLayer(layer, num_heads, attention.head_dim)
+        blocks, start = layer.extend(hidden_states.shape[1])
+        return torch.ops.mobilemoe.decoder_layer(
+            hidden_states.contiguous(),
+            *position_embeddings,
+            blocks,
+            start,
+            [self.input_layernorm.weight, *(cast(Int4Linear, linear).tiles_of() for linear in self._linears())],
+            [self.post_attention_layernorm.weight, *feed_forward.shared_weights()],
+            feed_forward.routed_weights(),
+            feed_forward.router.top_k,
+            feed_forward.router.routed_scaling_factor,
+            self.input_layernorm.variance_epsilon,
+        )
+
+
+def is_bf16_sequence(states: torch.Tensor | None) -> bool:
+    """Whether keys of shape `(B, heads, T, D)` are those of one sequence of a BF16 model on the CPU."""
+    return (
+        states is not None
+        and states.shape[0] == 1
+        and states.dtype == torch.bfloat16
+        and states.device.type == "cpu"
+        and not states.requires_grad
+    )
+
+
+def is_causal(attention_mask: torch.Tensor, num_tokens: int, start: int) -> bool:
+    """Whether a mask `(1, 1, T, S)` lets each token attend to itself and all tokens before it, and to no others."""
+    if attention_mask.dtype != torch.bool or attention_mask.shape != (1, 1, num_tokens, start + num_tokens):
+        return False
+    expected = torch.ones(num_tokens, start + num_tokens, dtype=torch.bool).tril_(start)
+    return torch.equal(attention_mask[0, 0], expected)

@@ -38,6 +38,7 @@ from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
 from .checkpoint_mobilemoe import CheckpointMixin
 from .configuration_mobilemoe import MobileMoEConfig
+from .fused_mobilemoe import Int4DecoderLayer
 from .packed_mobilemoe import ExpandedExperts, FixedDtypeModule
 from .quantization_mobilemoe import prepare_packed, resize_packed_embedding
 
@@ -414,7 +415,7 @@ class MobileMoEPreTrainedModel(CheckpointMixin, PreTrainedModel):
     config: MobileMoEConfig
     base_model_prefix = "model"
     supports_gradient_checkpointing = True
-    _no_split_modules = ["MobileMoEDecoderLayer"]
+    _no_split_modules = ["MobileMoEDecoderLayer", "Int4DecoderLayer"]
     _skip_keys_device_placement = ["cache"]
     _keep_in_fp32_modules_strict = ["router", "expert_bias"]
     _supports_flash_attn = True
@@ -424,7 +425,7 @@ class MobileMoEPreTrainedModel(CheckpointMixin, PreTrainedModel):
     _can_compile_fullgraph = True
     _can_record_outputs = {
         "router_logits": OutputRecorder(MobileMoERouter, index=0),
-        "hidden_states": MobileMoEDecoderLayer,
+        "hidden_states": [MobileMoEDecoderLayer, Int4DecoderLayer],
         "attentions": MobileMoEAttention,
     }
 

@@ -119,6 +119,9 @@ class Int4Module(FixedDtypeModule):
 
     def tiles_of(self, name: str = "tiles") -> torch.Tensor:
         """Weights as the kernels take them."""
+        tiles = self._buffers.get(name)
+        if tiles is not None:
+            return tiles
         if self._keep_tiles():
             return self.get_buffer(name)
         return self._to_tiles(name, *(getattr(self, part) for part in self.layouts[name]))

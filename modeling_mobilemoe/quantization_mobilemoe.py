@@ -18,7 +18,7 @@ from transformers.quantizers.base import HfQuantizer
 from transformers.utils import logging
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from .fused_mobilemoe import Int4AttentionInputs, Int4FeedForward
+from .fused_mobilemoe import Int4AttentionInputs, Int4DecoderLayer, Int4FeedForward
 from .int4_mobilemoe import Int4Format, dequantize_tensor, pack_int4, quantize_tensor
 from .packed_mobilemoe import Int4Embedding, Int4Experts, Int4Head, Int4Linear, Int4Module
 
@@ -92,12 +92,14 @@ def _fuse(model: PreTrainedModel) -> None:
         if name.endswith(".feed_forward"):
             fused = Int4FeedForward(module.router, module.experts, module.shared_expert, module.expert_bias)
             model.set_submodule(name, fused)
+            layer_name = name.removesuffix(".feed_forward")
+            model.set_submodule(layer_name, Int4DecoderLayer(model.get_submodule(layer_name)))
         elif name.endswith(".self_attn.inputs"):
             model.set_submodule(name, Int4AttentionInputs(module))
 
 
 def _unfuse(model: PreTrainedModel, plain_model: PreTrainedModel) -> None:
-    """Undoes [`_fuse`] with the feed-forward blocks of another model, whose own modules are dropped."""
+    """Undoes [`_fuse`] with layers and feed-forward blocks of another model, whose own modules are dropped."""
     for name, module in list(model.named_modules()):
         if isinstance(module, Int4FeedForward):
             block = plain_model.get_submodule(name)
@@ -106,6 +108,12 @@ def _unfuse(model: PreTrainedModel, plain_model: PreTrainedModel) -> None:
             model.set_submodule(name, block)
         elif isinstance(module, Int4AttentionInputs):
             model.set_submodule(name, module.plain)
+    for name, module in list(model.named_modules()):
+        if isinstance(module, Int4DecoderLayer):
+            layer = plain_model.get_submodule(name)
+            for child_name, child in module.named_children():
+                layer.set_submodule(child_name, child)
+            model.set_submodule(name, layer)
 
 
 class MobileMoEInt4Config(QuantizationConfigMixin):

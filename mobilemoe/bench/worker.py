@@ -21,7 +21,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache, Pretrai
 
 from modeling_mobilemoe import kernels
 from modeling_mobilemoe.configuration_mobilemoe import MobileMoEConfig
-from modeling_mobilemoe.kernels.modules import CACHE_BITS
+from modeling_mobilemoe.cache_mobilemoe import CACHE_BITS
 from modeling_mobilemoe.modeling_mobilemoe import MobileMoEExperts
 from modeling_mobilemoe.packed_mobilemoe import Int4Experts
 

@@ -26,7 +26,7 @@ from modeling_mobilemoe.checkpoint_mobilemoe import replace_when_complete
 from modeling_mobilemoe.configuration_mobilemoe import MobileMoEConfig
 from modeling_mobilemoe.int4_mobilemoe import Int4Format
 from modeling_mobilemoe.kernels import BuildError, load_executorch
-from modeling_mobilemoe.kernels.modules import CACHE_BITS, DEFAULT_CACHE, MoEFFN
+from modeling_mobilemoe.kernels.modules import DEFAULT_CACHE, MoEFFN
 from modeling_mobilemoe.modeling_mobilemoe import compute_rope
 from modeling_mobilemoe.quantization_mobilemoe import MobileMoEInt4Config, dequantize, quantize
 

@@ -8,33 +8,14 @@ registers them in this process, `EXECUTORCH_JNI_CUSTOM_LIBRARY` in an app (READM
 import torch
 from torch import nn
 
+from ..cache_mobilemoe import empty_cache
 from ..packed_mobilemoe import Int4Experts
 from ..tiles_mobilemoe import expert_tiles, gate_up_tiles, linear_tiles
 
 
 # Tokens of which a layer is one parallel region; a program returns the logits of all of them.
 FEW_TOKENS = 8
-# Positions of a block of the cache.
-CACHE_BLOCK = 64
-CACHE_BITS = {"fp32": 32, "bf16": 16, "int8": 8}
 DEFAULT_CACHE = "int8"
-
-
-def empty_cache(num_heads: int, head_dim: int, length: int, kind: str) -> torch.Tensor:
-    """
-    Memory for keys and values of a layer, as `mobilemoe::update_cache` and `mobilemoe::attention` take it.
-
-    Args:
-        num_heads (`int`): of keys.
-        head_dim (`int`): a multiple of 16.
-        length (`int`): positions, rounded up to whole blocks.
-        kind (`str`): `"fp32"`, `"bf16"`, or `"int8"` with a step for every head and position, of keys and of values.
-
-    Returns:
-        Bytes of shape `(num_heads, blocks, bytes of a block)`. The operators tell the kind by the last.
-    """
-    block_bytes = 2 * CACHE_BLOCK * (head_dim * CACHE_BITS[kind] // 8 + (4 if kind == "int8" else 0))
-    return torch.zeros(num_heads, -(-length // CACHE_BLOCK), block_bytes, dtype=torch.uint8)
 
 
 class MoEFFN(nn.Module):
@@ -127,7 +108,7 @@ class DecoderLayer(nn.Module):
     Args:
         layer (`nn.Module`): of a packed model.
         length (`int`): positions of the cache.
-        kv_cache (`str`): as [`empty_cache`].
+        kv_cache (`str`): the kind of [`empty_cache`].
         experts (`nn.Module`, *optional*): its [`MoEFFN`]; without, the layer has no routed experts.
     """
 

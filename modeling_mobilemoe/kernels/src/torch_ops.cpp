@@ -211,7 +211,7 @@ Tensor attention(const Tensor& query, const Tensor& cache, int64_t start) {
 }
 
 // A layer over [1, T, D]: `attention` is a norm, query, key, value and output; `feed_forward` a norm, gate, up and
-// down; `experts` is empty, or router, bias, and the experts' weights.
+// down; `experts` is empty, or router, bias, and the experts' weights. Inside it, all is in FP32.
 Tensor decoder_layer(const Tensor& x, const Tensor& cos, const Tensor& sin, Tensor& cache, int64_t start,
                      at::TensorList attention, at::TensorList feed_forward, at::TensorList experts_of_layer,
                      int64_t top_k, double route_scale, double eps) {
@@ -221,8 +221,14 @@ Tensor decoder_layer(const Tensor& x, const Tensor& cos, const Tensor& sin, Tens
       attention.size() == 5 && feed_forward.size() == 4 && (experts_of_layer.empty() || experts_of_layer.size() == 4),
       "attention, feed_forward and experts have ", attention.size(), ", ", feed_forward.size(), " and ",
       experts_of_layer.size(), " tensors, the kernel needs 5, 4, and 4 or none.");
+  dtype_of(x, "x");
   const int64_t d = x.size(2), half = cos.size(2);
   const int64_t angles[] = {1, x.size(1), half};
+  const auto converted = [](const Tensor& tensor) {
+    return tensor.scalar_type() == at::kBFloat16 ? tensor.to(at::kFloat) : tensor;
+  };
+  const Tensor inputs = converted(x), attention_norm = converted(attention[0]),
+               feed_forward_norm = converted(feed_forward[0]);
   const auto floats = [](const Tensor& tensor, const char* name, at::IntArrayRef shape) {
     return static_cast<const float*>(address(tensor, name, at::kFloat, shape));
   };
@@ -231,24 +237,24 @@ Tensor decoder_layer(const Tensor& x, const Tensor& cos, const Tensor& sin, Tens
   args.start = start;
   args.dim = d;
   args.eps = static_cast<float>(eps);
-  args.x = floats(x, "x", x.sizes());
+  args.x = floats(inputs, "x", x.sizes());
   args.cos = floats(cos, "cos", angles);
   args.sin = floats(sin, "sin", angles);
   args.cache = cache_of(cache, 2 * half);
-  args.attention_norm = floats(attention[0], "the attention's norm", {d});
+  args.attention_norm = floats(attention_norm, "the attention's norm", {d});
   const int64_t queries = inputs_of(attention[4], "output"), keys = args.cache.num_kv_heads * args.cache.head_dim;
   args.query = matrix(attention[1], queries, d, "query");
   args.key = matrix(attention[2], keys, d, "key");
   args.value = matrix(attention[3], keys, d, "value");
   args.output = matrix(attention[4], d, queries, "output");
-  args.feed_forward_norm = floats(feed_forward[0], "the feed-forward's norm", {d});
+  args.feed_forward_norm = floats(feed_forward_norm, "the feed-forward's norm", {d});
   const int64_t hidden = inputs_of(feed_forward[3], "down");
   args.gate = matrix(feed_forward[1], hidden, d, "gate");
   args.up = matrix(feed_forward[2], hidden, d, "up");
   args.down = matrix(feed_forward[3], d, hidden, "down");
-  Tensor out = at::empty(x.sizes(), x.options());
+  Tensor out = at::empty(x.sizes(), inputs.options());
   if (!experts_of_layer.empty()) {
-    args.experts = experts(x.view({-1, d}), experts_of_layer[2], experts_of_layer[3], out);
+    args.experts = experts(inputs.view({-1, d}), experts_of_layer[2], experts_of_layer[3], out);
     args.experts.top_k = top_k;
     args.experts.route_scale = static_cast<float>(route_scale);
     args.experts.router = floats(experts_of_layer[0], "router", {args.experts.num_experts, d});
@@ -256,7 +262,7 @@ Tensor decoder_layer(const Tensor& x, const Tensor& cos, const Tensor& sin, Tens
   }
   args.out = out.mutable_data_ptr<float>();
   check(mobilemoe_decoder_layer(&args, at::get_num_threads()));
-  return out;
+  return out.to(x.scalar_type());
 }
 
 Tensor int4_embedding(const Tensor& tokens, const Tensor& tiles, int64_t num_embeddings) {
