@@ -49,7 +49,7 @@ class Int4FeedForward(FixedDtypeModule):
         self.register_buffer("expert_bias", expert_bias)
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        if self.may_fuse(hidden_states):
+        if self._may_fuse(hidden_states):
             return self._fused(hidden_states)
         # As `MobileMoEFeedForward`.
         flat_hidden_states = hidden_states.reshape(-1, hidden_states.shape[-1])  # (tokens, hidden)
@@ -61,15 +61,17 @@ class Int4FeedForward(FixedDtypeModule):
     def _shared_linears(self) -> tuple[nn.Module, nn.Module, nn.Module]:
         return self.shared_expert.gate_proj, self.shared_expert.up_proj, self.shared_expert.down_proj
 
-    def may_fuse(self, hidden_states: torch.Tensor) -> bool:
+    def is_packed(self) -> bool:
         # The operator reads experts that are grouped along their output only.
         if type(self.experts) is not Int4Experts or self.experts.group_dim != -1:
             return False
-        if not use_kernels(self.training, hidden_states, self.router.weight):
-            return False
-        linears = self._shared_linears()
-        return all(type(linear) is Int4Linear for linear in linears) and is_untouched(
-            self.router, self.experts, self.shared_expert, *linears
+        return all(type(linear) is Int4Linear for linear in self._shared_linears())
+
+    def _may_fuse(self, hidden_states: torch.Tensor) -> bool:
+        return (
+            self.is_packed()
+            and use_kernels(self.training, hidden_states, self.router.weight)
+            and is_untouched(self.router, self.experts, self.shared_expert, *self._shared_linears())
         )
 
     def routed_weights(self) -> list[torch.Tensor]:
@@ -152,6 +154,7 @@ class Int4DecoderLayer(GradientCheckpointingLayer):
 
     def __init__(self, plain: nn.Module):
         super().__init__()
+        self._plan: LayerPlan | None = None
         # In this order: a packed model's dtype is that of its first floating-point parameter, a norm.
         for name, module in plain.named_children():
             self.add_module(name, module)
@@ -164,8 +167,9 @@ class Int4DecoderLayer(GradientCheckpointingLayer):
         cache: Cache | None = None,
         **kwargs: Any,
     ) -> torch.Tensor:
-        if cache is not None and self._may_fuse(hidden_states, attention_mask, cache):
-            return self._fused(hidden_states, position_embeddings, cache)
+        plan = None if cache is None else self._plan_for(hidden_states, attention_mask, cache)
+        if plan is not None:
+            return self._fused(plan, hidden_states, position_embeddings, cache)
         # As `MobileMoEDecoderLayer`.
         residual = hidden_states
         hidden_states = self.input_layernorm(hidden_states)
@@ -176,67 +180,123 @@ class Int4DecoderLayer(GradientCheckpointingLayer):
         hidden_states = self.post_attention_layernorm(hidden_states)
         return residual + self.feed_forward(hidden_states)
 
-    def _linears(self) -> tuple[nn.Module, nn.Module, nn.Module, nn.Module]:
-        attention = self.self_attn
-        return attention.q_proj, attention.k_proj, attention.v_proj, attention.o_proj
-
-    def _may_fuse(self, hidden_states: torch.Tensor, attention_mask: torch.Tensor | None, cache: Cache) -> bool:
-        attention, feed_forward = self.self_attn, self.feed_forward
-        if hidden_states.shape[0] != 1 or torch.compiler.is_compiling() or type(feed_forward) is not Int4FeedForward:
-            return False
-        if not feed_forward.may_fuse(hidden_states):
-            return False
-        # The operator's scores are divided by the root of the head's size. YaRN and LongRoPE scale them further.
-        if attention.config._attn_implementation != "sdpa" or attention.scaling != attention.head_dim**-0.5:
-            return False
+    def _plan_for(
+        self, hidden_states: torch.Tensor, attention_mask: torch.Tensor | None, cache: Cache
+    ) -> "LayerPlan | None":
+        """What the operator takes, or `None` where it may not run in place of the modules."""
+        # A compiled graph has all modules in it.
+        if hidden_states.shape[0] != 1 or torch.compiler.is_compiling():
+            return None
+        if not use_kernels(self.training, hidden_states):
+            return None
+        if self._plan is None or not self._plan.holds():
+            self._plan = self._make_plan()
+        plan = self._plan
+        if plan is None or plan.config._attn_implementation != "sdpa":
+            return None
+        # The operator has no backward pass to them.
+        if torch.is_grad_enabled() and any(parameter.requires_grad for parameter in plan.parameters):
+            return None
         # Other caches, and layers of other kinds, have rules of their own.
-        if type(cache) is not DynamicCache or cache.offloading or attention.layer_idx >= len(cache.layers):
-            return False
-        layer = cache.layers[attention.layer_idx]
-        if type(layer) not in (DynamicLayer, BlockLayer):
-            return False
-        if type(layer) is DynamicLayer and layer.get_seq_length() and not is_bf16_sequence(layer.keys):
-            return False
-        linears = self._linears()
-        if not all(type(linear) is Int4Linear for linear in linears):
-            return False
-        norms = (self.input_layernorm, self.post_attention_layernorm)
-        if not is_untouched(attention, attention.inputs, feed_forward, *linears, *norms):
-            return False
-        return attention_mask is None or is_causal(attention_mask, hidden_states.shape[1], layer.get_seq_length())
+        if type(cache) is not DynamicCache or cache.offloading or plan.layer_idx >= len(cache.layers):
+            return None
+        layer = cache.layers[plan.layer_idx]
+        if type(layer) is not BlockLayer and not (type(layer) is DynamicLayer and may_be_blocks(layer)):
+            return None
+        if attention_mask is None or is_causal(attention_mask, hidden_states.shape[1], layer.get_seq_length()):
+            return plan
+        return None
 
-    def _fused(
-        self, hidden_states: torch.Tensor, position_embeddings: tuple[torch.Tensor, torch.Tensor], cache: Cache
-    ) -> torch.Tensor:
+    def _make_plan(self) -> "LayerPlan | None":
         attention, feed_forward = self.self_attn, self.feed_forward
-        layer = cache.layers[attention.layer_idx]
-        if not isinstance(layer, BlockLayer):
-            num_heads = attention.k_proj.out_features // attention.head_dim
-            layer = cache.layers[attention.layer_idx] = BlockLayer(layer, num_heads, attention.head_dim)
+        if type(feed_forward) is not Int4FeedForward or not feed_forward.is_packed():
+            return None
+        # The operator's scores are divided by the root of the head's size. YaRN and LongRoPE scale them further.
+        if attention.scaling != attention.head_dim**-0.5:
+            return None
+        linears = [attention.q_proj, attention.k_proj, attention.v_proj, attention.o_proj]
+        if not all(type(linear) is Int4Linear for linear in linears):
+            return None
+        attention_weights = [self.input_layernorm.weight, *(linear.tiles_of() for linear in linears)]
+        feed_forward_weights = [self.post_attention_layernorm.weight, *feed_forward.shared_weights()]
+        plan = LayerPlan(self, attention_weights, feed_forward_weights, feed_forward.routed_weights())
+        return plan if plan.holds() else None
+
+    @staticmethod
+    def _fused(
+        plan: "LayerPlan",
+        hidden_states: torch.Tensor,
+        position_embeddings: tuple[torch.Tensor, torch.Tensor],
+        cache: Any,
+    ) -> torch.Tensor:
+        layer = cache.layers[plan.layer_idx]
+        if type(layer) is not BlockLayer:
+            layer = cache.layers[plan.layer_idx] = BlockLayer(layer, plan.num_kv_heads, plan.head_dim)
         blocks, start = layer.extend(hidden_states.shape[1])
         return torch.ops.mobilemoe.decoder_layer(
-            hidden_states.contiguous(),
-            *position_embeddings,
-            blocks,
-            start,
-            [self.input_layernorm.weight, *(cast(Int4Linear, linear).tiles_of() for linear in self._linears())],
-            [self.post_attention_layernorm.weight, *feed_forward.shared_weights()],
-            feed_forward.routed_weights(),
-            feed_forward.router.top_k,
-            feed_forward.router.routed_scaling_factor,
-            self.input_layernorm.variance_epsilon,
+            hidden_states.contiguous(), *position_embeddings, blocks, start, *plan.arguments
         )
 
 
-def is_bf16_sequence(states: torch.Tensor | None) -> bool:
-    """Whether keys of shape `(B, heads, T, D)` are those of one sequence of a BF16 model on the CPU."""
-    return (
-        states is not None
-        and states.shape[0] == 1
-        and states.dtype == torch.bfloat16
-        and states.device.type == "cpu"
-        and not states.requires_grad
-    )
+class LayerPlan:
+    """
+    What the operator takes of a layer, and how to see in microseconds that it is still so: there are no hooks, and no
+    module and no tensor has been replaced. Asking the modules every time would take longer than many of them compute.
+
+    Args:
+        layer (`Int4DecoderLayer`): whose modules are packed.
+        attention, feed_forward, experts (`list[torch.Tensor]`): what the operator takes.
+    """
+
+    def __init__(
+        self,
+        layer: Int4DecoderLayer,
+        attention: list[torch.Tensor],
+        feed_forward: list[torch.Tensor],
+        experts: list[torch.Tensor],
+    ):
+        self.config = layer.self_attn.config
+        self.layer_idx = layer.self_attn.layer_idx
+        self.head_dim = layer.self_attn.head_dim
+        self.num_kv_heads = layer.self_attn.k_proj.out_features // self.head_dim
+        self.parameters = list(layer.parameters())
+        router, eps = layer.feed_forward.router, layer.input_layernorm.variance_epsilon
+        self.arguments = (attention, feed_forward, experts, router.top_k, router.routed_scaling_factor, eps)
+        modules = [module for module in layer.modules() if module is not layer]
+        self._attributes = [module.__dict__ for module in modules]
+        self._hooks = [hooks for module in modules for hooks in (module._forward_hooks, module._forward_pre_hooks)]
+        # Dictionaries of modules and tensors, and what they have under a name.
+        self._parts = [
+            (parts, name, part)
+            for module in layer.modules()
+            for parts in (module._modules, module._parameters, module._buffers)
+            for name, part in parts.items()
+        ]
+
+    def __reduce__(self) -> tuple:
+        # A copy of the model has other dictionaries, and makes its own.
+        return type(None), ()
+
+    def holds(self) -> bool:
+        if any(self._hooks):
+            return False
+        for attributes in self._attributes:
+            # accelerate replaces it to load offloaded tensors.
+            if "forward" in attributes:
+                return False
+        for parts, name, part in self._parts:
+            if parts.get(name) is not part:
+                return False
+        return True
+
+
+def may_be_blocks(layer: DynamicLayer) -> bool:
+    """Whether a layer is empty or has the keys, `(B, heads, T, D)`, of one sequence of a BF16 model on the CPU."""
+    keys = layer.keys
+    if keys is None or not keys.numel():
+        return True
+    is_one = keys.shape[0] == 1 and not keys.requires_grad
+    return is_one and keys.dtype == torch.bfloat16 and keys.device.type == "cpu"
 
 
 def is_causal(attention_mask: torch.Tensor, num_tokens: int, start: int) -> bool:

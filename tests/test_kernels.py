@@ -18,9 +18,9 @@ from torch import nn
 from transformers import AutoModelForCausalLM
 
 from modeling_mobilemoe import MobileMoEConfig, fused_mobilemoe, kernels, packed_mobilemoe, quantize
+from modeling_mobilemoe.cache_mobilemoe import empty_cache
 from modeling_mobilemoe.int4_mobilemoe import Int4Format, dequantize_tensor, unpack_int4
 from modeling_mobilemoe.kernels import reference as reference_operators
-from modeling_mobilemoe.cache_mobilemoe import empty_cache
 from modeling_mobilemoe.kernels.modules import DecoderLayer, MoEFFN
 from modeling_mobilemoe.modeling_mobilemoe import MobileMoERouter, apply_rotary_emb, rms_normalize
 from modeling_mobilemoe.packed_mobilemoe import Int4Experts, Int4Linear, Int4Module

@@ -94,7 +94,7 @@ MOBILEMOE_EXPORT int mobilemoe_attention_inputs(const mobilemoe_attention_inputs
 typedef struct {
   int32_t type;
   int64_t num_kv_heads, head_dim, num_blocks;
-  void* blocks;  // [num_kv_heads, num_blocks, bytes of a block]: nothing else reads what is inside
+  void* blocks;  // [num_kv_heads, num_blocks, bytes of a block]: src/cache.h says what is inside
 } mobilemoe_cache;
 
 // The type whose blocks have so many bytes, or -1: 128 * head_dim elements, and 512 bytes of steps in INT8.
