@@ -12,9 +12,9 @@ from pathlib import Path
 
 import numpy as np
 
+from modeling_mobilemoe.cache_mobilemoe import CACHE_BITS, CACHE_BLOCK
 from modeling_mobilemoe.configuration_mobilemoe import MobileMoEConfig
 from modeling_mobilemoe.int4_mobilemoe import Int4Format
-from modeling_mobilemoe.cache_mobilemoe import CACHE_BITS, CACHE_BLOCK
 from modeling_mobilemoe.kernels.modules import DEFAULT_CACHE, MoEFFN
 
 from .results import Benchmark, DeviceMeasurements, result_kind

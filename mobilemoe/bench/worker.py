@@ -20,8 +20,8 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache, PretrainedConfig, PreTrainedModel
 
 from modeling_mobilemoe import kernels
-from modeling_mobilemoe.configuration_mobilemoe import MobileMoEConfig
 from modeling_mobilemoe.cache_mobilemoe import CACHE_BITS
+from modeling_mobilemoe.configuration_mobilemoe import MobileMoEConfig
 from modeling_mobilemoe.modeling_mobilemoe import MobileMoEExperts
 from modeling_mobilemoe.packed_mobilemoe import Int4Experts
 

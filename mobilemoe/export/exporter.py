@@ -22,6 +22,7 @@ from pathlib import Path
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
+from modeling_mobilemoe.cache_mobilemoe import CACHE_BITS
 from modeling_mobilemoe.checkpoint_mobilemoe import replace_when_complete
 from modeling_mobilemoe.configuration_mobilemoe import MobileMoEConfig
 from modeling_mobilemoe.int4_mobilemoe import Int4Format
