@@ -91,4 +91,6 @@ def test_unknown_field_stops_before_any_step(workspace, tmp_path):
     (tmp_path / "typo.yaml").write_text(yaml.safe_dump(config))
     result = run_recipe(workspace, "pretrain", tmp_path / "typo.yaml")
     assert result.returncode != 0
-    assert "Unknown arguments from config file: ['--learning_rat'" in result.stderr
+    assert result.stderr.splitlines()[-1].startswith("pretrain.py: ")
+    assert "typo.yaml: the key learning_rat is no field of this recipe. Did you mean learning_rate?" in result.stderr
+    assert result.returncode == 1 and "Traceback" not in result.stderr

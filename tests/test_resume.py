@@ -17,6 +17,8 @@ import torch
 import yaml
 from safetensors.torch import load_file
 
+from mobilemoe.artifacts import file_sha256
+
 
 ROOT = Path(__file__).parents[1]
 NUM_STEPS = 20
@@ -161,12 +163,25 @@ def test_broken_file_stops_a_run_that_goes_on_once_it_is_repaired(workspace, uni
         broken.write_text(good)
     assert process.returncode == 1
     errors = Path(f"{output_dir}.stderr").read_text()
-    assert re.search(r"ValueError: Data source json \S+code-\*\.jsonl cannot be read: ArrowInvalid", errors)
+    assert re.search(r"pretrain.py: Data source json \S+code-\*\.jsonl cannot be read: ArrowInvalid", errors)
     assert "training resumes from the last checkpoint with --resume_from_checkpoint true" in errors
     # All that the whole files gave has been trained on, and the last checkpoint is there.
     assert complete(output_dir) == list(range(2, 17, 2))
     finish(start(workspace, output_dir, "--resume_from_checkpoint", "true"), output_dir)
     assert_same_outcome(output_dir, uninterrupted)
+
+
+def test_run_killed_after_its_last_checkpoint_trains_no_further_step(workspace, uninterrupted):
+    output_dir = workspace / "finished"
+    output_dir.mkdir()
+    for name in ("routing.jsonl", "expert_load.json", f"checkpoint-{NUM_STEPS}"):
+        copy_ = shutil.copytree if name.startswith("checkpoint") else shutil.copy
+        copy_(uninterrupted / name, output_dir / name)
+    finish(start(workspace, output_dir, "--resume_from_checkpoint", "true"), output_dir)
+    assert_same_outcome(output_dir, uninterrupted)
+    assert sorted(path.name for path in output_dir.glob("checkpoint-*")) == [f"checkpoint-{NUM_STEPS}"]
+    for name in ("model.safetensors", "routing.jsonl", "expert_load.json"):
+        assert file_sha256(output_dir / name) == file_sha256(uninterrupted / name), name
 
 
 @pytest.mark.slow

@@ -1,6 +1,5 @@
 """What a recipe is made of: models, checkpoints to resume from, room for them, and files that cannot work."""
 
-import importlib.util
 import inspect
 import json
 import os
@@ -13,21 +12,15 @@ import datasets
 import pytest
 import torch
 import yaml
+from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, TrainerCallback
 from transformers.integrations import integration_utils
 from trl import SFTConfig
 
-from mobilemoe.train import recipe as training
+from mobilemoe.train import checkpoints, routing, stages
+from mobilemoe.train.checkpoints import check_disk_space, find_checkpoint
 from mobilemoe.train.lora import add_lora
-from mobilemoe.train.recipe import (
-    RecipeArguments,
-    check_disk_space,
-    find_checkpoint,
-    find_recipe,
-    load_model,
-    parse_arguments,
-    set_up_routing,
-)
+from mobilemoe.train.recipe import RecipeArguments, find_recipe, load_model, parse_arguments, set_up_routing
 from modeling_mobilemoe.int4_mobilemoe import Int4Format
 
 
@@ -141,8 +134,8 @@ def test_without_resume_there_is_no_checkpoint(tmp_path, resume):
 
 @pytest.mark.parametrize("resume", [True, "true", "True"])
 def test_last_complete_checkpoint_is_found(tmp_path, resume, caplog, monkeypatch):
-    monkeypatch.setattr(training.logger, "propagate", True)
-    monkeypatch.setattr(training.logger.parent, "propagate", True)
+    monkeypatch.setattr(checkpoints.logger, "propagate", True)
+    monkeypatch.setattr(checkpoints.logger.parent, "propagate", True)
     save_checkpoint(tmp_path, 8)
     expected = save_checkpoint(tmp_path, 10)
     cut_off = save_checkpoint(tmp_path, 12)
@@ -178,7 +171,7 @@ def test_resume_without_a_checkpoint_is_refused(tmp_path):
 def test_disk_must_have_room_for_weights_and_optimizer(tmp_path, tiny_model, monkeypatch):
     weights = sum(parameter.nbytes for parameter in tiny_model.parameters())
     free = SimpleNamespace(free=3 * weights)
-    monkeypatch.setattr(training.shutil, "disk_usage", lambda path: free)
+    monkeypatch.setattr(checkpoints.shutil, "disk_usage", lambda path: free)
     check_disk_space(str(tmp_path), tiny_model)
     free.free -= 1
     with pytest.raises(OSError, match=r"needs about 0\.00 GB, and .* has 0\.00 GB left\. Free space and resume from"):
@@ -214,21 +207,17 @@ def recipe(tmp_path, tokenizer, tiny_checkpoint):
     }
 
 
-def load_script(script):
-    specification = importlib.util.spec_from_file_location(script, ROOT / f"recipes/{script}.py")
-    module = importlib.util.module_from_spec(specification)
-    specification.loader.exec_module(module)
-    return module
+STAGES = {"pretrain": stages.pretrain, "sft": stages.fine_tune, "qat": stages.quantize_aware}
 
 
 def run(recipe, tmp_path, script="pretrain"):
     path = tmp_path / "recipe.yaml"
     path.write_text(yaml.safe_dump(recipe))
-    main = load_script(script).main
-    parts = [parameter.annotation for parameter in inspect.signature(main).parameters.values()]
+    parameters = inspect.signature(STAGES[script]).parameters.values()
+    parts = [each.annotation for each in parameters if each.kind is not inspect.Parameter.KEYWORD_ONLY]
     # Parsing leaves variables for accelerate in the environment.
     with mock.patch.dict(os.environ):
-        main(*parse_arguments(ROOT / "recipes", parts, ["--config", str(path)]))
+        STAGES[script](*parse_arguments(ROOT / "recipes", parts, ["--config", str(path)]))
 
 
 def test_trainer_gives_the_model_what_separates_documents(recipe, tmp_path, monkeypatch):
@@ -241,9 +230,7 @@ def test_trainer_gives_the_model_what_separates_documents(recipe, tmp_path, monk
         assert model.config._attn_implementation == "sdpa"
         return model
 
-    script = load_script("pretrain")
-    script.load_model = watched
-    monkeypatch.setitem(globals(), "load_script", lambda name: script)
+    monkeypatch.setattr(stages, "load_model", watched)
     run(recipe, tmp_path)
     assert len(seen) == 2
     for kwargs in seen:
@@ -283,15 +270,16 @@ def test_reporters_see_what_the_callbacks_add_to_the_logs(recipe, tmp_path, monk
 
 
 def test_full_disk_stops_a_run_before_anything_is_written(recipe, tmp_path, monkeypatch):
-    monkeypatch.setattr(training.shutil, "disk_usage", lambda path: SimpleNamespace(free=1000))
+    monkeypatch.setattr(checkpoints.shutil, "disk_usage", lambda path: SimpleNamespace(free=1000))
     with pytest.raises(OSError, match="A checkpoint needs about"):
         run(recipe | {"save_strategy": "steps"}, tmp_path)
-    assert list((tmp_path / "out").iterdir()) == []
+    # Which only says whose directory it is.
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["run.json"]
 
 
 def test_disk_that_fills_up_keeps_the_last_checkpoint(recipe, tmp_path, monkeypatch):
     usage = iter([10**12, 10**12, 1000])
-    monkeypatch.setattr(training.shutil, "disk_usage", lambda path: SimpleNamespace(free=next(usage)))
+    monkeypatch.setattr(checkpoints.shutil, "disk_usage", lambda path: SimpleNamespace(free=next(usage)))
     with pytest.raises(OSError, match="resume from the last checkpoint with --resume_from_checkpoint true"):
         run(recipe | {"save_strategy": "steps", "save_steps": 1}, tmp_path)
     monkeypatch.undo()
@@ -303,7 +291,18 @@ CHAT_WITHOUT_ANSWER = [{"messages": [{"role": "user", "content": "Only a questio
 
 # What differs in the YAML file, and the parts of the message.
 BAD_FILES = {
-    "unknown key": ({"learning_rat": 1}, ["Unknown arguments from config file", "--learning_rat"]),
+    "unknown key": ({"learning_rat": 1}, ["recipe.yaml: the key learning_rat", "Did you mean learning_rate?"]),
+    "wrong type": ({"learning_rate": [1]}, ["recipe.yaml: learning_rate is [1], expected float"]),
+    "number in words": ({"max_steps": "ten"}, ["recipe.yaml: max_steps is 'ten', expected int"]),
+    "data that is no list": ({"data": "json"}, ["recipe.yaml: data is 'json', expected list"]),
+    "weight in quotes": (
+        {"data": [{"path": "json", "weight": "1e-3"}]},
+        ["weight is '1e-3', expected float. YAML reads 1e-4 as text: write 1.0e-4"],
+    ),
+    "packing of TRL": ({"packing": True}, ["packing=True would be ignored", "always packed", "Leave it out"]),
+    "completion only": ({"completion_only_loss": False}, ["completion_only_loss=False would be ignored"]),
+    "evaluation without data": ({"eval_strategy": "steps"}, ["eval_strategy is set without eval_data"]),
+    "epochs of a mixture": ({"logging_strategy": "epoch"}, ["logging_strategy=epoch with max_steps=2", "no epochs"]),
     "unknown key of the data": (
         {"data": [{"path": "json", "weigth": 1.0}]},
         ["Entry 0 of `data`", "'weigth'", "Its keys are path, weight"],
@@ -323,7 +322,7 @@ BAD_FILES = {
     ),
     "length of one token": ({"max_length": 1}, ["max_length=1 does not fit", "Set a length from 2"]),
     "capacity factor": ({"capacity_factor": 0.9}, ["capacity_factor=0.9 is below 1", "Set 1 or more"]),
-    "no end": ({"max_steps": None}, ["max_steps=-1", "starts its sources again", "Set it to tokens /"]),
+    "no end": ({"max_steps": None}, ["max_steps=-1", "starts its sources again", "Set max_steps to tokens /"]),
     "readers": ({"num_data_readers": 0}, ["num_data_readers=0", "Set a multiple of 1"]),
     "more readers than examples": (
         {"num_data_readers": 201},
@@ -333,7 +332,7 @@ BAD_FILES = {
         {"dataloader_num_workers": 1},
         ["dataloader_num_workers=1", "cannot record", "Leave it at 0"],
     ),
-    "save strategy": ({"save_strategy": "epoch"}, ["save_strategy=epoch", "position in the mixture", "Set steps"]),
+    "save strategy": ({"save_strategy": "epoch"}, ["save_strategy=epoch with max_steps=2", "Set steps, or"]),
     "weights without the optimizer": ({"save_only_model": True}, ["save_only_model=true", "AdamW", "Leave it out"]),
     "nothing to resume": ({"resume_from_checkpoint": True}, ["holds no complete checkpoint", "Leave it out"]),
 }
@@ -359,6 +358,61 @@ def test_bad_file_stops_before_any_step(recipe, tmp_path, script, name, monkeypa
     assert list(tmp_path.glob("out/**/*.safetensors")) == list(tmp_path.glob("out/checkpoint-*")) == []
 
 
+# NaN passes every comparison with a bound, and a run of it would save NaN.
+BAD_NUMBERS = [
+    *({"router_z_loss_coef": value} for value in (float("nan"), float("inf"), -1.0, 1e9)),
+    *({"expert_bias_update_rate": value} for value in (float("nan"), float("inf"), -1.0, 1e9)),
+    *({"weight": value} for value in (float("nan"), float("inf"), -1.0, 0.0, 2.0)),
+    *({"capacity_factor": value} for value in (float("nan"), float("inf"))),
+    *({"learning_rate": value} for value in (float("nan"), float("inf"), -1.0)),
+    {"max_grad_norm": float("nan")},
+    {"seed": -1},
+    {"per_device_train_batch_size": 0},
+    {"gradient_accumulation_steps": 0},
+    {"num_train_epochs": -1.0, "max_steps": None},
+]
+
+
+@pytest.mark.parametrize("numbers", BAD_NUMBERS, ids=str)
+def test_numbers_that_cannot_work_are_refused_before_a_model_loads(recipe, tmp_path, numbers):
+    changed = recipe | {"model": "no/model"} | numbers
+    if "weight" in numbers:
+        changed["data"] = [recipe["data"][0] | {"weight": changed.pop("weight")}]
+    changed = {key: value for key, value in changed.items() if value is not None}
+    (name, value), *_ = numbers.items()
+    with pytest.raises(ValueError, match=rf"{name}={value} cannot work\. Set a finite number|{name}"):
+        run(changed, tmp_path)
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("value", ["nan", "inf", "-1", "1e9"])
+def test_numbers_of_the_command_line_are_checked(value):
+    with pytest.raises(ValueError, match="router_z_loss_coef=.* cannot work. Set a finite number from 0 to 1"):
+        parse_arguments(
+            ROOT / "recipes", (RecipeArguments, SFTConfig), ["--config", "tiny/sft", "--router_z_loss_coef", value]
+        )
+
+
+def test_word_for_a_number_on_the_command_line_is_one_line(capsys):
+    with pytest.raises(ValueError, match="argument --max_steps.*: invalid int value: 'ten'"):
+        parse_arguments(ROOT / "recipes", (RecipeArguments, SFTConfig), ["--config", "tiny/sft", "--max_steps", "ten"])
+    assert capsys.readouterr().err == ""
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("a: [1\nb: 2", "bad.yaml is no YAML file: .*line 2"),
+        ("- 1", "bad.yaml holds list"),
+        ("", "bad.yaml holds NoneType"),
+    ],
+)
+def test_yaml_file_that_is_none(tmp_path, text, message):
+    (tmp_path / "bad.yaml").write_text(text)
+    with pytest.raises(ValueError, match=message):
+        parse_arguments(ROOT / "recipes", (RecipeArguments, SFTConfig), ["--config", str(tmp_path / "bad.yaml")])
+
+
 LORA_ERRORS = {
     "rank alone": ({"lora_rank": 4}, "without lora_scope, and would do nothing"),
     "balancing": ({"lora_scope": "all", "lora_rank": 4, "expert_bias_update_rate": 1e-3}, "Set 0 or leave it out"),
@@ -380,7 +434,7 @@ def test_lora_that_cannot_work_stops_before_a_model_loads(recipe, tmp_path, name
 
 
 def test_scripts_without_lora_do_not_take_its_fields(recipe, tmp_path):
-    with pytest.raises(ValueError, match="Unknown arguments from config file.*--lora_scope"):
+    with pytest.raises(ValueError, match="recipe.yaml: the key lora_scope is no field of this recipe"):
         run(recipe | {"lora_scope": "all", "model": "no/model"}, tmp_path)
 
 
@@ -394,6 +448,109 @@ def test_new_run_does_not_mix_with_an_old_one(recipe, tmp_path):
     left.touch()
     run(saving | {"resume_from_checkpoint": str(tmp_path / "out/checkpoint-1")}, tmp_path)
     assert find_checkpoint(str(tmp_path / "out"), "true").name == "checkpoint-2" and not left.exists()
+
+
+# Directories that hold something else
+
+
+def fingerprint(directory):
+    return {str(path): path.read_bytes() for path in directory.rglob("*") if path.is_file()}
+
+
+LORA = {"lora_scope": "dense", "lora_rank": 2, "expert_bias_update_rate": None}
+OTHER_RUNS = {
+    "adapter over a full model": ("sft", {}, "sft", LORA, "a checkpoint, from fine-tuning of"),
+    "full model over an adapter": (
+        "sft",
+        LORA,
+        "sft",
+        {},
+        r"a LoRA adapter with its merged model, from LoRA \(dense\)",
+    ),
+    "fine-tuning over a packed model": ("qat", {}, "sft", {}, "a checkpoint, from QAT of"),
+    "QAT over a fine-tuned model": ("sft", {}, "qat", {}, "and QAT of .* would write over it"),
+    "pre-training over QAT": ("qat", {}, "pretrain", {}, "from QAT of"),
+}
+
+
+@pytest.mark.parametrize("name", OTHER_RUNS)
+def test_stage_does_not_write_over_another_one(recipe, tmp_path, name):
+    first, first_changes, second, changes, message = OTHER_RUNS[name]
+    without = [
+        {key: value for key, value in (recipe | each).items() if value is not None}
+        for each in (first_changes, changes)
+    ]
+    run(without[0] | {"max_steps": 1}, tmp_path, first)
+    before = fingerprint(tmp_path / "out")
+    with pytest.raises(ValueError, match=rf"{message}.*Set another --output_dir, or --overwrite_output_dir true"):
+        run(without[1] | {"max_steps": 1}, tmp_path, second)
+    assert fingerprint(tmp_path / "out") == before
+    # The same again is no other kind.
+    run(without[0] | {"max_steps": 1}, tmp_path, first)
+    run(without[1] | {"max_steps": 1, "overwrite_output_dir": True}, tmp_path, second)
+    assert fingerprint(tmp_path / "out") != before
+
+
+@pytest.mark.parametrize(
+    ("file", "kind"),
+    [
+        ("model.pte", "an exported program"),
+        ("a.gguf", "a GGUF model"),
+        ("notes.txt", "other files, such as notes.txt"),
+    ],
+)
+def test_directory_of_something_else_is_not_written_to(recipe, tmp_path, file, kind):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / file).touch()
+    with pytest.raises(ValueError, match=f"holds {kind}"):
+        run(recipe | {"model": "no/model"}, tmp_path)
+    assert [path.name for path in (tmp_path / "out").iterdir()] == [file]
+
+
+def test_model_is_not_written_over_by_its_own_training(recipe, tmp_path, tiny_checkpoint):
+    shutil.copytree(tiny_checkpoint, tmp_path / "out")
+    with pytest.raises(ValueError, match="is the directory of the model that is trained"):
+        run(recipe | {"model": str(tmp_path / "out"), "overwrite_output_dir": True}, tmp_path)
+
+
+def test_same_stage_of_another_model_is_another_run(recipe, tmp_path, tiny_checkpoint):
+    run(recipe | {"max_steps": 1}, tmp_path)
+    shutil.copytree(tiny_checkpoint, tmp_path / "copy")
+    with pytest.raises(
+        ValueError, match="holds a checkpoint, from pre-training of .*tiny, and pre-training of .*copy"
+    ):
+        run(recipe | {"max_steps": 1, "model": str(tmp_path / "copy")}, tmp_path)
+
+
+# A loss that is no number
+
+
+@pytest.mark.parametrize("strategy", ["no", "steps"])
+def test_loss_that_is_not_finite_stops_before_the_step(recipe, tmp_path, monkeypatch, strategy):
+    """The weights of the first step of an undisturbed run are kept, whether it saved or not."""
+    run(
+        recipe | {"max_steps": 4, "save_strategy": "steps", "save_steps": 1, "output_dir": str(tmp_path / "good")},
+        tmp_path,
+    )
+    z_loss = routing.router_z_loss
+    calls = []
+
+    def spoiled(router_logits):
+        calls.append(1)
+        # Two layers, and each pass is counted once more by the statistics.
+        return z_loss(router_logits) * (float("nan") if len(calls) > 8 else 1)
+
+    monkeypatch.setattr(routing, "router_z_loss", spoiled)
+    changes = {"max_steps": 4, "save_strategy": strategy, "save_steps": 1, "router_z_loss_coef": 1e-4}
+    with pytest.raises(
+        ValueError, match=r"stopped before step 3, .* norm of the gradient is nan.*checkpoint-2: start a new"
+    ):
+        run(recipe | changes, tmp_path)
+    kept = load_file(tmp_path / "out/checkpoint-2/model.safetensors")
+    expected = load_file(tmp_path / "good/checkpoint-2/model.safetensors")
+    assert [name for name in expected if not torch.equal(kept[name], expected[name])] == []
+    assert find_checkpoint(str(tmp_path / "out"), "true").name == "checkpoint-2"
+    assert not (tmp_path / "out/model.safetensors").exists()
 
 
 # QAT through its script
@@ -417,9 +574,9 @@ def test_quantization_after_the_last_step_is_refused_before_a_model_loads(recipe
 
 @pytest.mark.parametrize(("rate", "expected"), [(None, 0.0), (1e-3, 1e-3)])
 def test_quantization_balances_only_where_it_is_said(rate, expected):
-    script, arguments = load_script("qat"), RecipeArguments("no/model", expert_bias_update_rate=rate)
-    script.check_quantization(
-        script.QATArguments(quantize_from_step=1), arguments, SimpleNamespace(max_steps=2, fsdp=None)
+    arguments = RecipeArguments("no/model", expert_bias_update_rate=rate)
+    stages.check_quantization(
+        stages.QATArguments(quantize_from_step=1), arguments, SimpleNamespace(max_steps=2, fsdp=None)
     )
     assert arguments.expert_bias_update_rate == expected
 
@@ -431,9 +588,8 @@ class StopAfterOneStep(TrainerCallback):
 
 @pytest.mark.parametrize("step", [0, 1])
 def test_training_that_saw_no_int4_is_not_packed(recipe, tmp_path, step, monkeypatch):
-    script = load_script("qat")
-    script.train = lambda trainer: trainer.add_callback(StopAfterOneStep) or training.train(trainer)
-    monkeypatch.setitem(globals(), "load_script", lambda name: script)
+    train = stages.train
+    monkeypatch.setattr(stages, "train", lambda trainer: trainer.add_callback(StopAfterOneStep) or train(trainer))
     recipe["quantize_from_step"] = step
     if step == 0:
         run(recipe, tmp_path, "qat")

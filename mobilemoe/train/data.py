@@ -15,6 +15,7 @@ import pyarrow as pa
 import torch
 from transformers import PreTrainedTokenizerBase
 
+from .checks import check_numbers, check_types
 from .documents import KINDS, Document, UnreadableExample, encode, pack, sequence
 
 
@@ -51,6 +52,10 @@ class DataSource:
     columns: dict[str, str] = field(default_factory=dict)
     streaming: bool = False
 
+    def __post_init__(self) -> None:
+        check_types(DataSource, vars(self))
+        check_numbers(self)
+
     def __str__(self) -> str:
         return " ".join(str(part) for part in (self.path, self.name, self.data_dir, self.data_files) if part)
 
@@ -71,6 +76,11 @@ class DataSource:
             f"Data source {self} {wanted} has the columns {sorted(available)}: no text, no messages, and no prompt "
             "with completion among them. Map the right ones, for example `columns: {text: content}`."
         )
+
+
+def padding_id(tokenizer: PreTrainedTokenizerBase) -> int:
+    """Llama-3 tokenizers have no padding token. No loss counts padding and no document attends to it."""
+    return tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
 
 
 class Source:
@@ -292,8 +302,7 @@ class Mixture:
                     f"{num_readers}. Set it to {len(source.dataset)} or less, or leave the source out."
                 )
         self.max_length, self.seed = max_length, seed
-        # Llama-3 tokenizers have no padding token. No loss counts padding and no document attends to it.
-        self.pad_token_id = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
+        self.pad_token_id = padding_id(tokenizer)
         self.num_readers, self.num_processes = num_readers, num_processes
         self.start = state or {"turn": 0, "num_processes": num_processes, "readers": {}}
         if self.start["num_processes"] != num_processes:
@@ -322,6 +331,10 @@ class Mixture:
                 yield sequence(documents, self.max_length, self.pad_token_id)
         finally:
             executor.shutdown(cancel_futures=True)
+
+    def epoch(self, step: int, max_steps: int) -> float:
+        """The mixture has no end, so the whole run is one epoch."""
+        return step / max_steps
 
     def state(self, num_sequences: int) -> dict:
         """

@@ -1,41 +1,34 @@
-"""What a recipe is made of: its arguments, the model, the trainer, and checkpoints to resume from."""
+"""What a recipe is made of: its arguments, the model and the trainer."""
 
 import copy
-import json
+import inspect
 import os
-import shutil
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from importlib.resources import files
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NoReturn
 
 import torch
-from transformers import (
-    AutoModelForCausalLM,
-    PreTrainedModel,
-    PreTrainedTokenizerBase,
-    PrinterCallback,
-    TrainerCallback,
-)
+from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase, PrinterCallback
 from transformers.integrations import get_reporting_integration_callbacks
-from transformers.trainer_callback import ExportableState
-from transformers.utils import logging
+from transformers.trainer_utils import IntervalStrategy, SaveStrategy
 
 from modeling_mobilemoe.configuration_mobilemoe import MobileMoEConfig
 from modeling_mobilemoe.modeling_mobilemoe import MobileMoEForCausalLM
 
 from ..artifacts import is_checkpoint
-from .data import DataSource, Mixture, collate
+from .checkpoints import MixtureCallback, find_start
+from .checks import check_numbers, read_yaml
+from .data import DataSource, Mixture, Source, collate, padding_id
+from .epochs import Epochs, packed_sequences, read_documents
 from .routing import ExpertBiasCallback, add_router_z_loss, set_capacity_factor, shard_routers
 
 
 if TYPE_CHECKING:
     from trl import SFTConfig, SFTTrainer
-
-logger = logging.get_logger(__name__)
 
 CHAT_TEMPLATE = files("modeling_mobilemoe").joinpath("chat_template.jinja").read_text()
 
@@ -49,34 +42,42 @@ class RecipeArguments:
         model (`str`): checkpoint directory or Hub id; random weights where there is only a `config.json`.
         tokenizer (`str`, *optional*): where the tokenizer is, when not with the model.
         attn_implementation (`str`, *optional*): "sdpa" (the default), "flex_attention" or a FlashAttention.
-        data (`list[DataSource]`): the mixture.
+        data (`list[DataSource]`): the mixture, or with `num_train_epochs` the sources that are read whole.
+        eval_data (`list[DataSource]`): held-out sources for `eval_strategy`, read whole.
         num_data_readers (`int`, defaults to 8): readers that share the mixture; a multiple of the processes.
         expert_bias_update_rate (`float`, *optional*): step of the balancing bias; 0 turns balancing off. 1e-3 when
             absent; 0 with LoRA, whose adapters do not hold the biases, and in QAT, which packs them in BF16.
         router_z_loss_coef (`float`, defaults to 1e-4): weight of the router z-loss; 0 turns it off.
         capacity_factor (`float`, *optional*): drop what an expert gets beyond this multiple of an even share, as the
             paper does in pre- and mid-training; nothing is dropped when absent.
+        overwrite_output_dir (`bool`, defaults to `False`): write over what another stage or model has left there.
     """
 
     model: str = field(metadata={"help": "Checkpoint directory or Hub id, or a directory with a config.json."})
     data: list[DataSource] = field(default_factory=list, metadata={"help": "Mixture, set in the YAML file."})
+    eval_data: list[DataSource] = field(default_factory=list, metadata={"help": "Held-out data, in the YAML file."})
     tokenizer: str | None = field(default=None, metadata={"help": "Where the tokenizer is, if not with the model."})
     attn_implementation: str | None = field(default=None, metadata={"help": "Attention kernel of transformers."})
     num_data_readers: int = field(default=8, metadata={"help": "Readers that share the mixture."})
     expert_bias_update_rate: float | None = field(default=None, metadata={"help": "Step of the balancing bias."})
     router_z_loss_coef: float = field(default=1e-4, metadata={"help": "Weight of the router z-loss."})
     capacity_factor: float | None = field(default=None, metadata={"help": "Tokens per expert over an even share."})
+    overwrite_output_dir: bool = field(
+        default=False, metadata={"help": "Write over what another stage or model has left in output_dir."}
+    )
 
     def __post_init__(self) -> None:
-        for number, source in enumerate(self.data):
-            if not isinstance(source, DataSource):
-                try:
-                    self.data[number] = DataSource(**source)
-                except TypeError as error:
-                    raise ValueError(
-                        f"Entry {number} of `data` is {source}: {error}. Its keys are "
-                        f"{', '.join(DataSource.__dataclass_fields__)}; path is needed."
-                    ) from error
+        check_numbers(self)
+        for name, sources in (("data", self.data), ("eval_data", self.eval_data)):
+            for number, source in enumerate(sources):
+                if not isinstance(source, DataSource):
+                    try:
+                        sources[number] = DataSource(**source)
+                    except (TypeError, ValueError) as error:
+                        raise ValueError(
+                            f"Entry {number} of `{name}` is {source}: {error}. Its keys are "
+                            f"{', '.join(DataSource.__dataclass_fields__)}; path is needed."
+                        ) from error
 
 
 def find_recipe(recipes: Path, option: str, value: str) -> str:
@@ -118,18 +119,28 @@ def parse_arguments(recipes: Path, parts: Sequence[type], args: Sequence[str] | 
         args (`Sequence[str]`, *optional*): the command line, `sys.argv` when absent.
 
     Raises:
-        ValueError: for unknown keys and names, and without a model or an output directory.
+        ValueError: for unknown keys and names, values of a wrong type, numbers that cannot work, and without a model
+            or an output directory.
+        OSError: when the YAML file cannot be read.
     """
     from trl import TrlParser
 
-    args = list(sys.argv[1:] if args is None else args)
+    class Parser(TrlParser):
+        def error(self, message: str) -> NoReturn:
+            # argparse would print its usage, some hundred lines.
+            raise ValueError(message)
+
+    args, values = list(sys.argv[1:] if args is None else args), {}
     if "--config" in args[:-1]:
-        position = args.index("--config") + 1
-        args[position] = find_recipe(recipes, "config", args[position])
-    parser = TrlParser(parts)
-    # Otherwise argparse prints its usage of some hundred lines, and the trainer writes to `trainer_output`.
-    parser.set_defaults_with_config(model="", output_dir="")
-    arguments = parser.parse_args_and_config(args)
+        position = args.index("--config")
+        values = read_yaml(find_recipe(recipes, "config", args[position + 1]), parts)
+        del args[position : position + 2]
+    parser = Parser(parts)
+    # Without a default the trainer writes to `trainer_output`, and trains three epochs if nothing says how long.
+    parser.set_defaults_with_config(**{"model": "", "output_dir": "", "num_train_epochs": 0.0} | values)
+    arguments = parser.parse_args_into_dataclasses(args, look_for_args_file=False)
+    for part in arguments:
+        check_numbers(part)
     recipe, training_args = arguments[0], arguments[-1]
     given = {"--model": recipe.model, "--output_dir": training_args.output_dir}
     if not all(given.values()):
@@ -140,6 +151,25 @@ def parse_arguments(recipes: Path, parts: Sequence[type], args: Sequence[str] | 
         )
     recipe.model = find_recipe(recipes, "model", recipe.model)
     return arguments
+
+
+def run(stage: Callable[..., None], script: str) -> None:
+    """
+    What a recipe script does: the stage with the arguments of the command line. An error of the user's is one line.
+
+    Args:
+        stage (`Callable`): of `stages.py`; its parameters are the dataclasses to fill.
+        script (`str`): the script's `__file__`, beside the shipped recipes.
+    """
+    parameters = inspect.signature(stage).parameters.values()
+    parts = [each.annotation for each in parameters if each.kind is not inspect.Parameter.KEYWORD_ONLY]
+    try:
+        stage(*parse_arguments(Path(script).parent, parts))
+    except (ValueError, OSError) as error:
+        sys.exit(f"{Path(script).name}: {error}")
+    except KeyboardInterrupt:
+        print(f"{Path(script).name}: interrupted. --resume_from_checkpoint true resumes if a checkpoint was saved.")
+        sys.exit(130)
 
 
 def load_model(path: str, attn_implementation: str | None = None) -> MobileMoEForCausalLM:
@@ -174,131 +204,42 @@ def set_up_routing(
     return ExpertBiasCallback(model, rate, recipe.capacity_factor)
 
 
-class MixtureCallback(TrainerCallback, ExportableState):
-    """
-    Puts the place in the mixture into every checkpoint, as part of its `trainer_state.json`.
-
-    That file is the last one the trainer writes, so a checkpoint that has it is complete. Before anything is written,
-    the disk is checked for room.
-
-    Args:
-        mixture (`Mixture`): what the trainer reads.
-        sequences_per_step (`int`): sequences of this process per optimizer step.
-        first_step (`int`): optimizer steps done before this run.
-    """
-
-    def __init__(self, mixture: Mixture, sequences_per_step: int, first_step: int):
-        self.mixture = mixture
-        self.sequences_per_step = sequences_per_step
-        self.first_step = first_step
-        self.mixture_state: dict | None = None
-
-    def on_train_begin(self, args, state, control, model=None, **kwargs) -> None:
-        if state.is_world_process_zero and args.save_strategy != "no":
-            check_disk_space(args.output_dir, model)
-
-    def on_log(self, args, state, control, logs=None, **kwargs) -> None:
-        # TRL counts the columns of `position_ids`, which have a row per sequence here.
-        if "num_tokens" in logs:
-            tokens = state.global_step * self.sequences_per_step * args.world_size * self.mixture.max_length
-            logs["num_tokens"] = state.log_history[-1]["num_tokens"] = tokens
-
-    def on_step_end(self, args, state, control, model=None, **kwargs) -> None:
-        # As it is in a run that never stopped; the trainer counts from the step where this one began.
-        state.epoch = state.global_step / state.max_steps
-        if not control.should_save:
-            return
-        if state.is_world_process_zero:
-            # A run resumed from an earlier step finds checkpoints that were saved after it.
-            shutil.rmtree(Path(args.output_dir, f"checkpoint-{state.global_step}"), ignore_errors=True)
-            check_disk_space(args.output_dir, model)
-        # The exchange also makes the others wait for that.
-        place = self.mixture.state((state.global_step - self.first_step) * self.sequences_per_step)
-        if torch.distributed.is_initialized():
-            places: list[dict | None] = [None] * torch.distributed.get_world_size()
-            torch.distributed.all_gather_object(places, place)
-            place["readers"] = {index: reader for other in places for index, reader in other["readers"].items()}
-        self.mixture_state = place
-
-    def state(self) -> dict:
-        return {"mixture": self.mixture_state}
+# What the recipes do themselves, so that these settings of TRL's would be ignored.
+UNUSED = {
+    "packing": "documents are always packed, without cuts",
+    "packing_strategy": "documents are always packed, without cuts",
+    "eval_packing": "documents are always packed, without cuts",
+    "padding_free": "documents are always packed, without cuts",
+    "truncation_mode": "texts are split at max_length, and conversations keep their beginning",
+    "completion_only_loss": "the loss counts every token of a text, and the answers of conversations",
+    "assistant_only_loss": "the loss counts every token of a text, and the answers of conversations",
+    "dataset_text_field": "`columns` of a data source names it",
+    "dataset_kwargs": "the data are prepared here",
+    "dataset_num_proc": "the data are prepared here",
+    "model_init_kwargs": "the model is loaded in FP32 master weights",
+    "chat_template_path": "the chat template is the tokenizer's, or the released one",
+    "auto_find_batch_size": "a checkpoint could not record the position in the data",
+}
 
 
-def check_disk_space(output_dir: str, model: PreTrainedModel) -> None:
-    """
-    Refuses a checkpoint that the disk has no room for, before its first byte.
-
-    Raises:
-        OSError: when weights, or LoRA's adapters, and the two states of AdamW would not fit.
-    """
-    from peft import PeftModel
-
-    trained = sum(parameter.nbytes for parameter in model.parameters() if parameter.requires_grad)
-    weights = trained
-    if not isinstance(model, PeftModel):
-        weights = sum(parameter.nbytes for parameter in model.parameters())
-    states = 2 * trained
-    Path(output_dir).mkdir(parents=True, exist_ok=True)
-    free = shutil.disk_usage(output_dir).free
-    if free < weights + states:
-        raise OSError(
-            f"A checkpoint needs about {(weights + states) / 1e9:.2f} GB, and {output_dir} has {free / 1e9:.2f} GB "
-            "left. Free space and resume from the last checkpoint with --resume_from_checkpoint true."
-        )
-
-
-def saved_checkpoints(output_dir: str) -> list[Path]:
-    """Those of a run, complete or not, the last one first."""
-    return sorted(Path(output_dir).glob("checkpoint-[0-9]*"), key=lambda path: -int(path.name.split("-")[1]))
-
-
-def find_checkpoint(output_dir: str, resume_from_checkpoint: str | bool | None) -> Path | None:
-    """
-    The checkpoint to resume from: the one that is named, or for "true" the last complete one of the run.
-
-    Raises:
-        ValueError: when there is none, or the named one is not complete.
-    """
-    # A boolean from a YAML file is a string from a command line.
-    wanted = str(resume_from_checkpoint).lower()
-    if wanted in ("none", "false"):
-        return None
-    if wanted != "true":
-        if _mixture_state(Path(resume_from_checkpoint)) is None:
-            raise ValueError(
-                f"resume_from_checkpoint={resume_from_checkpoint} is no complete checkpoint of a recipe: its "
-                "trainer_state.json is missing or cut off. Name another one, or set true for the last complete one."
-            )
-        return Path(resume_from_checkpoint)
-    for checkpoint in saved_checkpoints(output_dir):
-        if _mixture_state(checkpoint) is not None:
-            return checkpoint
-        logger.warning(f"{checkpoint} is incomplete and skipped.")
-    raise ValueError(
-        f"resume_from_checkpoint is set, but {output_dir} holds no complete checkpoint. "
-        "Leave it out to start from the beginning, and set save_steps to have checkpoints."
-    )
-
-
-def _mixture_state(checkpoint: Path) -> dict | None:
-    try:
-        state = json.loads((checkpoint / "trainer_state.json").read_text())
-    except (FileNotFoundError, json.JSONDecodeError):
-        return None
-    return state["stateful_callbacks"].get("MixtureCallback", {}).get("mixture")
-
-
-def check_training_args(model: PreTrainedModel, training_args: "SFTConfig") -> None:
+def check_training_args(model: PreTrainedModel, recipe: RecipeArguments, training_args: "SFTConfig") -> None:
     """
     Refuses what a recipe cannot train with, before any data is read.
 
     Raises:
-        ValueError: without `max_steps`, for a length beyond the context, and for settings that break resuming.
+        ValueError: for a number that cannot work, without an end or with two, for a length beyond the context, for an
+            evaluation without data, for settings that would be ignored, and for settings that break resuming.
     """
-    if training_args.max_steps < 1:
+    check_numbers(training_args)
+    for name, instead in UNUSED.items():
+        value, default = vars(training_args)[name], type(training_args).__dataclass_fields__[name].default
+        if value != default and value is not None:
+            raise ValueError(f"{name}={value} would be ignored: {instead}. Leave it out.")
+    if training_args.max_steps < 1 and not training_args.num_train_epochs:
         raise ValueError(
-            f"max_steps={training_args.max_steps}: the mixture starts its sources again when they end, so only "
-            "max_steps says when to stop. Set it to tokens / (max_length * sequences per step)."
+            f"max_steps={training_args.max_steps} and no num_train_epochs: the mixture starts its sources again when "
+            "they end, so nothing says when to stop. Set max_steps to tokens / (max_length * sequences per step), or "
+            "num_train_epochs to read every example so often."
         )
     context = model.config.max_position_embeddings
     if training_args.max_length is None or not 1 < training_args.max_length <= context:
@@ -311,83 +252,89 @@ def check_training_args(model: PreTrainedModel, training_args: "SFTConfig") -> N
             f"dataloader_num_workers={training_args.dataloader_num_workers}: a checkpoint cannot record how far a "
             "worker has read. Leave it at 0; a thread packs the next block while the model trains."
         )
-    if training_args.save_strategy not in ("no", "steps"):
-        raise ValueError(
-            f"save_strategy={training_args.save_strategy.value}: only a checkpoint saved at a step records the "
-            "position in the mixture. Set steps, or no."
-        )
     if training_args.save_only_model:
         raise ValueError(
             "save_only_model=true: resuming without the optimizer's state would restart AdamW and change the losses. "
             "Leave it out."
         )
-
-
-def find_start(training_args: "SFTConfig") -> tuple[Path | None, int, dict | None]:
-    """
-    The checkpoint that a run resumes from, its step, and its position in the mixture; `(None, 0, None)` for a new run.
-
-    Raises:
-        ValueError: when there is no checkpoint to resume from, or a new run would mix its own with those of another.
-    """
-    checkpoint = find_checkpoint(training_args.output_dir, training_args.resume_from_checkpoint)
-    if checkpoint is not None:
-        first_step = json.loads((checkpoint / "trainer_state.json").read_text())["global_step"]
-        return checkpoint, first_step, _mixture_state(checkpoint)
-    if saved_checkpoints(training_args.output_dir):
+    evaluates = training_args.eval_strategy != "no"
+    if evaluates != bool(recipe.eval_data):
+        given, missing = ("eval_strategy", "eval_data") if evaluates else ("eval_data", "eval_strategy")
+        raise ValueError(f"{given} is set without {missing}, so nothing would be evaluated. Set both or neither.")
+    if training_args.load_best_model_at_end:
+        refuse_fsdp(training_args, "load_best_model_at_end loads them whole")
+    strategies = ("eval_strategy", "save_strategy", "logging_strategy")
+    epochs = [name for name in strategies if vars(training_args)[name] == "epoch"]
+    if epochs and training_args.max_steps > 0:
         raise ValueError(
-            f"output_dir={training_args.output_dir} holds checkpoints of another run, and a later resume could "
-            "mistake them for this run's. Set resume_from_checkpoint to true, name another directory, or remove them."
+            f"{epochs[0]}=epoch with max_steps={training_args.max_steps}: a mixture has no epochs. Set steps, or "
+            "num_train_epochs in place of max_steps."
         )
-    return None, 0, None
+
+
+def count_steps(epochs: Epochs, training_args: "SFTConfig") -> None:
+    """Turns the epochs of the training arguments into steps, which the trainer counts."""
+    training_args.max_steps = max(1, round(training_args.num_train_epochs * epochs.steps_per_epoch))
+    for name, strategy in (("eval", IntervalStrategy), ("save", SaveStrategy), ("logging", IntervalStrategy)):
+        if vars(training_args)[f"{name}_strategy"] == "epoch":
+            setattr(training_args, f"{name}_strategy", strategy("steps"))
+            setattr(training_args, f"{name}_steps", epochs.steps_per_epoch)
 
 
 def make_trainer(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, recipe: RecipeArguments, training_args: "SFTConfig"
 ) -> "SFTTrainer":
     """
-    TRL's trainer with the mixture and the routing of a recipe, ready for `train`.
+    TRL's trainer with the data and the routing of a recipe, ready for `train`.
 
     Args:
         model (`PreTrainedModel`): what trains.
         tokenizer (`PreTrainedTokenizerBase`): with a chat template where the data holds conversations.
         recipe (`RecipeArguments`): the YAML file's own fields.
-        training_args (`SFTConfig`): TRL's. Some of it is set here: preparing and packing data is the mixture's work.
+        training_args (`SFTConfig`): TRL's. Some of it is set here: preparing and packing data is done here. Without
+            `max_steps` the data are read `num_train_epochs` times, and `max_steps` is set to the steps of that.
 
     Raises:
         ValueError: for settings that cannot work, before any step.
     """
-    from trl import SFTTrainer
+    from .trainer import RecipeTrainer
 
-    check_training_args(model, training_args)
-    checkpoint, first_step, mixture_state = find_start(training_args)
+    check_training_args(model, recipe, training_args)
+    checkpoint, first_step, position = find_start(training_args)
     routing = set_up_routing(model, recipe, training_args.gradient_accumulation_steps)
     # Base checkpoints have no chat template, but mid-training reads conversations too.
     reading = copy.deepcopy(tokenizer)
     reading.chat_template = reading.chat_template or CHAT_TEMPLATE
-    mixture = Mixture(
-        recipe.data,
-        reading,
-        training_args.max_length,
-        training_args.seed,
-        recipe.num_data_readers,
-        training_args.world_size,
-        mixture_state,
-    )
+    length, seed, num_processes = training_args.max_length, training_args.seed, training_args.world_size
     sequences_per_step = training_args.per_device_train_batch_size * training_args.gradient_accumulation_steps
-    # The mixture resumes by itself from the checkpoint's position, and its rows are what the model takes.
+    if training_args.max_steps > 0:
+        data = Mixture(recipe.data, reading, length, seed, recipe.num_data_readers, num_processes, position)
+    else:
+        data = Epochs(recipe.data, reading, length, seed, sequences_per_step * num_processes, num_processes, position)
+        count_steps(data, training_args)
+    # Nothing is left to train where a run was stopped between its last checkpoint and its end.
+    train_dataset = data.dataset() if first_step < training_args.max_steps else data.dataset().take(0)
+    eval_dataset = None
+    if recipe.eval_data:
+        from datasets import Dataset
+
+        held_out = read_documents([Source(source, reading, length, seed) for source in recipe.eval_data])
+        eval_dataset = Dataset.from_list(packed_sequences(held_out, length, padding_id(reading))).with_format("numpy")
+    # The data resume by themselves from the checkpoint's position, and their rows are what the model takes.
     training_args.ignore_data_skip = True
     training_args.dataset_kwargs = {"skip_prepare_dataset": True}
-    training_args.packing = False
     training_args.remove_unused_columns = False
+    # It would hide a loss that is not finite, which the trainer stops at.
+    training_args.logging_nan_inf_filter = False
     training_args.resume_from_checkpoint = None if checkpoint is None else str(checkpoint)
-    trainer = SFTTrainer(
+    trainer = RecipeTrainer(
         model=model,
         args=training_args,
-        train_dataset=mixture.dataset(),
+        train_dataset=train_dataset,
+        eval_dataset=eval_dataset,
         data_collator=partial(collate, flatten="flash" in model.config._attn_implementation),
         processing_class=tokenizer,
-        callbacks=[MixtureCallback(mixture, sequences_per_step, first_step), routing],
+        callbacks=[MixtureCallback(data, sequences_per_step, first_step), routing],
     )
     # Our callbacks add to the logs, so reporters go after them, and last the one that removes `total_flos`.
     for kind in (*get_reporting_integration_callbacks(training_args.report_to), PrinterCallback):
@@ -398,7 +345,12 @@ def make_trainer(
 
 
 def train(trainer: "SFTTrainer") -> None:
-    """Trains from the beginning, or from the checkpoint that `make_trainer` found."""
+    """
+    Trains from the beginning, or from the checkpoint that `make_trainer` found.
+
+    Raises:
+        ValueError: when the loss or its gradient is no longer finite; a checkpoint of the last good step is kept.
+    """
     if trainer.accelerator.is_fsdp2:
         plugin, mesh = trainer.accelerator.state.fsdp_plugin, trainer.accelerator.torch_device_mesh
         shard_routers(

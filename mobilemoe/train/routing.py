@@ -308,12 +308,18 @@ class ExpertBiasCallback(TrainerCallback):
         # Before the checkpoint is saved, so that a run resumed from it finds the lines of all earlier steps.
         if control.should_save:
             self._flush(args, state)
+            self._write_load(args, state)
 
     def on_train_end(self, args, state, control, **kwargs) -> None:
         self._flush(args, state)
+        self._write_load(args, state)
         if state.is_world_process_zero:
-            write_json(Path(args.output_dir, "expert_load.json"), {"load": self.load.tolist()})
             plot_routing(args.output_dir)
+
+    def _write_load(self, args, state) -> None:
+        # There is none in a run that was resumed after its last step; the file has been written with its checkpoint.
+        if state.is_world_process_zero and self.load.any():
+            write_json(Path(args.output_dir, "expert_load.json"), {"load": self.load.tolist()})
 
 
 def read_routing(output_dir: str | os.PathLike) -> list[dict]:

@@ -1,0 +1,173 @@
+"""The training stages, which are what the recipe scripts and `mobilemoe train` run."""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from transformers import AutoTokenizer, PrinterCallback, TrainerCallback, set_seed
+from trl import SFTConfig
+
+from modeling_mobilemoe.int4_mobilemoe import Int4Format
+from modeling_mobilemoe.quantization_mobilemoe import quantization_table
+
+from .checkpoints import check_output_dir, mark_output_dir
+from .checks import check_numbers
+from .lora import add_lora, trainable_table
+from .qat import FakeQuantizationStart, convert, preparation_table, prepare
+from .recipe import CHAT_TEMPLATE, RecipeArguments, load_model, make_trainer, refuse_fsdp, train
+
+
+@dataclass
+class LoRAArguments:
+    lora_scope: str | None = field(
+        default=None, metadata={"help": "What gets adapters in place of training all: attention, experts, dense, all."}
+    )
+    lora_rank: int | None = field(default=None, metadata={"help": "Rank of the adapters."})
+    lora_budget: int | None = field(default=None, metadata={"help": "Or their number of parameters."})
+
+
+@dataclass
+class QATArguments:
+    expert_axis: str = field(
+        default="output", metadata={"help": "Groups of experts: output (released) or input (ExecuTorch's kernels)."}
+    )
+    quantize_activations: bool = field(
+        default=True, metadata={"help": "Round inputs to INT8 per token, coarser than our kernels."}
+    )
+    quantize_from_step: int = field(default=0, metadata={"help": "Optimizer steps in full precision before QAT."})
+
+
+def _begin(recipe: RecipeArguments, training_args: SFTConfig, stage: str) -> None:
+    check_output_dir(training_args.output_dir, recipe.model, stage, recipe.overwrite_output_dir)
+    # Random weights of a new model, and adapters.
+    set_seed(training_args.seed)
+
+
+def _train(
+    trainer, recipe: RecipeArguments, training_args: SFTConfig, stage: str, report: TrainerCallback | None = None
+) -> None:
+    if report is not None:
+        trainer.remove_callback(PrinterCallback)
+        trainer.add_callback(report)
+    if training_args.process_index == 0:
+        mark_output_dir(training_args.output_dir, recipe.model, stage)
+    train(trainer)
+    trainer.save_state()
+
+
+def pretrain(recipe: RecipeArguments, training_args: SFTConfig) -> None:
+    """Pre-training and mid-training on raw text."""
+    stage = "pre-training"
+    _begin(recipe, training_args, stage)
+    tokenizer = AutoTokenizer.from_pretrained(recipe.tokenizer or recipe.model)
+    model = load_model(recipe.model, recipe.attn_implementation)
+    trainer = make_trainer(model, tokenizer, recipe, training_args)
+    _train(trainer, recipe, training_args, stage)
+    trainer.save_model()
+
+
+def check_lora(lora: LoRAArguments, recipe: RecipeArguments, training_args: SFTConfig) -> None:
+    check_numbers(lora)
+    if lora.lora_scope is None:
+        if lora.lora_rank or lora.lora_budget:
+            raise ValueError(
+                "lora_rank or lora_budget is set without lora_scope, and would do nothing. Set lora_scope."
+            )
+        return
+    if recipe.expert_bias_update_rate:
+        raise ValueError(
+            f"expert_bias_update_rate={recipe.expert_bias_update_rate} with lora_scope={lora.lora_scope}: the biases "
+            "would move, but an adapter does not hold them. Set 0 or leave it out."
+        )
+    recipe.expert_bias_update_rate = 0.0
+    refuse_fsdp(training_args, f"lora_scope={lora.lora_scope} merges them in one process")
+
+
+def fine_tuning_name(lora_scope: str | None) -> str:
+    return "fine-tuning" if lora_scope is None else f"LoRA ({lora_scope})"
+
+
+def fine_tune(
+    recipe: RecipeArguments, lora: LoRAArguments, training_args: SFTConfig, *, report: TrainerCallback | None = None
+) -> None:
+    """
+    Fine-tuning on conversations, or on prompts and completions; the loss counts the answers only.
+
+    With `lora_scope`, adapters train in place of all weights: `output_dir/adapter` holds them, and `output_dir` the
+    merged model, for QAT or export. Over a packed INT4 base there is only the adapter. A `report` prints in place of
+    the trainer, and of the tables.
+    """
+    check_lora(lora, recipe, training_args)
+    stage = fine_tuning_name(lora.lora_scope)
+    _begin(recipe, training_args, stage)
+    tokenizer = AutoTokenizer.from_pretrained(recipe.tokenizer or recipe.model)
+    # Base checkpoints have no chat template; from here on the model has one.
+    tokenizer.chat_template = tokenizer.chat_template or CHAT_TEMPLATE
+    model = load_model(recipe.model, recipe.attn_implementation)
+    if lora.lora_scope is not None:
+        model = add_lora(model, lora.lora_scope, lora.lora_rank, lora.lora_budget)
+        if training_args.process_index == 0 and report is None:
+            print(trainable_table(model))
+    trainer = make_trainer(model, tokenizer, recipe, training_args)
+    _train(trainer, recipe, training_args, stage, report)
+    if lora.lora_scope is None:
+        trainer.save_model()
+        return
+    trainer.save_model(Path(training_args.output_dir, "adapter"))
+    if trainer.is_world_process_zero() and model.config.quantization is None:
+        model.merge_and_unload().save_pretrained(training_args.output_dir)
+        tokenizer.save_pretrained(training_args.output_dir)
+
+
+def check_quantization(quantization: QATArguments, recipe: RecipeArguments, training_args: SFTConfig) -> None:
+    check_numbers(quantization)
+    refuse_fsdp(training_args, "QAT packs them whole in one process")
+    check_quantized_steps(quantization, training_args)
+    if recipe.expert_bias_update_rate is None:
+        # Biases are packed in BF16, whose spacing exceeds the usual step of 1e-3 from 0.25 on.
+        recipe.expert_bias_update_rate = 0.0
+
+
+def check_quantized_steps(quantization: QATArguments, training_args: SFTConfig) -> None:
+    """Steps that come from epochs are known only once the data have been read."""
+    if 0 < training_args.max_steps <= quantization.quantize_from_step:
+        raise ValueError(
+            f"quantize_from_step={quantization.quantize_from_step} with max_steps={training_args.max_steps}: no step "
+            "would see INT4 weights, and packing would only round them. Set a step below max_steps."
+        )
+
+
+def quantize_aware(
+    recipe: RecipeArguments,
+    quantization: QATArguments,
+    training_args: SFTConfig,
+    *,
+    report: TrainerCallback | None = None,
+) -> None:
+    """
+    INT4 quantization-aware training of a fine-tuned checkpoint; ends in a packed checkpoint. A `report` prints in
+    place of the trainer, and of the tables.
+    """
+    check_quantization(quantization, recipe, training_args)
+    stage = "QAT"
+    _begin(recipe, training_args, stage)
+    tokenizer = AutoTokenizer.from_pretrained(recipe.tokenizer or recipe.model)
+    int4_format = Int4Format(quantization.expert_axis)
+    model = load_model(recipe.model, recipe.attn_implementation)
+    model = prepare(model, int4_format, quantization.quantize_activations)
+    if training_args.process_index == 0 and report is None:
+        print(preparation_table(model))
+    trainer = make_trainer(model, tokenizer, recipe, training_args)
+    check_quantized_steps(quantization, training_args)
+    trainer.add_callback(FakeQuantizationStart(quantization.quantize_from_step))
+    _train(trainer, recipe, training_args, stage, report)
+    if trainer.state.global_step <= quantization.quantize_from_step:
+        raise ValueError(
+            f"Training ended after {trainer.state.global_step} steps with quantize_from_step="
+            f"{quantization.quantize_from_step}: no step saw INT4 weights, and packing would only round them. Resume "
+            "from the last checkpoint with --resume_from_checkpoint true, or set an earlier step."
+        )
+    if trainer.is_world_process_zero():
+        convert(model).save_pretrained(training_args.output_dir)
+        if report is None:
+            print(quantization_table(model))
+        tokenizer.save_pretrained(training_args.output_dir)

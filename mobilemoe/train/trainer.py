@@ -1,0 +1,39 @@
+"""TRL's trainer, stopped before a step that would spoil the weights."""
+
+import math
+from pathlib import Path
+
+from trl import SFTTrainer
+
+from .checkpoints import MixtureCallback
+
+
+class RecipeTrainer(SFTTrainer):
+    """
+    Stops when the loss or the norm of its gradient is not finite, before the optimizer takes that step.
+
+    The weights are still those of the step before, and are saved as a checkpoint unless one was just saved.
+    """
+
+    def _get_grad_norm(self, model, grad_norm=None):
+        # Private, but the only place between the gradients, reduced over all processes, and the optimizer step:
+        # https://github.com/huggingface/transformers/blob/v5.24.0/src/transformers/trainer.py#L1943
+        norm = super()._get_grad_norm(model, grad_norm)
+        # Also the losses since the last logged step; the trainer synchronises here with `logging_nan_inf_filter`.
+        if not math.isfinite(float(norm) + float(self._tr_loss)):
+            self._stop(model, float(norm), float(self._tr_loss))
+        return norm
+
+    def _stop(self, model, norm: float, loss: float) -> None:
+        step = self.state.global_step
+        checkpoint = Path(self.args.output_dir, f"checkpoint-{step}")
+        if step > 0 and not (checkpoint / "trainer_state.json").exists():
+            (place,) = [each for each in self.callback_handler.callbacks if isinstance(each, MixtureCallback)]
+            place.prepare_to_save(self.args, self.state, self.accelerator.unwrap_model(model))
+            self._save_checkpoint(model, trial=None)
+        kept = f"The weights before it are in {checkpoint}: start a new run from them, with" if step else "Set"
+        raise ValueError(
+            f"Training stopped before step {step + 1}, which would spoil the weights: the norm of the gradient is "
+            f"{norm:g}, and the loss {loss / (step + 1 - self._globalstep_last_logged):g}. {kept} a lower "
+            "learning_rate or more warmup_steps."
+        )
