@@ -14,10 +14,11 @@ from typing import Any
 
 from . import __version__
 from .console import PrintCompletion, log_to_stderr
+from .train_verb import add_train
 
 
 # Modules of one extra; others are in that of the command.
-EXTRAS = {"executorch": "export", "torchao": "export", "trl": "train", "gguf": "gguf"}
+EXTRAS = {"executorch": "export", "torchao": "export", "trl": "train", "gguf": "gguf", "mlx_lm": "mlx"}
 # What `export` takes for each runtime, beside --model and --output.
 EXPORT_OPTIONS = {
     "pte": "max_seq_len expert_bits moe_op weights embedding_bits kv_cache all_logits experts_file".split(),
@@ -54,7 +55,7 @@ def make_parser() -> argparse.ArgumentParser:
         help='print a completion script for the shell; eval "$(mobilemoe --print-completion bash)" turns it on',
     )
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    for add in (add_plan, add_export, add_run, add_bench, add_eval, add_card):
+    for add in (add_plan, add_train, add_export, add_run, add_bench, add_eval, add_card):
         add(commands)
     return parser
 

@@ -42,6 +42,7 @@ SKIP = {
     "tests/test_recipe_files.py reads its files on rows of their schemas",
     r"^python benchmarks/(?!ablation|install_sizes)\w+\.py": HOURS,
     r"^python benchmarks/ablation\.py": "takes hours; tests/test_ablation.py runs it on less",
+    r"^python examples/record\.py": "records the commands that stand beside it",
     r"^python examples/notebooks\.py": "tests/test_notebooks.py runs each notebook",
     r"^make (setup|demo|test|test-slow|docs|lint)": "makes or needs an environment of its own",
     r"^source \.venv/bin/activate": "enters the environment that the tests run in",

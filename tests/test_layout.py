@@ -26,7 +26,8 @@ ALLOWED = {
     "export": LOW,
     "bench": LOW | {"export"},
     "card": GROUND | {"costs", "shapes", "eval.report", "eval.suites"},
-    "cli": LOW | {"plan", "export", "bench", "eval", "card"},
+    "train_verb": LOW | {"train", "card", "export"},
+    "cli": LOW | {"train_verb", "plan", "export", "bench", "eval", "card"},
     "recipes": {"train"},
 }
 

@@ -174,7 +174,7 @@ def test_broken_file_stops_a_run_that_goes_on_once_it_is_repaired(workspace, uni
 def test_run_killed_after_its_last_checkpoint_trains_no_further_step(workspace, uninterrupted):
     output_dir = workspace / "finished"
     output_dir.mkdir()
-    for name in ("routing.jsonl", "expert_load.json", f"checkpoint-{NUM_STEPS}"):
+    for name in ("run.json", "routing.jsonl", "expert_load.json", f"checkpoint-{NUM_STEPS}"):
         copy_ = shutil.copytree if name.startswith("checkpoint") else shutil.copy
         copy_(uninterrupted / name, output_dir / name)
     finish(start(workspace, output_dir, "--resume_from_checkpoint", "true"), output_dir)

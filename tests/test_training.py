@@ -323,6 +323,7 @@ BAD_FILES = {
     "length of one token": ({"max_length": 1}, ["max_length=1 does not fit", "Set a length from 2"]),
     "capacity factor": ({"capacity_factor": 0.9}, ["capacity_factor=0.9 is below 1", "Set 1 or more"]),
     "no end": ({"max_steps": None}, ["max_steps=-1", "starts its sources again", "Set max_steps to tokens /"]),
+    "two ends": ({"num_train_epochs": 2}, ["max_steps=2 and num_train_epochs=2 both say", "Set one of them"]),
     "readers": ({"num_data_readers": 0}, ["num_data_readers=0", "Set a multiple of 1"]),
     "more readers than examples": (
         {"num_data_readers": 201},

@@ -149,6 +149,11 @@ def parse_arguments(recipes: Path, parts: Sequence[type], args: Sequence[str] | 
             "the size and the directory to the command line. Add them, for example --model mobilemoe-s --output_dir "
             "out/mobilemoe-s/1-pretrain."
         )
+    if training_args.max_steps > 0 and training_args.num_train_epochs:
+        raise ValueError(
+            f"max_steps={training_args.max_steps} and num_train_epochs={training_args.num_train_epochs:g} both say "
+            "how long to train. Set one of them: --max_steps -1 or --num_train_epochs 0 takes the other one back."
+        )
     recipe.model = find_recipe(recipes, "model", recipe.model)
     return arguments
 
