@@ -2,6 +2,7 @@
 
 import argparse
 import importlib.util
+import logging
 import shlex
 import sys
 from pathlib import Path
@@ -40,6 +41,9 @@ def run_train(arguments: argparse.Namespace) -> None:
         if importlib.util.find_spec(EXPORTS[kind]) is None:
             raise ModuleNotFoundError(name=EXPORTS[kind])
 
+    import datasets
+    from transformers.utils.logging import disable_progress_bar
+
     from .card.card import META_LICENSE, META_MODELS, check_license, write_card
     from .train.command import recipe_file, train_on_examples
 
@@ -47,6 +51,11 @@ def run_train(arguments: argparse.Namespace) -> None:
     from_meta = model.startswith(META_MODELS)
     licence = arguments.license or (META_LICENSE if from_meta else "unknown")
     check_license([model] if from_meta else [], licence)
+    # A line per evaluation says how far it is, so neither bars nor the tables of the stages.
+    datasets.disable_progress_bars()
+    disable_progress_bar()
+    logger = logging.getLogger("mobilemoe.train")
+    logger.setLevel(logging.WARNING)
     try:
         has_model = train_on_examples(
             data=arguments.data,
@@ -68,6 +77,8 @@ def run_train(arguments: argparse.Namespace) -> None:
             export(output, kind, arguments.command_line)
     except KeyboardInterrupt:
         sys.exit("mobilemoe train: interrupted. The same command resumes from the last checkpoint, if there is one.")
+    finally:
+        logger.setLevel(logging.NOTSET)
     shown = output / "pte" if "pte" in arguments.export else output
     print(f"\n{output / 'loss.png'} shows the losses, {output / 'README.md'} is the model card. Next:\n")
     print(f"    mobilemoe run --model {shlex.quote(str(shown))} --chat --prompt 'Your question'")

@@ -294,6 +294,7 @@ BAD_FILES = {
     "unknown key": ({"learning_rat": 1}, ["recipe.yaml: the key learning_rat", "Did you mean learning_rate?"]),
     "wrong type": ({"learning_rate": [1]}, ["recipe.yaml: learning_rate is [1], expected float"]),
     "number in words": ({"max_steps": "ten"}, ["recipe.yaml: max_steps is 'ten', expected int"]),
+    "fraction of a step": ({"max_steps": 2.0}, ["recipe.yaml: max_steps is 2.0, expected a whole number"]),
     "data that is no list": ({"data": "json"}, ["recipe.yaml: data is 'json', expected list"]),
     "weight in quotes": (
         {"data": [{"path": "json", "weight": "1e-3"}]},

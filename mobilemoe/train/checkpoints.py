@@ -111,6 +111,8 @@ class MixtureCallback(TrainerCallback, ExportableState):
         self.mixture_state: dict | None = None
 
     def on_train_begin(self, args, state, control, model=None, **kwargs) -> None:
+        # A checkpoint holds the flags of the moment before it was saved.
+        control.should_save = control.should_evaluate = control.should_log = False
         if state.is_world_process_zero and args.save_strategy != "no":
             check_disk_space(args.output_dir, model)
 

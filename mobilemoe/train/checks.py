@@ -83,7 +83,8 @@ def check_types(kind: type, values: Mapping[str, Any], strict: bool = True) -> N
     for name, value in values.items():
         try:
             adapter = TypeAdapter(hints[name], config=ConfigDict(arbitrary_types_allowed=True))
-            adapter.validate_python(value, strict=strict)
+            if isinstance(adapter.validate_python(value, strict=strict), int) and isinstance(value, float):
+                raise ValueError(f"{name} is {value!r}, expected a whole number without a point.")
         except ValidationError as error:
             number = ""
             if isinstance(value, str) and value[:1].isdigit():

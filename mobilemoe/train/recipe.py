@@ -317,8 +317,6 @@ def make_trainer(
     else:
         data = Epochs(recipe.data, reading, length, seed, sequences_per_step * num_processes, num_processes, position)
         count_steps(data, training_args)
-    # Nothing is left to train where a run was stopped between its last checkpoint and its end.
-    train_dataset = data.dataset() if first_step < training_args.max_steps else data.dataset().take(0)
     eval_dataset = None
     if recipe.eval_data:
         from datasets import Dataset
@@ -335,12 +333,15 @@ def make_trainer(
     trainer = RecipeTrainer(
         model=model,
         args=training_args,
-        train_dataset=train_dataset,
+        train_dataset=data.dataset(),
         eval_dataset=eval_dataset,
         data_collator=partial(collate, flatten="flash" in model.config._attn_implementation),
         processing_class=tokenizer,
         callbacks=[MixtureCallback(data, sequences_per_step, first_step), routing],
     )
+    if first_step >= training_args.max_steps:
+        # The run was stopped between its last checkpoint and its end. The trainer would take one step more.
+        trainer.train_dataset = data.dataset().take(0)
     # Our callbacks add to the logs, so reporters go after them, and last the one that removes `total_flos`.
     for kind in (*get_reporting_integration_callbacks(training_args.report_to), PrinterCallback):
         reporter = trainer.pop_callback(kind)

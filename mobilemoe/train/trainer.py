@@ -24,6 +24,11 @@ class RecipeTrainer(SFTTrainer):
             self._stop(model, float(norm), float(self._tr_loss))
         return norm
 
+    def _issue_warnings_after_load(self, load_result) -> None:
+        # The head is the embedding, which a checkpoint holds once.
+        load_result.missing_keys[:] = [name for name in load_result.missing_keys if name != "lm_head.weight"]
+        super()._issue_warnings_after_load(load_result)
+
     def _stop(self, model, norm: float, loss: float) -> None:
         step = self.state.global_step
         checkpoint = Path(self.args.output_dir, f"checkpoint-{step}")
