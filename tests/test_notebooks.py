@@ -9,6 +9,7 @@ from pathlib import Path
 import nbformat
 import pytest
 from hub_server import HubServer
+from nbclient.exceptions import CellExecutionError
 
 
 ROOT = Path(__file__).parents[1]
@@ -121,6 +122,16 @@ def test_plan_a_model(run, examples):
 def test_a_setting_that_a_notebook_does_not_have_is_an_error(run):
     with pytest.raises(ValueError, match="5_plan.ipynb has no setting STEPS"):
         run("5_plan.ipynb", STEPS=1)
+
+
+@pytest.mark.parametrize("name", [path.name for path in NOTEBOOKS if path.name != "5_plan.ipynb"])
+def test_without_the_demo_a_notebook_says_to_make_it(run, name):
+    with pytest.raises(CellExecutionError) as error:
+        run(name, MODEL="../out/demo/nowhere")
+    assert error.value.ename == "SystemExit"
+    assert error.value.evalue == (
+        "../out/demo/nowhere is missing. Run `make demo` in the repository, or name another MODEL above."
+    )
 
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.name)
