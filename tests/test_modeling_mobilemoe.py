@@ -14,7 +14,7 @@ from torch.nn import functional as F
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, PreTrainedTokenizerFast
 from transformers.cache_utils import DynamicCache, StaticCache
 
-from modeling_mobilemoe import MobileMoEConfig, MobileMoEForCausalLM
+from modeling_mobilemoe import MobileMoEConfig, MobileMoEForCausalLM, packed_mobilemoe
 from modeling_mobilemoe.modeling_mobilemoe import (
     MobileMoERotaryEmbedding,
     MobileMoERouter,
@@ -663,8 +663,10 @@ torch.save(logits, output_file)
 
 @torch.no_grad()
 def test_checkpoints_load_without_the_package(
-    tiny_checkpoint: Path, int4_checkpoint: Path, input_ids: torch.Tensor, tmp_path: Path
+    tiny_checkpoint: Path, int4_checkpoint: Path, input_ids: torch.Tensor, tmp_path: Path, monkeypatch
 ):
+    # The copied files come without the kernels.
+    monkeypatch.setattr(packed_mobilemoe, "has_cpu_kernels", bool)
     checkpoints = []
     for checkpoint in (tiny_checkpoint, int4_checkpoint):
         checkpoints.append(tmp_path / f"copy_{checkpoint.name}")
