@@ -36,14 +36,19 @@ def run(site, tmp_path_factory):
     (wheel,) = directory.glob("*.whl")
     subprocess.run([sys.executable, "-m", "venv", str(directory / "venv")], check=True)
     programs = directory / "venv/bin"
-    subprocess.run([programs / "pip", "install", "--quiet", "--no-deps", "--no-index", str(wheel)], check=True)
+
+    def outside() -> dict[str, str]:
+        """The environment without a path on which what the wheel was built from would pass for an installation."""
+        return {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+
+    install = [programs / "pip", "install", "--quiet", "--no-deps", "--no-index", str(wheel)]
+    subprocess.run(install, env=outside(), check=True)
     # The dependencies. Path files within that directory are not read, so the editable install is not seen.
     packages = Path(sysconfig.get_path("purelib", vars={"base": str(directory / "venv")}))
     (packages / "dependencies.pth").write_text(sysconfig.get_path("purelib") + "\n")
 
     def run(program: str, *arguments: str) -> str:
-        environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
-        environment["PATH"] = f"{programs}{os.pathsep}{os.environ['PATH']}"
+        environment = outside() | {"PATH": f"{programs}{os.pathsep}{os.environ['PATH']}"}
         result = subprocess.run(
             [programs / program, *arguments], cwd=site, env=environment, capture_output=True, text=True
         )
