@@ -169,8 +169,8 @@ class MobileMoEInt4Quantizer(HfQuantizer):
         # Another than BF16 was asked for: without a `dtype`, that of the config is taken.
         if dtype != torch.bfloat16:
             warnings.warn(
-                f"Packed INT4 weights with dtype={dtype} are expanded for every use, which makes text about 25 times "
-                "slower than the CPU kernels, which take BF16. Leave dtype out, unless you train or compare exactly.",
+                f"Packed INT4 weights with dtype={dtype} are expanded for every use, which is many times slower than "
+                "the CPU kernels, which take BF16. Leave dtype out, unless you train or compare exactly.",
                 stacklevel=2,
             )
         return dtype
@@ -275,7 +275,8 @@ def quantize(model: PreTrainedModel, int4_format: Int4Format | None = None) -> P
     Quantises a full-precision MobileMoE model to packed INT4, in place and module by module.
 
     Linears, experts and the tied embedding are packed. The router stays in FP32. Norms and expert biases are rounded
-    to BF16, as the format stores them, so that the model in memory equals the one that `save_pretrained` writes.
+    to BF16, as the format stores them, so that the model in memory equals the one that `save_pretrained` writes. An
+    FP32 model stays in FP32, exact and slow; loaded from its file, or after `to(torch.bfloat16)`, it runs in the kernels.
     [`quantization_table`] lists how each tensor is stored; the table is also logged at level INFO.
 
     Args:
