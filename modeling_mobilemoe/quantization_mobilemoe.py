@@ -276,7 +276,7 @@ def quantize(model: PreTrainedModel, int4_format: Int4Format | None = None) -> P
 
     Linears, experts and the tied embedding are packed. The router stays in FP32. Norms and expert biases are rounded
     to BF16, as the format stores them, so that the model in memory equals the one that `save_pretrained` writes. An
-    FP32 model stays in FP32, exact and slow; loaded from its file, or after `to(torch.bfloat16)`, it runs in the kernels.
+    FP32 model stays in FP32, exact and slow: load it from its file, or call `to(torch.bfloat16)`, for the kernels.
     [`quantization_table`] lists how each tensor is stored; the table is also logged at level INFO.
 
     Args:
