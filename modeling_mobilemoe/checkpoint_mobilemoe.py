@@ -3,21 +3,20 @@
 import json
 import os
 import re
-import shutil
-from collections.abc import Generator
-from contextlib import contextmanager
+import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from safetensors import SafetensorError, safe_open
-from transformers import PreTrainedModel
+from transformers import GenerationConfig, PreTrainedModel
+
+from .quantization_mobilemoe import check_values
+from .saving_mobilemoe import COMMITTED_INDEX, INDEX_FILE, committed_save, replace_when_complete
 
 
 # Some exports of full-precision checkpoints name the expert tensors as if they were modules.
 EXPERT_SUFFIX = (r"experts\.(gate_up_proj|down_proj)\.weight$", r"experts.\1")
-# The files that `from_pretrained` reads unless a variant is requested.
-WEIGHT_FILE = re.compile(r"model(-\d{5}-of-\d{5})?\.safetensors(\.index\.json)?")
 # By the last word of a tensor's name.
 PACKED_DTYPES = {"qweight": ("U8",), "scale": ("F16",)}
 FLOAT_DTYPES = ("F32", "BF16", "F16")
@@ -64,12 +63,16 @@ class CheckpointMixin(Base):
         As in transformers, with the checks of [`CheckpointMixin`].
 
         Raises:
-            ValueError: for a damaged file, a missing, unknown or misshaped tensor, or an option that asks for a pickle
-                or for random weights.
+            ValueError: for a damaged file, a missing, unknown or misshaped tensor, values that are not finite, or an
+                option that asks for a pickle or for random weights.
             OSError: when there is no such checkpoint.
         """
         if pretrained_model_name_or_path is not None:
-            check_index(pretrained_model_name_or_path)
+            directory = Path(pretrained_model_name_or_path, kwargs.get("subfolder") or "")
+            check_index(directory, kwargs.get("variant"))
+            committed = committed_save(directory)
+            if committed is not None and (committed / "generation_config.json").is_file():
+                kwargs.setdefault("generation_config", GenerationConfig.from_pretrained(committed))
         if kwargs.get("use_safetensors") is False:
             raise ValueError(
                 "use_safetensors=False asks for a pickle, which can run code when it is read, so it is refused. "
@@ -88,6 +91,9 @@ class CheckpointMixin(Base):
                 "They are truncated or damaged: fetch or save them again."
             ) from error
         model = loaded[0] if isinstance(loaded, tuple) else loaded
+        if model.config.quantization is None:
+            # The quantizer has checked a packed model.
+            check_values(model)
         if model.can_generate():
             model.generation_config.eos_token_id = _end_token_ids(model)
         return loaded
@@ -104,17 +110,23 @@ class CheckpointMixin(Base):
         """
         # Otherwise alternative names of expert tensors that were loaded would be saved again.
         kwargs.setdefault("save_original_format", False)
-        state_dict = kwargs.get("state_dict")
-        if state_dict is not None:
+        push_to_hub, state_dict = kwargs.pop("push_to_hub", False), kwargs.pop("state_dict", None)
+
+        def save(directory: Path, push_to_hub: bool) -> None:
             # FSDP2 gathers the tied head and the embedding separately. They no longer share memory, by which
-            # transformers recognises tied weights.
-            kwargs["state_dict"] = {name: tensor for name, tensor in state_dict.items() if name != "lm_head.weight"}
+            # transformers recognises tied weights. A new dictionary, because saving empties it.
+            tensors = state_dict and {name: state_dict[name] for name in state_dict if name != "lm_head.weight"}
+            super(CheckpointMixin, self).save_pretrained(
+                directory, state_dict=tensors, push_to_hub=push_to_hub, **kwargs
+            )
+
         try:
-            if kwargs.get("push_to_hub"):
-                super().save_pretrained(save_directory, **kwargs)
-                return
             with replace_when_complete(save_directory) as partial:
-                super().save_pretrained(partial, **kwargs)
+                save(partial, push_to_hub=False)
+            if push_to_hub:
+                # Uploaded from elsewhere, under the name of the directory: what fails then costs no file here.
+                with tempfile.TemporaryDirectory() as scratch:
+                    save(Path(scratch, Path(save_directory).absolute().name), push_to_hub=True)
         except SafetensorError as error:
             raise OSError(
                 f"The checkpoint could not be written to {save_directory}: {error}. Free space, or save elsewhere."
@@ -128,14 +140,20 @@ def _end_token_ids(model: PreTrainedModel) -> list[int] | None:
     return sorted(ends) or None
 
 
-def check_index(directory: str | os.PathLike) -> None:
+def check_index(directory: str | os.PathLike, variant: str | None = None) -> None:
     """
     Checks the list of shards of a local checkpoint. The list of a Hub repository is not checked here.
 
     Raises:
-        ValueError: when the list is not what transformers reads.
+        ValueError: when the list is not what transformers reads, or names files outside the checkpoint.
     """
-    file = Path(directory) / "model.safetensors.index.json"
+    directory = Path(directory)
+    name = INDEX_FILE if variant is None else INDEX_FILE.replace("model", f"model.{variant}")
+    # Where a killed save has put it, see saving_mobilemoe.py.
+    committed = committed_save(directory)
+    if committed is not None and (committed / COMMITTED_INDEX).is_file():
+        name = f"{committed.name}/{COMMITTED_INDEX}"
+    file = directory / name
     if not file.is_file():
         return
     try:
@@ -146,6 +164,12 @@ def check_index(directory: str | os.PathLike) -> None:
         raise ValueError(
             f"{file} lacks its `weight_map` or `metadata`, so the shards are unknown. Fetch it or save it again."
         )
+    for tensor, shard in index["weight_map"].items():
+        if not isinstance(shard, str) or not shard or Path(shard).is_absolute() or ".." in Path(shard).parts:
+            raise ValueError(
+                f"{file} has {tensor} in {shard!r}, and a shard is a file of the checkpoint's own directory. "
+                "Fetch it or save it again."
+            )
 
 
 class StoredTensor(NamedTuple):
@@ -259,35 +283,3 @@ def _check_tied_head(head: StoredTensor, embedding: StoredTensor) -> None:
             "The checkpoint holds lm_head.weight and it differs from the embedding, but MobileMoE ties the two. "
             "One of them was changed: remove lm_head.weight to use the embedding."
         )
-
-
-@contextmanager
-def replace_when_complete(directory: str | os.PathLike) -> Generator[Path]:
-    """
-    Yields a temporary directory whose files replace those of the target when the block ends without an error.
-
-    After an error, such as a full disk, the target is unchanged and the temporary directory is removed. Weight files
-    of an earlier save that the new save does not replace are removed, because a reader would mix the two.
-    """
-    directory = Path(directory).absolute()
-    directory.parent.mkdir(parents=True, exist_ok=True)
-    # Inside the target if it exists: it may be a mount point or a link, and a rename cannot cross file systems.
-    parent = directory if directory.is_dir() else directory.parent
-    partial = parent / f".{directory.name}.partial-{os.getpid()}"
-    # A killed process may have left it: process ids repeat, in containers within a few starts.
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir()
-    try:
-        yield partial
-        written = {path.name for path in partial.iterdir()}
-        if not directory.exists() and written:
-            partial.rename(directory)
-        elif written:
-            for name in sorted(written):
-                os.replace(partial / name, directory / name)
-            if any(WEIGHT_FILE.fullmatch(name) for name in written):
-                for path in list(directory.iterdir()):
-                    if WEIGHT_FILE.fullmatch(path.name) and path.name not in written:
-                        path.unlink()
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)

@@ -11,8 +11,8 @@ import math
 from dataclasses import dataclass
 from pathlib import Path
 
-from modeling_mobilemoe.checkpoint_mobilemoe import replace_when_complete
 from modeling_mobilemoe.configuration_mobilemoe import MobileMoEConfig
+from modeling_mobilemoe.saving_mobilemoe import replace_when_complete
 
 from ..costs import (
     PROGRAM_KV_BITS,
