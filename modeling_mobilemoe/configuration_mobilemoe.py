@@ -61,6 +61,7 @@ TRANSFORMERS_KEYS = {
     "output_attentions",
     "quantization_config",
     "torch_dtype",
+    "transformers_weights",
 }
 
 
@@ -224,9 +225,18 @@ class MobileMoEConfig(PreTrainedConfig):
         ).split():
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)} cannot be a size. Set {name} to 1 or more.")
-        for name in ("rms_norm_eps", "rope_theta", "routed_scaling_factor"):
+        for field in dataclasses.fields(self):
+            value = getattr(self, field.name)
+            if isinstance(value, float) and not math.isfinite(value):
+                raise ValueError(f"{field.name}={value} is not finite. Set a number.")
+        for name in ("rms_norm_eps", "rope_theta", "routed_scaling_factor", "initializer_range"):
             if not _is_positive(getattr(self, name)):
                 raise ValueError(f"{name}={getattr(self, name)} cannot work. Set a positive number.")
+        if not 0 <= self.attention_dropout < 1:
+            raise ValueError(
+                f"attention_dropout={self.attention_dropout} is no share of the attention weights. Set 0, as "
+                "released, or a number below 1."
+            )
         if self.num_attention_heads % self.num_key_value_heads:
             raise ValueError(
                 f"num_attention_heads={self.num_attention_heads} is not divisible by num_key_value_heads="

@@ -5,6 +5,7 @@
 packed modules are in `packed_mobilemoe.py` and `fused_mobilemoe.py`.
 """
 
+import math
 import re
 import warnings
 from typing import Any, cast
@@ -59,9 +60,9 @@ def _packed_twin(module: nn.Module, dtype: torch.dtype, int4_format: Int4Format)
 
 
 def check_values(model: PreTrainedModel) -> None:
-    """Refuses a packed model with a tensor that no training writes, see [`check_tensor`]; not those on disk."""
+    """Refuses a model with a tensor that no training writes, see [`check_tensor`]; not those on disk or sharded."""
     for name, tensor in model.state_dict().items():
-        if not tensor.is_meta:
+        if not tensor.is_meta and type(tensor.data) is torch.Tensor:
             check_tensor(name, tensor)
 
 
@@ -70,10 +71,17 @@ def check_tensor(name: str, tensor: torch.Tensor) -> None:
     Raises:
         ValueError: for scales that are not positive, or values that are not finite.
     """
+    if not tensor.is_floating_point() or not tensor.numel():
+        return
     is_scale = name.endswith("scale")
-    if tensor.is_floating_point() and not bool((tensor.isfinite() & ((tensor > 0) | (not is_scale))).all()):
+    # Reads a tensor once and makes no other. Both are NaN if one value is.
+    low, high = tensor.aminmax()
+    if not (low > (0 if is_scale else -math.inf) and high < math.inf):
         kind = "scales that are zero, negative or not finite" if is_scale else "values that are not finite"
-        raise ValueError(f"{name} holds {kind}. The file is damaged: fetch it again.")
+        raise ValueError(
+            f"{name} holds {kind}. The file is damaged, or its training diverged: fetch it again, or take an earlier "
+            "checkpoint."
+        )
 
 
 def _pack_head(model: PreTrainedModel) -> None:
@@ -284,8 +292,8 @@ def quantize(model: PreTrainedModel, int4_format: Int4Format | None = None) -> P
         int4_format (`Int4Format`, *optional*): defaults to the released one.
 
     Raises:
-        ValueError: when the model is packed already, has LoRA adapters, or a weight does not fit the grid. In the last
-            case, and only then, the model is left partly packed: load it again.
+        ValueError: when the model is packed already, has LoRA adapters or values that are not finite, or a weight does
+            not fit the grid. In the last case, and only then, the model is left partly packed: load it again.
     """
     if model.config.quantization is not None:
         raise ValueError("This model is INT4 already; quantising it twice would lose accuracy. Use it as it is.")
@@ -293,6 +301,7 @@ def quantize(model: PreTrainedModel, int4_format: Int4Format | None = None) -> P
         raise ValueError(
             "This model has LoRA adapters, which the INT4 format cannot store: call `model.merge_and_unload()` first."
         )
+    check_values(model)
     int4_format = int4_format or Int4Format()
     dtype = model.dtype
     modules = modules_to_pack(model)

@@ -432,6 +432,15 @@ MALFORMED: dict[str, tuple[str, Damage, str]] = {
         edit_tensors(lambda tensors: tensors["model.norm.weight"].fill_(float("nan"))),
         r"model\.norm\.weight holds values that are not finite",
     ),
+    **{
+        f"{value} in {name}": (
+            "fp32",
+            edit_tensors(lambda tensors, name=name, value=value: tensors[name].view(-1)[-1].fill_(float(value))),
+            rf"{name.split('.', 2)[-1]} holds values that are not finite",
+        )
+        for name in (f"{LAYER}feed_forward.router.weight", f"{EXPERTS}down_proj", "model.embed_tokens.weight")
+        for value in ("nan", "inf", "-inf")
+    },
     "one expert fewer": ("fp32", set_config(num_local_experts=7), r"feed_forward\.\S+ with shape \(8.* \(7"),
     "one expert more": ("int4", set_config(num_local_experts=9), r"feed_forward\.\S+ with shape \(8.* \(9"),
     "hidden_size smaller": (
@@ -474,6 +483,21 @@ MALFORMED: dict[str, tuple[str, Damage, str]] = {
         "int4",
         edit_index(lambda index: index["weight_map"].update({"model.norm.weight": "other.safetensors"})),
         r"other\.safetensors",
+    ),
+    "index names a file outside": (
+        "fp32",
+        edit_index(lambda index: index["weight_map"].update({"model.norm.weight": "../other.safetensors"})),
+        r"model\.norm\.weight in '\.\./other\.safetensors', and a shard is a file of the checkpoint's own directory",
+    ),
+    "index names an absolute path": (
+        "int4",
+        edit_index(lambda index: index["weight_map"].update({"model.norm.weight": "/tmp/other.safetensors"})),
+        "a shard is a file of the checkpoint's own directory",
+    ),
+    "index names no text": (
+        "int4",
+        edit_index(lambda index: index["weight_map"].update({"model.norm.weight": None})),
+        "has model.norm.weight in None",
     ),
     "index without a shard": (
         "fp32",

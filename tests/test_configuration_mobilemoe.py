@@ -143,7 +143,19 @@ def rope_scaling_without(field: str) -> dict:
         ({"rope_scaling": ROPE_SCALING | {"rope_type": "axial"}}, "rope_type='axial'"),
         ({"rope_scaling": ROPE_SCALING | {"rope_type": "yarn"}}, "'high_freq_factor', which rope_type='yarn'"),
         ({"rope_scaling": ROPE_SCALING | {"factor": math.nan}}, r"\['factor'\] is nan"),
-        ({"rope_theta": math.nan}, "rope_theta=nan"),
+        *(
+            ({key: value}, f"{key}={value} is not finite")
+            for key in (
+                "rope_theta",
+                "rms_norm_eps",
+                "routed_scaling_factor",
+                "attention_dropout",
+                "initializer_range",
+            )
+            for value in (math.nan, math.inf)
+        ),
+        ({"initializer_range": -0.1}, "initializer_range=-0.1"),
+        *(({"attention_dropout": value}, f"attention_dropout={value} is no share") for value in (-1, 1, 1.5)),
         ({"rope_scaling": {"rope_type": "linear"}}, r"\['factor'\] is None"),
         ({"rope_scaling": {"rope_type": "dynamic", "factor": 0}}, r"\['factor'\] is 0"),
         ({"rope_scaling": {"rope_type": "dynamic", "factor": 2}, "head_dim": 2}, "head_dim=2 is too small"),

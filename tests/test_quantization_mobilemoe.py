@@ -164,6 +164,26 @@ def test_values_without_a_scale_are_refused(value: float):
         quantize_tensor(weight)
 
 
+@pytest.mark.parametrize("name", ["model.norm.weight", "model.layers.0.feed_forward.router.weight"])
+def test_a_model_with_values_that_are_not_finite_is_not_quantized(name: str, tiny_model: MobileMoEForCausalLM):
+    names = tiny_model.state_dict().keys()
+    with torch.no_grad():
+        tiny_model.get_parameter(name).view(-1)[0] = float("nan")
+    with pytest.raises(ValueError, match=f"{name} holds values that are not finite"):
+        quantize(tiny_model)
+    # Nothing was packed.
+    assert tiny_model.config.quantization is None and tiny_model.state_dict().keys() == names
+
+
+@pytest.mark.parametrize("token", [-1, 512])
+def test_ids_outside_the_vocabulary_are_refused_alike(token: int, tiny_checkpoint: Path, int4_checkpoint: Path):
+    for path in (tiny_checkpoint, int4_checkpoint):
+        for dtype in (torch.float32, torch.bfloat16):
+            model = AutoModelForCausalLM.from_pretrained(path, dtype=dtype)
+            with pytest.raises(ValueError, match=f"input_ids hold {token}, and the vocabulary has the ids 0 to 511"):
+                model(torch.tensor([[3, token, 4]]))
+
+
 def test_quantizing_a_model_of_another_width_is_refused(tiny_config: MobileMoEConfig):
     model = MobileMoEForCausalLM(MobileMoEConfig(**tiny_config.to_dict() | {"hidden_size": 48}))
     with pytest.raises(ValueError, match="48.*32"):
