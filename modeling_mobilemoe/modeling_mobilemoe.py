@@ -465,6 +465,21 @@ class MobileMoEPreTrainedModel(CheckpointMixin, PreTrainedModel):
             init.copy_(module.original_inv_freq, inv_freq)
 
 
+def check_ids(input_ids: torch.Tensor | None, vocab_size: int) -> None:
+    """
+    Raises:
+        ValueError: for a token id outside the vocabulary. On other devices than the CPU this would wait for them.
+    """
+    if input_ids is None or input_ids.device.type != "cpu" or torch.compiler.is_compiling() or not input_ids.numel():
+        return
+    low, high = input_ids.aminmax()
+    if low < 0 or high >= vocab_size:
+        raise ValueError(
+            f"input_ids hold {int(low if low < 0 else high)}, and the vocabulary has the ids 0 to {vocab_size - 1}. "
+            "Encode the text with this model's tokenizer."
+        )
+
+
 class MobileMoEModel(MobileMoEPreTrainedModel):
     """The decoder without output head: token ids or embeddings in, last hidden states out."""
 
@@ -494,6 +509,7 @@ class MobileMoEModel(MobileMoEPreTrainedModel):
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("Exactly one of input_ids and inputs_embeds is needed. Pass one of them.")
         if inputs_embeds is None:
+            check_ids(input_ids, self.config.vocab_size)
             inputs_embeds = self.embed_tokens(input_ids)  # (B, T, H)
         if use_cache and cache is None:
             cache = DynamicCache(config=self.config)
