@@ -2,10 +2,13 @@
 The C++ kernels and the operators made of them, `mobilemoe::moe_ffn` above all, in PyTorch and ExecuTorch.
 
 CMake compiles them on first use, or beforehand by `python -m modeling_mobilemoe.kernels`, and they stay in the user's
-cache under a hash of their sources. Importing this module builds nothing. MOBILEMOE_KERNELS=0 turns them off.
+cache under a hash of their sources and one of their bytes. Importing this module builds nothing. MOBILEMOE_KERNELS=0
+turns them off.
 """
 
+import atexit
 import ctypes
+import errno
 import functools
 import hashlib
 import logging
@@ -25,6 +28,8 @@ import torch
 logger = logging.getLogger(__name__)
 
 SOURCES = Path(__file__).parent
+# What a compilation takes at most.
+BUILD_BYTES = 30 * 10**6
 SUFFIX = ".dylib" if sys.platform == "darwin" else ".so"
 
 
@@ -51,34 +56,80 @@ def build(target: str, *options: str, headers: str = "", executable: bool = Fals
         executable (`bool`, defaults to `False`): the target is a program and no shared library.
 
     Raises:
-        BuildError: without CMake or a C++ compiler, or when the compiler fails.
+        BuildError: without CMake or a C++ compiler, when the compiler fails, or without a place for the result.
     """
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "mobilemoe" / "kernels"
     prefix, suffix = ("", "") if executable else ("lib", SUFFIX)
-    built = cache / f"{prefix}{target}-{build_hash(*options, headers)}{suffix}"
-    if built.is_file():
-        return built
+    name = f"{prefix}{target}-{build_hash(*options, headers)}"
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "mobilemoe" / "kernels"
+    try:
+        return find_built(cache, name, suffix) or _compile(cache, target, options, prefix, name, suffix)
+    except OSError as error:
+        # Read-only, full, or of another user.
+        logger.warning(
+            f"Compiled kernels cannot be kept in {cache} ({error.strerror}), so every process compiles them again. "
+            "Set XDG_CACHE_HOME to a directory with space that can be written to."
+        )
+        try:
+            place = _temporary_place()
+            return find_built(place, name, suffix) or _compile(place, target, options, prefix, name, suffix)
+        except OSError as second:
+            raise BuildError(f"There is no place for compiled kernels: {error}; {second}.") from second
+
+
+def find_built(place: Path, name: str, suffix: str) -> Path | None:
+    """A build whose bytes are those that the compiler wrote: their hash is the last part of its name."""
+    for path in sorted(place.glob(f"{name}-*{suffix}")):
+        if path.name == _file_name(path, name, suffix):
+            return path
+        logger.warning(f"{path} is damaged and is compiled again.")
+        path.unlink()
+    return None
+
+
+def _file_name(path: Path, name: str, suffix: str) -> str:
+    return f"{name}-{hashlib.sha256(path.read_bytes()).hexdigest()[:16]}{suffix}"
+
+
+@functools.cache
+def _temporary_place() -> Path:
+    """A directory that only this process uses, until it ends."""
+    place = Path(tempfile.mkdtemp(prefix="mobilemoe-kernels-"))
+    atexit.register(shutil.rmtree, place, ignore_errors=True)
+    return place
+
+
+def _compile(place: Path, target: str, options: tuple[str, ...], prefix: str, name: str, suffix: str) -> Path:
+    """
+    Raises:
+        OSError: when the place cannot be written to or is full.
+        BuildError: as [`build`].
+    """
     # pip's CMake lies beside the interpreter, which need not be on the PATH.
     search_path = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")])
     cmake = shutil.which("cmake", path=search_path)
     if cmake is None:
         raise BuildError("CMake is missing: pip install cmake.")
-    cache.mkdir(parents=True, exist_ok=True)
+    place.mkdir(parents=True, exist_ok=True)
     # Otherwise the first use would be silent for a minute.
-    logger.warning("Compiling %s for this machine, once: up to a minute; kept in %s", target, cache)
-    with tempfile.TemporaryDirectory(dir=cache) as directory:
+    logger.warning("Compiling %s for this machine, once: up to a minute; kept in %s", target, place)
+    with tempfile.TemporaryDirectory(dir=place) as directory:
         for command in (
             [cmake, "-S", str(SOURCES), "-B", directory, "-DCMAKE_BUILD_TYPE=Release", *options],
             [cmake, "--build", directory, "--target", target, "--parallel", str(os.cpu_count() or 1)],
         ):
             result = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
             if result.returncode:
+                full = any(os.strerror(code) in result.stdout for code in (errno.ENOSPC, errno.EDQUOT))
+                if full or shutil.disk_usage(place).free < BUILD_BYTES:
+                    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(place))
                 raise BuildError(
                     "The kernels did not compile; they need a C++ compiler (Debian: apt install g++). "
                     f"{' '.join(command)} said:\n{result.stdout[-2000:]}"
                 )
+        made = Path(directory) / f"{prefix}{target}{suffix}"
+        built = place / _file_name(made, name, suffix)
         # Moved when complete, so that another process never loads half a file.
-        os.replace(Path(directory) / f"{prefix}{target}{suffix}", built)
+        os.replace(made, built)
     return built
 
 
@@ -136,7 +187,11 @@ def load_executorch() -> None:
     # Loads the runtime, whose registry the library registers its operators in.
     import executorch.runtime  # noqa: F401
 
-    ctypes.CDLL(str(build_executorch_library()))
+    library = build_executorch_library()
+    try:
+        ctypes.CDLL(str(library))
+    except OSError as error:
+        raise BuildError(f"The kernels were compiled and do not load: {error}.") from error
 
 
 def memory_read_rate(num_threads: int) -> float:
