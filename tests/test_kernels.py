@@ -7,9 +7,11 @@ the largest scaled input of its block over 127. Through SwiGLU it is carried by 
 
 import copy
 import ctypes
+import os
 import platform
 import shutil
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -567,6 +569,49 @@ def test_build_says_what_is_missing(tmp_path, monkeypatch):
     assert not list(tmp_path.rglob("*.so"))
 
 
+def cached_build(directory):
+    (path,) = directory.glob("mobilemoe/kernels/libmobilemoe_read_rate-*")
+    return path
+
+
+@pytest.mark.parametrize("damage", [lambda content: content[: len(content) // 2], lambda content: b""])
+def test_a_damaged_build_is_compiled_again(damage, tmp_path, monkeypatch, caplog):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    path = kernels.build("mobilemoe_read_rate")
+    content = path.read_bytes()
+    assert path == cached_build(tmp_path) and kernels.build("mobilemoe_read_rate") == path and not caplog.text
+    path.write_bytes(damage(content))
+    assert kernels.build("mobilemoe_read_rate").read_bytes() == content
+    assert caplog.messages == [f"{path} is damaged and is compiled again."]
+    assert kernels.memory_read_rate(1) > 0
+
+
+def test_without_a_cache_the_build_is_temporary(tmp_path, monkeypatch, caplog):
+    # A file in the place of the directory: root may write to directories that are read-only.
+    (tmp_path / "mobilemoe").write_text("")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    path = kernels.build("mobilemoe_read_rate")
+    assert path.is_file() and path.parent.stat().st_mode & 0o77 == 0
+    assert "cannot be kept in" in caplog.text and "Set XDG_CACHE_HOME" in caplog.text
+    assert kernels.build("mobilemoe_read_rate") == path
+
+
+def test_a_full_cache_is_not_blamed_on_the_compiler(tmp_path, monkeypatch, caplog):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    full = shutil.disk_usage(tmp_path)._replace(free=0)
+    run = subprocess.run
+
+    def fail_in_cache(command, **options):
+        if str(tmp_path) in " ".join(command):
+            return subprocess.CompletedProcess(command, 1, stdout="fatal error: cannot write")
+        return run(command, **options)
+
+    monkeypatch.setattr(kernels.subprocess, "run", fail_in_cache)
+    monkeypatch.setattr(kernels.shutil, "disk_usage", lambda path: full)
+    path = kernels.build("mobilemoe_read_rate")
+    assert tmp_path not in path.parents and "No space left on device" in caplog.text
+
+
 @pytest.mark.parametrize("kv_cache", ["fp32", "int8"])
 @torch.no_grad()
 def test_exported_program_gives_the_same_bits(int4_checkpoint: Path, kv_cache: str):
@@ -663,6 +708,33 @@ def test_threads_take_every_unit_once_and_wait_for_none_that_has_not_begun(tmp_p
     # The sanitizer does not expect threads in a child of fork; ours begins them anew.
     monkeypatch.setenv("TSAN_OPTIONS", "die_after_fork=0 halt_on_error=1")
     assert run_driver(tmp_path / "driver", 1000) == "every unit once: 1000 regions"
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="there is no fork")
+def test_a_child_of_fork_neither_hangs_nor_dies():
+    """PyTorch's operators use GNU OpenMP, whose threads a child has not, and waits for them."""
+    script = """
+import os, signal, sys
+import torch
+from modeling_mobilemoe import kernels
+from modeling_mobilemoe.packed_mobilemoe import Int4Linear
+
+assert kernels.available()
+torch.set_num_threads(3)
+linear = Int4Linear(256, 512).eval()
+x = torch.randn(64, 256).bfloat16()
+with torch.no_grad():
+    expected = linear(x)
+    for _ in range(3):
+        child = os.fork()
+        if child == 0:
+            signal.alarm(60)
+            os._exit(0 if torch.equal(linear(x), expected) else 1)
+        assert os.waitpid(child, 0)[1] == 0
+    assert torch.equal(linear(x), expected)
+"""
+    result = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr[-2000:]
 
 
 @pytest.mark.slow

@@ -258,13 +258,18 @@ class Team {
 
 // Never destroyed: its helpers run until the process ends.
 std::atomic<Team*> current{nullptr};
+std::atomic<bool> is_child_of_fork{false};
+
+// A child of fork has none of the threads, and perhaps locks that one of them held: it begins with a new team. Those of
+// OpenMP are gone too, and a region of it would wait for them.
+[[maybe_unused]] const int is_registered = pthread_atfork(nullptr, nullptr, [] {
+  current.store(nullptr);
+  is_child_of_fork.store(true);
+});
 
 // Null where there is no memory.
 Team* team() {
   if (Team* found = current.load(std::memory_order_acquire)) return found;
-  // A child of fork has none of the threads, and perhaps locks that one of them held: it begins with a new team.
-  static const int is_registered = pthread_atfork(nullptr, nullptr, [] { current.store(nullptr); });
-  (void)is_registered;
   auto* made = new (std::nothrow) Team;
   Team* expected = nullptr;
   if (made == nullptr || current.compare_exchange_strong(expected, made)) return made;
@@ -347,7 +352,7 @@ int check_threads(int64_t num_threads) {
 }
 
 void run_region(const Region& region) {
-  if (region.num_threads > 1 && openmp_parallel() != nullptr) {
+  if (region.num_threads > 1 && openmp_parallel() != nullptr && !is_child_of_fork.load(std::memory_order_relaxed)) {
     OpenMpRegion(region).run();
     return;
   }
