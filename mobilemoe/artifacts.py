@@ -1,5 +1,8 @@
 """The files that commands exchange: recognising and hashing models, typed JSON files, atomic writes."""
 
+import contextlib
+import fcntl
+import glob
 import hashlib
 import json
 import os
@@ -124,6 +127,10 @@ class Export(Artifact):
     operators: list[str]
     pte_bytes: int
     ptd_bytes: int | None = None
+    # Of the whole files, and of the program without its weights.
+    pte_sha256: str | None = None
+    ptd_sha256: str | None = None
+    pte_head_sha256: str | None = None
     # Set once the program was compared with PyTorch; needs a tokenizer.
     parity: Parity | None = None
     # Seconds by stage.
@@ -166,6 +173,78 @@ class RuntimeExport(Artifact):
     # Agreement of the runtime with PyTorch; without it, `not_compared` gives the reason.
     parity: LogitAgreement | None
     not_compared: str | None
+
+
+class ModelFile(Artifact):
+    """A JSON file of a checkpoint, as far as it must be so that transformers and tokenizers can read it."""
+
+    remedy = "It is truncated or damaged: fetch it again, or save the model again."
+
+
+class ConfigFile(ModelFile):
+    what = "the configuration of a model"
+
+    model_type: str
+
+
+class GenerationFile(ModelFile):
+    what = "how a model generates"
+
+    bos_token_id: int | None = None
+    eos_token_id: int | list[int] | None = None
+    pad_token_id: int | None = None
+    temperature: float | None = None
+    top_p: float | None = None
+    top_k: int | None = None
+
+
+class TokenizerFile(ModelFile):
+    what = "a tokenizer"
+
+    model: dict[str, Any]
+    added_tokens: list[dict[str, Any]] = []
+
+
+class TokenizerConfigFile(ModelFile):
+    what = "the settings of a tokenizer"
+
+    tokenizer_class: str | None = None
+    chat_template: str | list[dict[str, str]] | None = None
+    bos_token: str | dict[str, Any] | None = None
+    eos_token: str | dict[str, Any] | None = None
+
+
+MODEL_FILES: dict[str, type[ModelFile]] = {
+    "config.json": ConfigFile,
+    "generation_config.json": GenerationFile,
+    "tokenizer.json": TokenizerFile,
+    "tokenizer_config.json": TokenizerConfigFile,
+}
+
+
+def check_model_files(directory: str | os.PathLike) -> None:
+    """
+    Checks the JSON files of a checkpoint or a program, those that it has.
+
+    Raises:
+        ValueError: for one that is not what transformers reads. The message names the file, the key and its value.
+    """
+    for name, kind in MODEL_FILES.items():
+        if (Path(directory) / name).is_file():
+            kind.load(Path(directory) / name)
+
+
+def read_config(directory: str | os.PathLike) -> dict[str, Any]:
+    """
+    The content of `config.json`.
+
+    Raises:
+        ValueError: when it is not the configuration of a model.
+        OSError: when it cannot be read.
+    """
+    path = Path(directory) / "config.json"
+    ConfigFile.load(path)
+    return json.loads(path.read_bytes())
 
 
 class ModelDescription(BaseModel):
@@ -225,10 +304,20 @@ def local_checkpoint(model: str | os.PathLike) -> Path:
     """
     The directory itself, or the snapshot of a Hub id, downloaded unless the cache has it.
 
+    A save over the directory that was killed is ended first.
+
     Raises:
-        ValueError: when it is neither. A name that can only be a path is not looked up on the Hub.
+        ValueError: when it is neither, or a JSON file in it is damaged. A name that can only be a path is not looked up
+            on the Hub.
     """
     if Path(model).is_dir():
+        config = Path(model) / "config.json"
+        if config.is_file() and b'"transformers_weights"' in config.read_bytes():
+            # Not a file of ours as it should be: a save over it was killed. Imported here, where it is needed.
+            from modeling_mobilemoe.saving_mobilemoe import finish_save
+
+            finish_save(model)
+        check_model_files(model)
         return Path(model)
     name = str(model)
     if name in SHAPES:
@@ -293,7 +382,7 @@ def describe_model(model: str | os.PathLike) -> ModelDescription:
         raise ValueError(
             f"{path} has neither model.pte nor config.json. Name a checkpoint or a directory with a .pte."
         )
-    config = json.loads((path / "config.json").read_text())
+    config = read_config(path)
     kind = "int4" if config.get("quantization") or config.get("quantization_config") else "checkpoint"
     suffixes = {".pte", ".ptd", ".safetensors", ".jinja"}
     names = {"config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json"}
@@ -313,10 +402,23 @@ def replace_file(path: str | os.PathLike) -> Generator[Path]:
     """Yields a temporary path next to `path`. If the block succeeds, the file written there replaces `path`."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    # A unique name for every writer. The suffix is kept, since some writers choose the format by it.
-    handle, name = tempfile.mkstemp(prefix=f".{path.stem}.partial-", suffix=path.suffix, dir=path.parent)
-    os.close(handle)
-    partial = Path(name)
+    # The suffix is kept, since some writers choose the format by it.
+    prefix = f".{path.stem}.partial-"
+    for remnant in path.parent.glob(f"{glob.escape(prefix)}*{glob.escape(path.suffix)}"):
+        with contextlib.suppress(OSError), open(remnant, "rb") as file:
+            # Locked as long as its writer lives, so this fails then.
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            remnant.unlink()
+    while True:
+        handle, name = tempfile.mkstemp(prefix=prefix, suffix=path.suffix, dir=path.parent)
+        partial = Path(name)
+        with contextlib.suppress(OSError):
+            # Not every file system has locks.
+            fcntl.flock(handle, fcntl.LOCK_EX)
+        # Another process may have found it before it was locked.
+        if partial.exists():
+            break
+        os.close(handle)
     try:
         yield partial
         # `mkstemp` creates files that only their owner can read.
@@ -326,6 +428,7 @@ def replace_file(path: str | os.PathLike) -> Generator[Path]:
         partial.replace(path)
     finally:
         partial.unlink(missing_ok=True)
+        os.close(handle)
 
 
 def write_text(path: str | os.PathLike, text: str) -> None:

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -9,8 +10,19 @@ from pathlib import Path
 import pytest
 from stand_ins import bench_result
 
-from mobilemoe.artifacts import Artifact, Export, is_checkpoint, is_pte, is_shape, local_checkpoint, read_export
+from mobilemoe.artifacts import (
+    Artifact,
+    Export,
+    check_model_files,
+    describe_model,
+    is_checkpoint,
+    is_pte,
+    is_shape,
+    local_checkpoint,
+    read_export,
+)
 from mobilemoe.results import Benchmark, read_result
+from mobilemoe.runtime import CheckpointModel
 from modeling_mobilemoe import MobileMoEConfig
 
 
@@ -42,6 +54,30 @@ def test_a_damaged_file_is_named_with_key_and_value(change, message, tmp_path):
     path.write_text(change(json.dumps(bench_result(S=MobileMoEConfig()))))
     with pytest.raises(ValueError, match=f"{path} .*{message}"):
         Benchmark.load(path)
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("config.json", "null", "the configuration of a model: its content is None, expected an object"),
+        ("config.json", '{"model_type": "mobi', "the configuration of a model: it is not JSON"),
+        ("config.json", '{"model_type": 3}', "model_type is 3, expected a valid string"),
+        ("config.json", "{}", "the key model_type is missing"),
+        ("config.json", b"\xff\xfe", "it is not JSON"),
+        ("generation_config.json", '{"eos_token_id": "1"}', "how a model generates: eos_token_id"),
+        ("generation_config.json", "[]", r"its content is \[\], expected an object"),
+        ("tokenizer.json", '{"model": null}', "a tokenizer: model is None, expected an object"),
+        ("tokenizer.json", "", "a tokenizer: it is not JSON"),
+        ("tokenizer_config.json", '{"bos_token": 5}', "the settings of a tokenizer: bos_token"),
+    ],
+)
+def test_a_damaged_file_of_a_model_is_named(name, content, message, text_checkpoint, tmp_path):
+    path = shutil.copytree(text_checkpoint, tmp_path / "model")
+    check_model_files(path)
+    (path / name).write_bytes(content if isinstance(content, bytes) else content.encode())
+    for read in (check_model_files, describe_model, CheckpointModel):
+        with pytest.raises(ValueError, match=f"{path / name} does not hold .*{message}.*fetch it again, or save"):
+            read(path)
 
 
 def test_unknown_keys_are_ignored_and_unset_ones_not_written(tmp_path):
@@ -104,7 +140,8 @@ except ValueError as error:
 
 
 def test_every_result_records_its_command():
-    kinds = [kind for kind in Artifact.__subclasses__() if kind.__name__ != "DeviceMeasurements"]
+    others = ("DeviceMeasurements", "ModelFile", "Verified")
+    kinds = [kind for kind in Artifact.__subclasses__() if kind.__name__ not in others]
     assert Export in kinds and all("command" in kind.model_fields for kind in kinds)
 
 

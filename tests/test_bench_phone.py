@@ -352,6 +352,8 @@ def test_requests_that_a_program_cannot_meet(phone: Device, kernel_pte: Path, te
         bench("--model", text_checkpoint, *runner)
     with pytest.raises(SystemExit, match="has a context of 64 tokens and 68 are needed. Give shorter prompt lengths"):
         bench("--model", kernel_pte, *runner, "--prompt-lengths", 64)
+    with pytest.raises(SystemExit, match="'runner'. Rename it"):
+        bench("--model", "elsewhere/runner", *runner)
     with pytest.raises(SystemExit, match="two have the same name"):
         bench("--model", kernel_pte, kernel_pte, *runner)
     with pytest.raises(SystemExit, match="runner='llama_main' takes text. Give a prompt file"):

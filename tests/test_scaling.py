@@ -195,6 +195,13 @@ def test_tables_with_too_few_points_say_what_is_missing(synthetic_table, rows, n
         fit_law(table)
 
 
+@pytest.mark.parametrize("line", ["active_parameters: 3", "3", "[1, 2]", '{"loss": 3'])
+def test_a_table_that_is_no_json_is_named(line, tmp_path):
+    (tmp_path / "runs.jsonl").write_text(f'{{"loss": 3}}\n{line}\n')
+    with pytest.raises(ValueError, match="in line 2, which is no JSON object. A table of runs is a .csv"):
+        read_table(tmp_path / "runs.jsonl")
+
+
 def test_tables_with_impossible_values_are_refused(synthetic_table):
     table = synthetic_table(0.0, 0)
     table["loss"][3] = np.nan

@@ -45,6 +45,10 @@ def bench_phone(models: Sequence[str], options: PhoneOptions, command: str | Non
     names = [Path(model).resolve().name for model in models]
     if len(set(names)) < len(names):
         raise ValueError(f"models={list(models)}: two have the same name. Rename a directory.")
+    if "runner" in names:
+        raise ValueError(
+            f"models={list(models)}: on the phone, the program that runs them has the name 'runner'. Rename it."
+        )
     # Find the device first: exporting a shape takes minutes.
     device = find_device(options.serial)
     with tempfile.TemporaryDirectory() as scratch:

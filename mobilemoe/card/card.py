@@ -6,7 +6,6 @@ Numbers come from JSON files that this package wrote about the same model, or ar
 """
 
 import difflib
-import json
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -91,7 +90,7 @@ def read_subject(model: str, name: str | None) -> Subject:
         )
     if not artifacts.is_checkpoint(directory):
         raise ValueError(f"{model} holds no config.json with weights. Name a checkpoint directory, or S, M or L.")
-    config = json.loads((directory / "config.json").read_text())
+    config = artifacts.read_config(directory)
     if config.get("model_type") != MobileMoEConfig.model_type:
         raise ValueError(f"{model} is a {config.get('model_type')} model. Name a checkpoint of a MobileMoE model.")
     return Subject(model, name or model, MobileMoEConfig.from_dict(config), directory)

@@ -2,7 +2,6 @@
 
 import contextlib
 import importlib.util
-import json
 import logging
 import shutil
 import subprocess
@@ -11,7 +10,7 @@ import tempfile
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
-from ..artifacts import causes, write_json
+from ..artifacts import Artifact, causes
 from .suites import select_tasks, suite_file
 
 
@@ -154,6 +153,19 @@ def record_path(data_dir: Path, repo: str) -> Path:
     return data_dir / f"{repo}.json"
 
 
+class DataRecord(Artifact):
+    """`REPO.json`, written when a data set is complete."""
+
+    what = "the record of a data set"
+    remedy = "Fetch the data set again: mobilemoe eval prepare"
+
+    command: str | None = None
+    repo: str
+    revision: str
+    # Bytes by path.
+    files: dict[str, int]
+
+
 def write_record(data_dir: Path, repo: str, revision: str) -> None:
     """Records the commit and file sizes of a completely downloaded data set in `data_dir / repo`."""
     files = {
@@ -161,7 +173,7 @@ def write_record(data_dir: Path, repo: str, revision: str) -> None:
         for path in sorted((data_dir / repo).rglob("*"))
         if path.is_file()
     }
-    write_json(record_path(data_dir, repo), {"repo": repo, "revision": revision, "files": files})
+    DataRecord(repo=repo, revision=revision, files=files).save(record_path(data_dir, repo))
 
 
 def data_problem(data_dir: Path, repo: str, revision: str | None) -> str | None:
@@ -169,10 +181,13 @@ def data_problem(data_dir: Path, repo: str, revision: str | None) -> str | None:
     record = record_path(data_dir, repo)
     if not record.is_file():
         return "is missing"
-    found = json.loads(record.read_text())
-    if revision is not None and found["revision"] != revision:
-        return f"is revision {found['revision']}, the suite is frozen at {revision}"
-    for name, size in found["files"].items():
+    try:
+        found = DataRecord.load(record)
+    except ValueError as error:
+        return f"is damaged: {error}"
+    if revision is not None and found.revision != revision:
+        return f"is revision {found.revision}, the suite is frozen at {revision}"
+    for name, size in found.files.items():
         path = data_dir / repo / name
         if not path.is_file() or path.stat().st_size != size:
             return f"is damaged: {name} is missing or has another size"
@@ -195,7 +210,7 @@ def check_data(suite: str, tasks: dict[str, dict], data_dir: Path) -> dict[str, 
         if problem:
             problems.append(f"{repo} {problem}")
         else:
-            revisions[repo] = json.loads(record_path(data_dir, repo).read_text())["revision"]
+            revisions[repo] = DataRecord.load(record_path(data_dir, repo)).revision
     requirements = {task.get("requires") for task in tasks.values()}
     if "ifeval" in requirements and not (data_dir / "nltk" / PUNKT).is_dir():
         problems.append(f"nltk's {PUNKT} is missing")

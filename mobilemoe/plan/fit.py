@@ -118,7 +118,7 @@ def read_table(path: str | Path, **conditions) -> dict[str, np.ndarray]:
         if path.suffix == ".csv":
             rows = list(csv.DictReader(file))
         else:
-            rows = [json.loads(line) for line in file if line.strip()]
+            rows = [read_row(path, number, line) for number, line in enumerate(file, 1) if line.strip()]
     for name in (*COLUMNS, *conditions):
         if not all(name in row for row in rows):
             raise ValueError(f"{path} has rows without {name!r}. A table of runs needs {', '.join(COLUMNS)}.")
@@ -127,6 +127,19 @@ def read_table(path: str | Path, **conditions) -> dict[str, np.ndarray]:
         return {name: np.array([float(row[name]) for row in rows]) for name in COLUMNS}
     except (TypeError, ValueError) as error:
         raise ValueError(f"{path} holds a value that is not a number: {error}. Correct that row.") from error
+
+
+def read_row(path: Path, number: int, line: str) -> dict:
+    try:
+        row = json.loads(line)
+    except ValueError as error:
+        row = error
+    if not isinstance(row, dict):
+        raise ValueError(
+            f"{path} has {line.strip()[:40]!r} in line {number}, which is no JSON object. A table of runs is a .csv, "
+            "or a .jsonl with an object a line."
+        )
+    return row
 
 
 def check_table(table: dict[str, np.ndarray]) -> None:
