@@ -2,6 +2,7 @@
 
 import contextlib
 import fcntl
+import functools
 import glob
 import hashlib
 import json
@@ -229,9 +230,17 @@ def check_model_files(directory: str | os.PathLike) -> None:
     Raises:
         ValueError: for one that is not what transformers reads. The message names the file, the key and its value.
     """
-    for name, kind in MODEL_FILES.items():
-        if (Path(directory) / name).is_file():
-            kind.load(Path(directory) / name)
+    for name in MODEL_FILES:
+        path = Path(directory) / name
+        if path.is_file():
+            stat = path.stat()
+            _check_model_file(path.absolute(), stat.st_size, stat.st_mtime_ns, stat.st_ino)
+
+
+# A tokenizer takes a tenth of a second, and a command opens a model several times.
+@functools.lru_cache
+def _check_model_file(path: Path, *version: int) -> None:
+    MODEL_FILES[path.name].load(path)
 
 
 def read_config(directory: str | os.PathLike) -> dict[str, Any]:

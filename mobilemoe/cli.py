@@ -233,6 +233,7 @@ def add_run(commands) -> None:
         action=argparse.BooleanOptionalAction,
         help="verify several tokens at once where the text repeats itself (default: where the text stays the same)",
     )
+    run.add_argument("--verify", action="store_true", help="first compare all bytes of a program with its export.json")
     sampling = run.add_argument_group("sampling")
     sampling.add_argument("--temperature", type=float, default=0.0, help="default: 0, greedy decoding")
     sampling.add_argument("--top-p", type=float, default=1.0, help="nucleus sampling (default: 1, all tokens)")
@@ -242,9 +243,12 @@ def add_run(commands) -> None:
 
 def run_generation(arguments: argparse.Namespace) -> None:
     from .artifacts import local_checkpoint
+    from .integrity import verify_model
 
     # Before what takes seconds to import: the name may have a typing error.
     local_checkpoint(arguments.model)
+    if arguments.verify:
+        verify_model(arguments.model)
     from .runtime import load_language_model
 
     model = load_language_model(arguments.model)
@@ -287,6 +291,9 @@ def add_bench(commands) -> None:
         choices=("pte", "pytorch"),
         help="for the built-in shapes: export a program for ExecuTorch first (default), or PyTorch",
     )
+    bench.add_argument(
+        "--verify", action="store_true", help="first compare all bytes of the programs with their export.json"
+    )
     bench.add_argument("--profile", action="store_true", help="also time every operator of a program")
     output = bench.add_argument_group("output")
     add_json(output, "the result")
@@ -307,6 +314,13 @@ def run_bench(arguments: argparse.Namespace) -> None:
     from .bench.report import draw, tables
     from .display import show
 
+    if arguments.verify:
+        from .artifacts import is_shape
+        from .integrity import verify_model
+
+        for model in arguments.model:
+            if not is_shape(model):
+                verify_model(model)
     values = vars(arguments)
     phone_names = ("serial", "runner", "runner_binary", "max_celsius", "sustained_seconds", "keep")
     phone = {name: value for name in phone_names if (value := values[name])}

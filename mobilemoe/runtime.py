@@ -16,7 +16,9 @@ from transformers.utils import logging
 from modeling_mobilemoe.kernels import BuildError, load_executorch
 from modeling_mobilemoe.kernels.modules import FEW_TOKENS, MoEFFN
 
-from .artifacts import GATED, PROGRAM_FILE, is_gated, is_pte, local_checkpoint, read_export
+from .artifacts import GATED, PROGRAM_FILE, check_model_files, is_gated, is_pte, local_checkpoint
+from .integrity import check_program, explain
+from .limits import limited
 from .lookup import PromptLookup, VerificationTimes
 from .machine import without_lines
 
@@ -154,14 +156,19 @@ class LanguageModel(ABC):
                 f"temperature={temperature} and top_p={top_p} cannot be sampled with. "
                 "Set temperature to 0 or more and top_p above 0 and at most 1."
             )
+        if max_new_tokens < 0:
+            raise ValueError(f"max_new_tokens={max_new_tokens} cannot be generated. Set 0 or more.")
         generator = torch.Generator()
         if seed is not None:
             generator.manual_seed(seed)
 
         def choose(logits: torch.Tensor) -> int:
             if temperature == 0:
-                return most_probable(logits)
-            probabilities = nucleus((logits / temperature).softmax(dim=-1), top_p)
+                token = most_probable(logits)
+                check_finite(logits[token])
+                return token
+            check_finite(logits.amax())
+            probabilities = nucleus(((logits - logits.amax()).double() / temperature).softmax(dim=-1), top_p)
             return int(torch.multinomial(probabilities, 1, generator=generator))
 
         if prompt_lookup is None:
@@ -200,7 +207,7 @@ class LanguageModel(ABC):
         Token ids of a prompt, starting with one BOS. With `chat`, the prompt is formatted as the user's message.
 
         Raises:
-            ValueError: for `chat` without a chat template, as in a Base model.
+            ValueError: for `chat` without a chat template, as in a Base model, or with one that does not end.
         """
         if not chat:
             return self.tokenizer(prompt).input_ids
@@ -210,9 +217,10 @@ class LanguageModel(ABC):
                 "Give plain text, or use a fine-tuned (SFT or QAT) model."
             )
         messages = [{"role": "user", "content": prompt}]
-        return cast(
-            list[int], self.tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
-        )
+        with limited("The model's chat template"):
+            return cast(
+                list[int], self.tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
+            )
 
     def decode(self, tokens: list[int]) -> str:
         # The released tokenizer config enables a clean-up that removes spaces before punctuation, which damages code.
@@ -242,10 +250,13 @@ class CheckpointModel(LanguageModel):
         dtype (`torch.dtype` or `str`, defaults to `"auto"`): dtype of the weights that are not packed.
 
     Raises:
+        ValueError: for damaged files.
         OSError: when there is no such checkpoint, or it is gated and its licence has not been accepted.
     """
 
     def __init__(self, path: str | Path, dtype: torch.dtype | str = "auto"):
+        if Path(path).is_dir():
+            check_model_files(path)
         try:
             self.model = AutoModelForCausalLM.from_pretrained(path, dtype=dtype).eval()
             self.tokenizer = cast(PreTrainedTokenizerBase, AutoTokenizer.from_pretrained(path))
@@ -292,13 +303,8 @@ class PteModel(LanguageModel):
         from executorch.runtime import Method, Runtime
 
         path = Path(path)
-        report = read_export(path)
-        size = (path / PROGRAM_FILE).stat().st_size
-        if size != report.pte_bytes:
-            raise ValueError(
-                f"{path / PROGRAM_FILE} has {size} bytes, export.json says {report.pte_bytes}: it is truncated or "
-                "belongs to another export. Copy the whole directory again."
-            )
+        report = check_program(path)
+        check_model_files(path)
         with without_lines("cpuinfo_utils"):
             # Makes the threads, which says in five lines which files about the processor are not there.
             _threadpool_get_thread_count()
@@ -306,28 +312,49 @@ class PteModel(LanguageModel):
         if any(name.startswith("mobilemoe::") for name in report.operators):
             load_kernels()
         check_operators(report.operators, runtime.operator_registry.operator_names)
+        self._path = path
+        # A program with random weights, made for a benchmark, has none.
+        has_tokenizer = (path / "tokenizer.json").is_file()
+        self._tokenizer: PreTrainedTokenizerBase | None = (
+            AutoTokenizer.from_pretrained(path) if has_tokenizer else None
+        )
         data_path = path / report.experts_file if report.experts_file else None
-        if data_path is not None and not data_path.is_file():
-            raise ValueError(f"{data_path} is missing: it holds the experts of model.pte. Copy the whole directory.")
-        self._program = runtime.load_program(path / PROGRAM_FILE, data_path=data_path)
-        self._method = cast(Method, self._program.load_method("forward"))
+        try:
+            self._program = runtime.load_program(path / PROGRAM_FILE, data_path=data_path)
+            self._method = cast(Method, self._program.load_method("forward"))
+        except RuntimeError as error:
+            raise explain(error, path) from error
         self.has_all_logits = report.all_logits
         # Positions whose logits a call of so many tokens returns: (1, vocab), or (1, positions, vocab).
-        self._num_rows = math.prod(self._method.metadata.output_tensor_meta(0).sizes()[:-1])
+        *positions, self._vocab_size = self._method.metadata.output_tensor_meta(0).sizes()
+        self._num_rows = math.prod(positions)
         self.max_draft_tokens = min(MAX_DRAFT_TOKENS, self._num_rows - 1)
         self.is_exact = self.max_draft_tokens > 0 and f"{MoEFFN.operator}.out" in report.operators
         self.max_seq_len = report.max_seq_len
         self.eos_ids = report.eos_ids
-        # A program with random weights, made for a benchmark, has no tokenizer.
-        if (path / "tokenizer.json").is_file():
-            self.tokenizer = cast(PreTrainedTokenizerBase, AutoTokenizer.from_pretrained(path))
+
+    @property
+    def tokenizer(self) -> PreTrainedTokenizerBase:  # ty: ignore[incompatible-property-override]
+        if self._tokenizer is None:
+            raise ValueError(
+                f"{self._path} has no tokenizer.json, so it reads and writes token ids and no text. Copy the "
+                "tokenizer files of its checkpoint there."
+            )
+        return self._tokenizer
 
     def _execute(self, tokens: list[int], start: int) -> torch.Tensor:
+        if min(tokens) < 0 or max(tokens) >= self._vocab_size:
+            raise ValueError(
+                f"The token ids {min(tokens)} to {max(tokens)} are not all in the vocabulary, 0 to "
+                f"{self._vocab_size - 1}. Encode the text with this model's tokenizer."
+            )
         # The runtime copies what it returns by PyTorch, whose threads would then spin beside the program's.
         num_threads = torch.get_num_threads()
         torch.set_num_threads(1)
         try:
             logits = self._method.execute((torch.tensor([tokens]), torch.tensor([start])))[0]
+        except RuntimeError as error:
+            raise explain(error, self._path) from error
         finally:
             torch.set_num_threads(num_threads)
         return logits.flatten(0, -2)  # (positions, vocab) of (1, vocab) or (1, positions, vocab)
@@ -399,6 +426,21 @@ def check_operators(needed: list[str], available: set[str]) -> None:
         raise ValueError(
             f"The program needs {', '.join(missing)}, which this ExecuTorch runtime lacks. Install executorch>=1.5.1 "
             "from PyPI, or export again with operators that this runtime has."
+        )
+
+
+def check_finite(largest: torch.Tensor) -> None:
+    """
+    Args:
+        largest (`torch.Tensor`): the largest of the logits, which is NaN if one of them is.
+
+    Raises:
+        ValueError: when it is not finite.
+    """
+    if not math.isfinite(largest):
+        raise ValueError(
+            f"The model's largest logit is {largest.item()}, so no token can be chosen. Its weights are damaged, or "
+            "too large for their dtype. For a program, `mobilemoe run --verify` compares them with those exported."
         )
 
 

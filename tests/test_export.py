@@ -155,8 +155,12 @@ def test_kernel_program_holds_the_experts_of_the_checkpoint(kernel_directory, te
 
 
 def test_operator_follows_what_the_experts_need(qat_checkpoint, text_checkpoint, tmp_path, monkeypatch, caplog):
-    assert export_module.default_moe_op("output", None) == export_module.default_moe_op(None, None) == "mobilemoe"
-    assert export_module.default_moe_op("input", None) == export_module.default_moe_op("output", 8) == "llama"
+    assert [export_module.default_moe_op(axis, None)[0] for axis in ("output", None)] == ["mobilemoe", "mobilemoe"]
+    assert export_module.default_moe_op("input", None) == (
+        "llama",
+        "because the experts are grouped along their input, which ours do not read",
+    )
+    assert export_module.default_moe_op("output", 8) == ("llama", "because of expert_bits=8")
     for checkpoint, options, message in (
         (qat_checkpoint, {}, "INT4 experts along their output, not experts along their input. Set moe_op='llama'"),
         (text_checkpoint, {"expert_bits": 8}, "not expert_bits=8. Set moe_op='llama'"),
@@ -168,7 +172,10 @@ def test_operator_follows_what_the_experts_need(qat_checkpoint, text_checkpoint,
         raise BuildError("CMake is missing: pip install cmake.")
 
     monkeypatch.setattr(export_module, "load_executorch", fail)
-    assert export_module.default_moe_op("output", None) == "llama"
+    assert export_module.default_moe_op("output", None) == (
+        "llama",
+        "many times slower, because ours does not compile here",
+    )
     assert "the experts go to llama::quantized_moe_ffn: CMake is missing" in caplog.text
     with pytest.raises(ValueError, match="not available: CMake is missing: pip install cmake. Or set moe_op='llama'"):
         export_checkpoint(text_checkpoint, tmp_path / "out", moe_op="mobilemoe")
@@ -628,7 +635,7 @@ def test_a_program_that_computes_something_else_fails_the_export(text_checkpoint
 def test_a_stop_while_writing_leaves_nothing(number, tmp_path):
     script = """
 import signal, sys, time
-from modeling_mobilemoe.checkpoint_mobilemoe import replace_when_complete
+from modeling_mobilemoe.saving_mobilemoe import replace_when_complete
 from mobilemoe.export.exporter import stop_signal_as_exit
 
 # A shell that starts the tests in the background has them ignore it.
@@ -651,7 +658,7 @@ with stop_signal_as_exit(), replace_when_complete(sys.argv[1]) as partial:
 def test_a_killed_export_leaves_no_output_and_the_next_one_cleans_up(tmp_path):
     script = """
 import sys, time
-from modeling_mobilemoe.checkpoint_mobilemoe import replace_when_complete
+from modeling_mobilemoe.saving_mobilemoe import replace_when_complete
 
 with replace_when_complete(sys.argv[1]) as partial:
     (partial / "model.pte").write_bytes(bytes(1000))

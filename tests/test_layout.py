@@ -7,7 +7,7 @@ from pathlib import Path
 ROOT = Path(__file__).parents[1]
 TRAVELLING = list((ROOT / "modeling_mobilemoe").glob("*_mobilemoe.py"))
 GROUND = {"artifacts", "results", "console", "display", "machine", "tools"}
-LOW = GROUND | {"costs", "shapes", "runtime"}
+LOW = GROUND | {"costs", "integrity", "limits", "shapes", "runtime"}
 # Rooms of `mobilemoe` that each room may import, beside itself and the architecture.
 ALLOWED = {
     "artifacts": set(),
@@ -18,8 +18,10 @@ ALLOWED = {
     "machine": set(),
     "costs": GROUND,
     "shapes": GROUND,
+    "integrity": {"artifacts"},
+    "limits": set(),
     "lookup": set(),
-    "runtime": GROUND | {"lookup"},
+    "runtime": GROUND | {"integrity", "limits", "lookup"},
     "train": LOW,
     "plan": LOW,
     "eval": LOW,

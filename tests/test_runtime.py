@@ -272,6 +272,47 @@ def test_program_that_was_cut_off_is_named(pte_directory, tmp_path):
         PteModel(broken)
 
 
+@pytest.mark.parametrize("model", ["pte", "kernels_pte", "checkpoint"])
+def test_ids_outside_the_vocabulary_are_named(model, request):
+    model = request.getfixturevalue(model)
+    for token in (-1, 512, 2**40):
+        with pytest.raises(ValueError, match=f"{token}.* vocabulary.* 0 to 511"):
+            model.forward([3, token], 0)
+
+
+def test_a_program_without_a_tokenizer_runs_ids_and_says_what_is_missing(pte_directory, tmp_path):
+    path = shutil.copytree(pte_directory, tmp_path / "pte")
+    (path / "tokenizer.json").unlink()
+    model = PteModel(path)
+    assert model.forward([3], 0).isfinite().all()
+    with pytest.raises(ValueError, match="has no tokenizer.json, so it reads and writes token ids and no text"):
+        model.encode("text")
+
+
+def test_a_random_file_of_the_right_size_is_named(pte_directory, tmp_path):
+    path = shutil.copytree(pte_directory, tmp_path / "pte")
+    content = bytearray((path / "model.pte").read_bytes())
+    for at in (len(content) - 9, 60):
+        content[at] ^= 0xFF
+        (path / "model.pte").write_bytes(content)
+        with pytest.raises(ValueError, match="model.pte is not what was exported"):
+            PteModel(path)
+    (path / "model.pte").write_bytes(bytes(len(content)))
+    with pytest.raises(ValueError, match="is no program for ExecuTorch"):
+        PteModel(path)
+
+
+@pytest.mark.parametrize("sampling", [{}, {"temperature": 1.0, "seed": 0}])
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
+def test_logits_that_are_not_finite_end_the_generation(checkpoint, sampling, value, monkeypatch):
+    rows = torch.zeros(1, 512)
+    rows[0, 5:] = value
+    rows[0, :5] = value if value < 0 else 0
+    monkeypatch.setattr(checkpoint, "sequence_logits", lambda *_: rows)
+    with pytest.raises(ValueError, match=f"largest logit is {value}, so no token can be chosen"):
+        next(checkpoint.generate([3], 1, **sampling))
+
+
 def test_missing_operators_are_named(pte_directory, tmp_path):
     with pytest.raises(ValueError, match="needs mobilemoe::moe_ffn.out, which this ExecuTorch runtime lacks"):
         check_operators(["aten::add.out", "mobilemoe::moe_ffn.out"], {"aten::add.out"})
@@ -292,6 +333,13 @@ def test_nucleus_keeps_the_fewest_tokens_that_reach_the_sum():
     assert nucleus(probabilities, 1.0).tolist() == probabilities.tolist()
     for top_p, kept in ((0.5, [1]), (0.51, [1, 3]), (0.84, [1, 3]), (0.9, [1, 3, 0]), (1e-6, [1])):
         assert sorted(nucleus(probabilities, top_p).nonzero().flatten().tolist()) == sorted(kept)
+
+
+def test_a_temperature_near_0_is_greedy(pte):
+    tokens = pte.encode("def walk(steps):")
+    greedy = list(pte.generate(tokens, 8))
+    for temperature in (1e-40, 1e-320):
+        assert list(pte.generate(tokens, 8, temperature=temperature)) == greedy
 
 
 def test_narrow_nucleus_is_greedy(pte):

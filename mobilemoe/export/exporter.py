@@ -6,8 +6,6 @@ methods that they read. Out come FP32 logits of the last token: `[1, vocab]`, or
 S up to 8 and `[1, 1, vocab]` above.
 """
 
-import glob
-import json
 import logging
 import os
 import shutil
@@ -23,16 +21,17 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from modeling_mobilemoe.cache_mobilemoe import CACHE_BITS
-from modeling_mobilemoe.checkpoint_mobilemoe import replace_when_complete
 from modeling_mobilemoe.configuration_mobilemoe import MobileMoEConfig
 from modeling_mobilemoe.int4_mobilemoe import Int4Format
 from modeling_mobilemoe.kernels import BuildError, load_executorch
 from modeling_mobilemoe.kernels.modules import DEFAULT_CACHE, MoEFFN
 from modeling_mobilemoe.modeling_mobilemoe import compute_rope
 from modeling_mobilemoe.quantization_mobilemoe import MobileMoEInt4Config, dequantize, quantize
+from modeling_mobilemoe.saving_mobilemoe import remove_remnants, replace_when_complete
 
 from ..artifacts import EXPORT_FILE, PROGRAM_FILE, Export, local_checkpoint, weights_sha256
 from ..costs import kv_cache_bytes, parameter_counts, program_bytes
+from ..integrity import describe_files
 from ..machine import available_memory, package_versions, peak_memory
 from ..runtime import PteModel, end_of_sequence_ids
 from .lowering import EXPERTS_FILE, TRACED_TOKENS, VERSIONS, Stages, lower, metadata, program_operators
@@ -163,9 +162,11 @@ def choose_operator(
         return DenseMoE, False
     packed = config.quantization is not None
     stored_axis = MobileMoEInt4Config(**config.quantization).int4_format.expert_axis if packed else None
-    moe_module = MOE_MODULES[moe_op or default_moe_op(stored_axis, expert_bits)]
+    moe_op, reason = (moe_op, "as asked for") if moe_op else default_moe_op(stored_axis, expert_bits)
+    moe_module = MOE_MODULES[moe_op]
     if moe_module is MoEFFN:
         check_kernels(stored_axis, expert_bits)
+    logger.info(f"operator of the experts: {moe_module.operator}, {reason}")
     return moe_module, packed and stored_axis != moe_module.expert_axis
 
 
@@ -251,10 +252,8 @@ def write_files(directory: Path, program, tokenizer, config: MobileMoEConfig) ->
 
 def write_report(directory: Path, checkpoint: Path, **described) -> Export:
     """`export.json`: needed to load the program, and written again once it has run."""
-    size = (directory / PROGRAM_FILE).stat().st_size
-    report = Export(**described, weights_sha256=weights_sha256(checkpoint), pte_bytes=size)
-    if report.experts_file is not None:
-        report.ptd_bytes = (directory / report.experts_file).stat().st_size
+    files = describe_files(directory, described["experts_file"])
+    report = Export(**described, **files, weights_sha256=weights_sha256(checkpoint))
     report.save(directory / EXPORT_FILE)
     return report
 
@@ -271,12 +270,6 @@ def check_config(checkpoint: Path, max_seq_len: int | None) -> MobileMoEConfig:
         )
     if not (checkpoint / "tokenizer.json").is_file():
         raise ValueError(f"{checkpoint} has no tokenizer.json, which every runner needs. Put the model's beside it.")
-    try:
-        json.loads((checkpoint / "tokenizer.json").read_text())
-    except ValueError as error:
-        raise ValueError(
-            f"{checkpoint / 'tokenizer.json'} is not JSON: {error}. It is cut off or damaged: fetch it again."
-        ) from error
     context = config.max_position_embeddings
     if max_seq_len is not None and not TRACED_TOKENS <= max_seq_len <= context:
         raise ValueError(
@@ -306,16 +299,18 @@ def check_rope(config: MobileMoEConfig) -> None:
         )
 
 
-def default_moe_op(stored_axis: str | None, expert_bits: int | None) -> str:
-    """Key of `MOE_MODULES` for experts stored along this axis, `None` in full precision."""
-    if stored_axis == "input" or expert_bits is not None:
-        return "llama"
+def default_moe_op(stored_axis: str | None, expert_bits: int | None) -> tuple[str, str]:
+    """Key of `MOE_MODULES` for experts stored along this axis, `None` in full precision; and why."""
+    if stored_axis == "input":
+        return "llama", "because the experts are grouped along their input, which ours do not read"
+    if expert_bits is not None:
+        return "llama", f"because of expert_bits={expert_bits}"
     try:
         load_executorch()
     except BuildError as error:
         logger.warning(f"{MoEFFN.operator} is not available, the experts go to {QuantizedMoEFFN.operator}: {error}")
-        return "llama"
-    return "mobilemoe"
+        return "llama", "many times slower, because ours does not compile here"
+    return "mobilemoe", "which compiles here"
 
 
 def check_kernels(stored_axis: str | None, expert_bits: int | None) -> None:
@@ -395,18 +390,6 @@ def check_place(output_dir: Path, size: int) -> None:
             f"The output takes {size / 1e9:.2f} GB and {parent} has {free / 1e9:.2f} GB free. "
             "Free space, or name an output on another disk."
         )
-
-
-def remove_remnants(output_dir: Path) -> None:
-    """Removes what exports to this name left when they were killed: no process cleans up after SIGKILL."""
-    for path in output_dir.parent.glob(f".{glob.escape(output_dir.name)}.partial-*"):
-        try:
-            os.kill(int(path.name.rpartition("-")[2]), 0)
-        except ProcessLookupError:
-            shutil.rmtree(path, ignore_errors=True)
-        except PermissionError:
-            # Of another user, and alive.
-            pass
 
 
 def expert_rounding_sqnr(model: ExportModel) -> float:

@@ -12,6 +12,7 @@ from modeling_mobilemoe.kernels.modules import DEFAULT_CACHE
 from modeling_mobilemoe.quantization_mobilemoe import INT4_BLOCK, MobileMoEInt4Config, MobileMoEInt4Quantizer
 
 from ..artifacts import EXPORT_FILE, PROGRAM_FILE, Export
+from ..integrity import describe_files
 from ..machine import package_versions
 from ..shapes import program_config
 
@@ -97,5 +98,5 @@ def write_random_program(
         eos_ids=[],
         experts_file=None,
         operators=program_operators(program),
-        pte_bytes=(directory / PROGRAM_FILE).stat().st_size,
+        **describe_files(directory, None),
     ).save(directory / EXPORT_FILE)

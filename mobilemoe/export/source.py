@@ -15,7 +15,7 @@ from safetensors.torch import save_file
 from tqdm.auto import tqdm
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
-from modeling_mobilemoe.checkpoint_mobilemoe import EXPERT_SUFFIX, check_checkpoint, check_index, replace_when_complete
+from modeling_mobilemoe.checkpoint_mobilemoe import EXPERT_SUFFIX, check_checkpoint, check_index
 from modeling_mobilemoe.configuration_mobilemoe import MobileMoEConfig
 from modeling_mobilemoe.int4_mobilemoe import unpack_int4
 from modeling_mobilemoe.quantization_mobilemoe import (
@@ -23,10 +23,19 @@ from modeling_mobilemoe.quantization_mobilemoe import (
     MobileMoEInt4Config,
     check_tensor,
 )
+from modeling_mobilemoe.saving_mobilemoe import remove_remnants, replace_when_complete
 
-from ..artifacts import EXPORT_FILE, LogitAgreement, RuntimeExport, is_pte, local_checkpoint, weights_sha256
+from ..artifacts import (
+    EXPORT_FILE,
+    GenerationFile,
+    LogitAgreement,
+    RuntimeExport,
+    is_pte,
+    local_checkpoint,
+    weights_sha256,
+)
 from ..machine import available_memory, package_versions, peak_memory
-from .exporter import check_absent, check_config, check_place, load_exact, remove_remnants, stop_signal_as_exit
+from .exporter import check_absent, check_config, check_place, load_exact, stop_signal_as_exit
 from .parity import compare, encode_prompts, reference_logits
 from .relayout import LAYER, Weight, relayout
 
@@ -149,8 +158,8 @@ class Source:
         """Every id that ends a sequence or a turn, whichever file names it."""
         ids = {self.tokenizer.eos_token_id, self.tokenizer.get_vocab().get("<|eot|>")}
         generation = self.path / "generation_config.json"
-        stored = json.loads(generation.read_text()) if generation.is_file() else {}
-        for value in (self.config.eos_token_id, stored.get("eos_token_id")):
+        stored = GenerationFile.load(generation).eos_token_id if generation.is_file() else None
+        for value in (self.config.eos_token_id, stored):
             ids.update(value if isinstance(value, list) else [value])
         return sorted(ids - {None})
 
