@@ -28,6 +28,7 @@ from mobilemoe.export.glm4_moe import export_glm4_moe
 from mobilemoe.export.mlx import export_mlx
 from mobilemoe.export.parity import rounded_as
 from mobilemoe.export.program import MOE_MODULES, ProgramOptions
+from mobilemoe.integrity import PROGRAM_HEADER
 from mobilemoe.runtime import CheckpointModel, PteModel
 from modeling_mobilemoe import MobileMoEConfig, MobileMoEForCausalLM, quantize
 from modeling_mobilemoe.int4_mobilemoe import Int4Format
@@ -511,9 +512,9 @@ def missing_weights(directory):
     [
         (other_architecture, "is a llama model and this exporter writes MobileMoE programs"),
         (no_config, "has no config.json"),
-        (damaged_config, "config.json' is not a valid JSON"),
+        (damaged_config, "config.json does not hold the configuration of a model: it is not JSON"),
         (no_tokenizer, "has no tokenizer.json"),
-        (damaged_tokenizer, "tokenizer.json is not JSON"),
+        (damaged_tokenizer, "tokenizer.json does not hold a tokenizer: it is not JSON"),
         (scale_that_is_no_number, "scales that are zero, negative or not finite. The file is damaged"),
         (truncated, "cannot be read as safetensors"),
         (missing_weights, "no file named model.safetensors"),
@@ -593,7 +594,8 @@ class FakeProgram:
     executorch_program = SimpleNamespace(execution_plan=[SimpleNamespace(operators=[])])
 
     def write_to_file(self, file):
-        file.write(bytes(2_000_000))
+        header = PROGRAM_HEADER.pack(b"ET12", b"eh00", 32, 64, 64, 1_999_936)
+        file.write(header + bytes(2_000_000 - len(header)))
 
     def write_tensor_data_to_file(self, directory):
         pass
