@@ -12,7 +12,9 @@ from hub_server import HubServer
 
 
 REPOSITORY_ROOT = Path(__file__).parents[1]
-CODE_FILES = {f"{name}_mobilemoe.py" for name in ("checkpoint", "configuration", "fused", "modeling", "quantization")}
+CODE_FILES = {
+    f"{name}_mobilemoe.py" for name in ("checkpoint", "configuration", "fused", "modeling", "quantization", "saving")
+}
 PROLOGUE = """
 import json, os, sys
 
