@@ -316,8 +316,8 @@ def local_checkpoint(model: str | os.PathLike) -> Path:
     A save over the directory that was killed is ended first.
 
     Raises:
-        ValueError: when it is neither, or a JSON file in it is damaged. A name that can only be a path is not looked up
-            on the Hub.
+        ValueError: when it is neither, or a JSON file in it is damaged. A name that can only be a path is not looked
+            up on the Hub.
     """
     if Path(model).is_dir():
         config = Path(model) / "config.json"

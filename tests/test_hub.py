@@ -13,7 +13,8 @@ from hub_server import HubServer
 
 REPOSITORY_ROOT = Path(__file__).parents[1]
 CODE_FILES = {
-    f"{name}_mobilemoe.py" for name in ("checkpoint", "configuration", "fused", "modeling", "quantization", "saving")
+    f"{name}_mobilemoe.py"
+    for name in ("cache", "checkpoint", "configuration", "fused", "modeling", "quantization", "saving")
 }
 PROLOGUE = """
 import json, os, sys

@@ -696,7 +696,7 @@ def test_remote_code_never_runs_where_the_package_is_imported(
     path, marker = tmp_path / "trapped", tmp_path / "executed"
     shutil.copytree(tiny_checkpoint, path)
     trapped = list(path.glob("*.py"))
-    assert len(trapped) == 9
+    assert len(trapped) == 10
     for file in trapped:
         file.write_text(f"open({str(marker)!r}, 'w').close()\nraise RuntimeError('remote code was executed')\n")
 

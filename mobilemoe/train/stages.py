@@ -8,6 +8,7 @@ from trl import SFTConfig
 
 from modeling_mobilemoe.int4_mobilemoe import Int4Format
 from modeling_mobilemoe.quantization_mobilemoe import quantization_table
+from modeling_mobilemoe.saving_mobilemoe import replace_when_complete
 
 from .checkpoints import check_output_dir, mark_output_dir
 from .checks import check_numbers
@@ -62,7 +63,8 @@ def pretrain(recipe: RecipeArguments, training_args: SFTConfig) -> None:
     model = load_model(recipe.model, recipe.attn_implementation)
     trainer = make_trainer(model, tokenizer, recipe, training_args)
     _train(trainer, recipe, training_args, stage)
-    trainer.save_model()
+    with replace_when_complete(training_args.output_dir) as partial:
+        trainer.save_model(partial)
 
 
 def check_lora(lora: LoRAArguments, recipe: RecipeArguments, training_args: SFTConfig) -> None:
@@ -110,12 +112,15 @@ def fine_tune(
     trainer = make_trainer(model, tokenizer, recipe, training_args)
     _train(trainer, recipe, training_args, stage, report)
     if lora.lora_scope is None:
-        trainer.save_model()
+        with replace_when_complete(training_args.output_dir) as partial:
+            trainer.save_model(partial)
         return
-    trainer.save_model(Path(training_args.output_dir, "adapter"))
+    with replace_when_complete(Path(training_args.output_dir, "adapter")) as partial:
+        trainer.save_model(partial)
     if trainer.is_world_process_zero() and model.config.quantization is None:
-        model.merge_and_unload().save_pretrained(training_args.output_dir)
-        tokenizer.save_pretrained(training_args.output_dir)
+        with replace_when_complete(training_args.output_dir) as partial:
+            model.merge_and_unload().save_pretrained(partial)
+            tokenizer.save_pretrained(partial)
 
 
 def check_quantization(quantization: QATArguments, recipe: RecipeArguments, training_args: SFTConfig) -> None:
@@ -167,7 +172,8 @@ def quantize_aware(
             "from the last checkpoint with --resume_from_checkpoint true, or set an earlier step."
         )
     if trainer.is_world_process_zero():
-        convert(model).save_pretrained(training_args.output_dir)
+        with replace_when_complete(training_args.output_dir) as partial:
+            convert(model).save_pretrained(partial)
+            tokenizer.save_pretrained(partial)
         if report is None:
             print(quantization_table(model))
-        tokenizer.save_pretrained(training_args.output_dir)
