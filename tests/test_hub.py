@@ -12,10 +12,8 @@ from hub_server import HubServer
 
 
 REPOSITORY_ROOT = Path(__file__).parents[1]
-CODE_FILES = {
-    f"{name}_mobilemoe.py"
-    for name in ("cache", "checkpoint", "configuration", "fused", "modeling", "quantization", "saving")
-}
+TRAVELLING = "cache checkpoint configuration fused modeling quantization saving"
+CODE_FILES = {f"{name}_mobilemoe.py" for name in TRAVELLING.split()}
 PROLOGUE = """
 import json, os, sys
 
