@@ -290,6 +290,10 @@ def test_command_ends_in_a_model_with_card_and_curves(data, tmp_path, float_text
     printed = capsys.readouterr().out
     assert "22 conversations to train on, 2 to validate with" in printed
     assert re.search(r"fine-tuning: step (\d+)/\1  training loss .* validation loss", printed)
+    kept, after, before = re.search(
+        r"kept step (\d+), with .* loss of ([\d.]+); before training ([\d.]+)", printed
+    ).groups()
+    assert f"step {kept}/" in printed and float(after) < float(before) and "did not fall" not in printed
     assert f"mobilemoe run --model {output} --chat" in printed.splitlines()[-1]
     model = AutoModelForCausalLM.from_pretrained(output)
     before = AutoModelForCausalLM.from_pretrained(float_text_checkpoint)

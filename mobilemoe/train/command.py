@@ -259,7 +259,7 @@ def plan_text(examples: Examples, config: MobileMoEConfig, settings: Settings, s
         f"{config.num_active_parameters / 1e6:,.1f}M active",
         f"trains      {scope}: {trained:,} parameters",
         f"memory      {needed / 1e9:,.2f} GB for weights, gradients and optimizer, and activations on top",
-        f"batch       {batch} packed sequences of {recipe['max_length']} tokens",
+        f"batch       {batch} x {recipe['max_length']} tokens, packed",
     ]
     for stage in stages:
         rate = stage.recipe["learning_rate"]
@@ -381,16 +381,28 @@ def run_stage(stage: Stage) -> None:
             shutil.rmtree(incomplete)
     # Every name in the file is a path.
     function(*parse_arguments(stage.output, (RecipeArguments, part, SFTConfig), arguments), report=Report(stage.name))
+    losses = losses_by_step(stage, "eval_loss")
+    before = losses.pop(0)
+    best = min(losses, key=losses.__getitem__)
+    print(
+        f"{stage.name}: kept step {best}, with a validation loss of {losses[best]:.3f}; before training {before:.3f}"
+    )
+    if losses[best] >= before:
+        print(f"{stage.name}: it did not fall. Add examples, or lower --learning-rate.")
+
+
+def losses_by_step(stage: Stage, key: str) -> dict[int, float]:
+    """The logged losses of a stage. A resumed run evaluates once more where it begins."""
+    history = json.loads((stage.output / "trainer_state.json").read_text())["log_history"]
+    return {row["step"]: row[key] for row in history if key in row}
 
 
 def draw_losses(stages: list[Stage], path: Path) -> None:
     """Draws the training and the validation loss of every stage over its optimizer steps."""
     with picture(path, (5.5 * len(stages), 3.6), 1, len(stages)) as axes:
         for axis, stage in zip(axes, stages, strict=True):
-            history = json.loads((stage.output / "trainer_state.json").read_text())["log_history"]
             for key, label, style in (("loss", "training", "-"), ("eval_loss", "validation", "o-")):
-                # A resumed run evaluates once more where it begins.
-                losses = {row["step"]: row[key] for row in history if key in row}
+                losses = losses_by_step(stage, key)
                 axis.plot(list(losses), list(losses.values()), style, label=label)
             axis.set(xlabel="optimizer step", ylabel="loss (nats per token)", title=stage.name)
             axis.legend()
