@@ -341,7 +341,7 @@ def make_trainer(
     )
     if first_step >= training_args.max_steps:
         # The run was stopped between its last checkpoint and its end. The trainer would take one step more.
-        trainer.train_dataset = data.dataset().take(0)
+        trainer.train_dataset = trainer.train_dataset.take(0)
     # Our callbacks add to the logs, so reporters go after them, and last the one that removes `total_flos`.
     for kind in (*get_reporting_integration_callbacks(training_args.report_to), PrinterCallback):
         reporter = trainer.pop_callback(kind)
