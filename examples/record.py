@@ -29,8 +29,7 @@ MODEL = "out/my-model"
 QUESTION = "What does `textwrap.dedent` do?"
 COMMANDS = [
     "python examples/make_chats.py out/chats.jsonl",
-    f"mobilemoe train --data out/chats.jsonl --model out/demo/2-midtrain --output {MODEL} --qat "
-    "--export pte gguf",
+    f"mobilemoe train --data out/chats.jsonl --model out/demo/2-midtrain --output {MODEL} --qat --export pte gguf",
     f"mobilemoe run --model {MODEL}/pte --chat --prompt {shlex.quote(QUESTION)} --max-new-tokens 40",
 ]
 # Longest wait that is shown, in seconds.
