@@ -23,8 +23,9 @@ from mobilemoe.eval.agreement import text_agreement
 from mobilemoe.export.gguf import export_gguf
 from mobilemoe.export.glm4_moe import export_glm4_moe
 from mobilemoe.export.mlx import export_mlx
+from mobilemoe.generation import LanguageModel
 from mobilemoe.machine import machine, package_versions
-from mobilemoe.runtime import CheckpointModel, LanguageModel
+from mobilemoe.runtime import CheckpointModel
 
 
 POSITIONS, NEW_TOKENS, MAX_TOKENS = 512, 100, 8192

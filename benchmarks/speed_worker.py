@@ -60,7 +60,8 @@ class Pte:
 
     def __init__(self, path: str, num_threads: int):
         from mobilemoe.bench.worker import set_threads
-        from mobilemoe.runtime import PteModel, most_probable
+        from mobilemoe.generation import most_probable
+        from mobilemoe.runtime import PteModel
 
         set_threads(num_threads, executorch=True)
         self.model, self.most_probable = PteModel(path), most_probable

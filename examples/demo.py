@@ -24,7 +24,8 @@ from stdlib_data import is_heldout, standard_library_files, write_data
 from toy_tokenizer import train_tokenizer
 from transformers import AutoTokenizer
 
-from mobilemoe.runtime import CheckpointModel, LanguageModel, PteModel
+from mobilemoe.generation import LanguageModel
+from mobilemoe.runtime import CheckpointModel, PteModel
 from mobilemoe.train.recipe import CHAT_TEMPLATE
 from mobilemoe.train.routing import read_routing
 from modeling_mobilemoe import MobileMoEConfig, MobileMoEForCausalLM, quantize

@@ -21,6 +21,7 @@ from pydantic import BaseModel, ValidationError
 SIZES = ("S", "M", "L")
 SHAPES = (*SIZES, "MobileLLM-Pro")
 PROGRAM_FILE = "model.pte"
+GGUF_FILE = "model.gguf"
 EXPORT_FILE = "export.json"
 # OWNER/NAME. Other names can only be paths.
 HUB_ID = re.compile(r"\w[\w.-]*/\w[\w.-]*")
@@ -282,6 +283,14 @@ class ModelDescription(BaseModel):
 def is_pte(model: str | os.PathLike) -> bool:
     """Whether this is a directory that `mobilemoe export` wrote for ExecuTorch."""
     return (Path(model) / PROGRAM_FILE).is_file()
+
+
+def find_gguf(model: str | os.PathLike) -> Path | None:
+    """The GGUF file that this is, or that the directory of `mobilemoe export --to gguf` holds."""
+    path = Path(model)
+    if path.suffix == ".gguf" and not path.is_dir():
+        return path
+    return path / GGUF_FILE if (path / GGUF_FILE).is_file() else None
 
 
 def is_checkpoint(model: str | os.PathLike) -> bool:

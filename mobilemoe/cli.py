@@ -9,16 +9,23 @@ import json
 import os
 import shlex
 import sys
-import time
 from typing import Any
 
 from . import __version__
-from .console import PrintCompletion, log_to_stderr
+from .console import PrintCompletion, ends_cleanly, log_to_stderr
 from .train_verb import add_train
 
 
 # Modules of one extra; others are in that of the command.
-EXTRAS = {"executorch": "export", "torchao": "export", "trl": "train", "gguf": "gguf", "mlx_lm": "mlx"}
+EXTRAS = {
+    "executorch": "export",
+    "torchao": "export",
+    "trl": "train",
+    "gguf": "gguf",
+    "mlx_lm": "mlx",
+    "llguidance": "chat",
+    "prompt_toolkit": "chat",
+}
 # What `export` takes for each runtime, beside --model and --output.
 EXPORT_OPTIONS = {
     "pte": "max_seq_len expert_bits moe_op weights embedding_bits kv_cache all_logits experts_file".split(),
@@ -28,16 +35,25 @@ EXPORT_OPTIONS = {
 }
 WEIGHT_SUFFIXES = {".pte", ".ptd", ".gguf", ".safetensors"}
 MODEL_HELP = "checkpoint directory, Hub id, or directory with model.pte"
+RUN_HELP = "checkpoint directory, Hub id, directory with model.pte or model.gguf, or GGUF file"
 
 
 def main(argv: list[str] | None = None) -> None:
     argv = sys.argv[1:] if argv is None else argv
+    with ends_cleanly():
+        run_command(argv)
+
+
+def run_command(argv: list[str]) -> None:
     arguments = make_parser().parse_args(argv)
     # For the JSON files that a verb writes.
     arguments.command_line = shlex.join(["mobilemoe", *argv])
     try:
         with log_to_stderr(arguments.command):
             arguments.function(arguments)
+    except BrokenPipeError:
+        # `ends_cleanly` knows whether it is that of the output.
+        raise
     except (ValueError, OSError) as error:
         sys.exit(f"mobilemoe {arguments.command}: {error}")
     except ModuleNotFoundError as error:
@@ -55,7 +71,7 @@ def make_parser() -> argparse.ArgumentParser:
         help='print a completion script for the shell; eval "$(mobilemoe --print-completion bash)" turns it on',
     )
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    for add in (add_plan, add_train, add_export, add_run, add_bench, add_eval, add_card):
+    for add in (add_plan, add_train, add_export, add_run, add_chat, add_bench, add_eval, add_card):
         add(commands)
     return parser
 
@@ -223,51 +239,71 @@ def run_export(arguments: argparse.Namespace) -> None:
 
 
 def add_run(commands) -> None:
-    run = commands.add_parser("run", help="generate text with a checkpoint or a .pte directory")
-    run.add_argument("--model", required=True, metavar="MODEL", help=MODEL_HELP)
-    run.add_argument("--prompt", required=True, help="text, or the user's turn with --chat")
+    run = commands.add_parser("run", help="generate text with a checkpoint, a .pte or a GGUF")
+    run.add_argument("--model", required=True, metavar="MODEL", help=RUN_HELP)
+    run.add_argument("--prompt", required=True, help="text, or the user's turn with --chat; - reads standard input")
     run.add_argument("--chat", action="store_true", help="wrap the prompt in the chat template")
-    run.add_argument("--max-new-tokens", type=int, default=128, help="default: 128")
-    run.add_argument(
+    run.add_argument("--system", metavar="TEXT", help="system message; implies --chat")
+    run.add_argument("--verify", action="store_true", help="first compare all bytes of a program with its export.json")
+    add_generation_arguments(run, max_new_tokens=128)
+    run.set_defaults(function=run_generation, extra="export")
+
+
+def add_generation_arguments(parser: argparse.ArgumentParser, max_new_tokens: int) -> None:
+    parser.add_argument("--max-new-tokens", type=int, default=max_new_tokens, help=f"default: {max_new_tokens}")
+    parser.add_argument(
+        "--stop", action="append", default=[], metavar="TEXT", help="end before this text; may be repeated"
+    )
+    parser.add_argument(
         "--prompt-lookup",
         action=argparse.BooleanOptionalAction,
         help="verify several tokens at once where the text repeats itself (default: where the text stays the same)",
     )
-    run.add_argument("--verify", action="store_true", help="first compare all bytes of a program with its export.json")
-    sampling = run.add_argument_group("sampling")
+    parser.add_argument(
+        "--device", default="auto", help="of a checkpoint: cpu, cuda, cuda:1 (default: a GPU if there is one)"
+    )
+    sampling = parser.add_argument_group("sampling")
     sampling.add_argument("--temperature", type=float, default=0.0, help="default: 0, greedy decoding")
     sampling.add_argument("--top-p", type=float, default=1.0, help="nucleus sampling (default: 1, all tokens)")
     sampling.add_argument("--seed", type=int, help="of the random numbers")
-    run.set_defaults(function=run_generation, extra="export")
+    structure = parser.add_argument_group("structured output").add_mutually_exclusive_group()
+    structure.add_argument("--json-schema", metavar="FILE", help="answer with JSON that this schema allows")
+    structure.add_argument("--regex", help="answer with text that matches this regular expression")
+
+
+def add_chat(commands) -> None:
+    chat = commands.add_parser("chat", help="talk with a checkpoint, a .pte or a GGUF")
+    chat.add_argument("--model", required=True, metavar="MODEL", help=RUN_HELP)
+    chat.add_argument("--system", metavar="TEXT", help="system message")
+    chat.add_argument("--tools", metavar="FILE", help="JSON list of functions that the model may call")
+    add_generation_arguments(chat, max_new_tokens=512)
+    chat.set_defaults(function=run_chat, extra="export")
+
+
+def run_chat(arguments: argparse.Namespace) -> None:
+    check_model(arguments.model)
+    from .chat import chat
+
+    chat(arguments)
 
 
 def run_generation(arguments: argparse.Namespace) -> None:
-    from .artifacts import local_checkpoint
-    from .integrity import verify_model
-
-    # Before what takes seconds to import: the name may have a typing error.
-    local_checkpoint(arguments.model)
+    check_model(arguments.model)
     if arguments.verify:
-        verify_model(arguments.model)
-    from .runtime import load_language_model
+        from .integrity import verify_model
 
-    model = load_language_model(arguments.model)
-    prompt = model.encode(arguments.prompt, chat=arguments.chat)
-    options = {"temperature": arguments.temperature, "top_p": arguments.top_p, "seed": arguments.seed}
-    options["prompt_lookup"] = arguments.prompt_lookup
-    started, times = time.perf_counter(), []
-    for text in model.stream(model.generate(prompt, arguments.max_new_tokens, **options)):
-        times.append(time.perf_counter())
-        print(text, end="", flush=True)
-    print()
-    num_tokens = len(times) - 1
-    if num_tokens > 1:
-        rate = (num_tokens - 1) / (times[-1] - times[0])
-        print(
-            f"[{len(prompt)} prompt tokens, first token after {times[0] - started:.2f} s; "
-            f"{num_tokens} new tokens, {rate:.1f} tokens/s]",
-            file=sys.stderr,
-        )
+        verify_model(arguments.model)
+    from .chat import run
+
+    run(arguments)
+
+
+def check_model(model: str) -> None:
+    """Before what takes seconds to import: the name may have a typing error."""
+    from .artifacts import find_gguf, local_checkpoint
+
+    if find_gguf(model) is None:
+        local_checkpoint(model)
 
 
 def add_bench(commands) -> None:

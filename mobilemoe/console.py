@@ -1,7 +1,10 @@
-"""What the command line has beside its parsers: shell completion, and what is on stderr."""
+"""What the command line has beside its parsers: shell completion, what is on stderr, and how a command ends."""
 
 import argparse
 import logging
+import os
+import select
+import sys
 from collections.abc import Generator, Mapping
 from contextlib import contextmanager
 
@@ -55,3 +58,35 @@ def quiet_libraries() -> None:
     # torchao: that it does not load its CUDA extensions, which nothing here calls. PyTorch: how torchao is to call it.
     for name in ("torchao", "torch.utils._pytree"):
         logging.getLogger(name).setLevel(logging.ERROR)
+
+
+@contextmanager
+def ends_cleanly() -> Generator[None]:
+    """
+    Ends a command that is interrupted with one line, and one whose reader has gone, as `head` does, silently.
+
+    The statuses are those of a process that the signals SIGINT and SIGPIPE end.
+    """
+    try:
+        try:
+            yield
+        finally:
+            # Now, or Python does it at its exit, where the error cannot be caught.
+            sys.stdout.flush()
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        sys.exit(128 + 2)
+    except BrokenPipeError as error:
+        if not has_no_reader(sys.stdout.fileno()):
+            # A pipe to another process.
+            sys.exit(f"mobilemoe: {error}")
+        # What is left in the buffer goes nowhere.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(128 + 13)
+
+
+def has_no_reader(file: int) -> bool:
+    poll = select.poll()
+    # No events: errors are always told.
+    poll.register(file, 0)
+    return bool(poll.poll(0))

@@ -40,8 +40,9 @@ from mobilemoe.eval.data import (
 from mobilemoe.eval.models import CheckpointLM, PteLM
 from mobilemoe.eval.report import mean_score
 from mobilemoe.eval.run import group_file
+from mobilemoe.generation import LanguageModel
 from mobilemoe.results import Score
-from mobilemoe.runtime import CheckpointModel, LanguageModel
+from mobilemoe.runtime import CheckpointModel
 from modeling_mobilemoe import quantize
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 ROOT = Path(__file__).parents[1]
 TRAVELLING = list((ROOT / "modeling_mobilemoe").glob("*_mobilemoe.py"))
 GROUND = {"artifacts", "results", "console", "display", "machine", "tools"}
-LOW = GROUND | {"costs", "integrity", "limits", "shapes", "runtime"}
+LOW = GROUND | {"costs", "integrity", "limits", "shapes", "generation", "runtime"}
 # Rooms of `mobilemoe` that each room may import, beside itself and the architecture.
 ALLOWED = {
     "artifacts": set(),
@@ -21,7 +21,11 @@ ALLOWED = {
     "integrity": {"artifacts"},
     "limits": set(),
     "lookup": set(),
-    "runtime": GROUND | {"integrity", "limits", "lookup"},
+    "grammar": set(),
+    "generation": {"limits", "lookup", "grammar"},
+    "llamacpp": {"generation", "grammar", "limits"},
+    "runtime": GROUND | {"integrity", "generation", "llamacpp"},
+    "chat": LOW | {"grammar"},
     "train": LOW,
     "plan": LOW,
     "eval": LOW,
@@ -29,7 +33,7 @@ ALLOWED = {
     "bench": LOW | {"export"},
     "card": GROUND | {"costs", "shapes", "eval.report", "eval.suites"},
     "train_verb": LOW | {"train", "card", "export"},
-    "cli": LOW | {"train_verb", "plan", "export", "bench", "eval", "card"},
+    "cli": LOW | {"train_verb", "chat", "plan", "export", "bench", "eval", "card"},
     "recipes": {"train"},
 }
 

@@ -18,7 +18,7 @@ from mobilemoe.export.parity import (
     rounded_as,
 )
 from mobilemoe.export.program import ExportModel, ProgramOptions, QuantizedMoEFFN
-from mobilemoe.runtime import LanguageModel
+from mobilemoe.generation import LanguageModel
 from modeling_mobilemoe import kernels, quantize
 from modeling_mobilemoe.int4_mobilemoe import dequantize_tensor
 from modeling_mobilemoe.kernels.modules import MoEFFN

@@ -10,7 +10,7 @@ import torch
 from mobilemoe import lookup
 from mobilemoe.cli import main
 from mobilemoe.lookup import VerificationTimes
-from mobilemoe.runtime import CheckpointModel, PteModel, check_operators, nucleus
+from mobilemoe.runtime import CheckpointModel, PteModel, check_operators
 
 
 @pytest.fixture(scope="module")
@@ -326,13 +326,6 @@ def test_missing_operators_are_named(pte_directory, tmp_path):
     (broken / "export.json").unlink()
     with pytest.raises(ValueError, match="holds no export.json"):
         PteModel(broken)
-
-
-def test_nucleus_keeps_the_fewest_tokens_that_reach_the_sum():
-    probabilities = torch.tensor([0.1, 0.5, 0.05, 0.35])
-    assert nucleus(probabilities, 1.0).tolist() == probabilities.tolist()
-    for top_p, kept in ((0.5, [1]), (0.51, [1, 3]), (0.84, [1, 3]), (0.9, [1, 3, 0]), (1e-6, [1])):
-        assert sorted(nucleus(probabilities, top_p).nonzero().flatten().tolist()) == sorted(kept)
 
 
 def test_a_temperature_near_0_is_greedy(pte):

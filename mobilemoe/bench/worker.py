@@ -28,8 +28,9 @@ from modeling_mobilemoe.packed_mobilemoe import Int4Experts
 from ..artifacts import PROGRAM_FILE, is_pte, is_shape, read_export
 from ..costs import weight_bytes_read
 from ..export.random_program import random_packed_model
+from ..generation import LanguageModel, most_probable
 from ..machine import peak_memory, without_lines
-from ..runtime import CheckpointModel, LanguageModel, PteModel, most_probable
+from ..runtime import CheckpointModel, PteModel
 from ..shapes import shapes
 
 

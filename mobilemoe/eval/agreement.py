@@ -12,9 +12,10 @@ from tqdm import tqdm
 from modeling_mobilemoe.modeling_mobilemoe import MobileMoERouter
 
 from ..artifacts import describe_model
+from ..generation import LanguageModel
 from ..machine import machine
 from ..results import Check, ExpertUse, Machine, TextAgreement
-from ..runtime import CheckpointModel, LanguageModel, load_language_model
+from ..runtime import CheckpointModel, load_language_model
 
 
 # Tokens per window, including BOS. A shorter context limits it further.

@@ -22,8 +22,9 @@ from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 from tqdm import tqdm
 from transformers import DynamicCache
 
+from ..generation import common_length
 from ..limits import limited
-from ..runtime import CheckpointModel, PteModel, common_length
+from ..runtime import CheckpointModel, PteModel
 
 
 # (context and continuation as text, context tokens, continuation tokens), the format of TemplateLM.
