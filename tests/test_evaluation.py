@@ -25,7 +25,7 @@ from lm_eval.api.instance import Instance
 from lm_eval.models.huggingface import HFLM
 from lm_eval.tasks import TaskManager
 
-from mobilemoe.artifacts import describe_model
+from mobilemoe.artifacts import describe_model, write_json
 from mobilemoe.cli import main
 from mobilemoe.eval import run as evaluation
 from mobilemoe.eval.data import (
@@ -34,7 +34,6 @@ from mobilemoe.eval.data import (
     select_tasks,
     suite_file,
     trim_card,
-    write_json,
     write_record,
 )
 from mobilemoe.eval.models import CheckpointLM, PteLM
