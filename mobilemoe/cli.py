@@ -71,7 +71,7 @@ def make_parser() -> argparse.ArgumentParser:
         help='print a completion script for the shell; eval "$(mobilemoe --print-completion bash)" turns it on',
     )
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    for add in (add_plan, add_train, add_export, add_run, add_chat, add_bench, add_eval, add_card):
+    for add in (add_plan, add_train, add_export, add_run, add_chat, add_serve, add_bench, add_eval, add_card):
         add(commands)
     return parser
 
@@ -304,6 +304,32 @@ def check_model(model: str) -> None:
 
     if find_gguf(model) is None:
         local_checkpoint(model)
+
+
+def add_serve(commands) -> None:
+    serve = commands.add_parser("serve", help="serve a model over HTTP, as OpenAI's API")
+    serve.add_argument("--model", required=True, metavar="MODEL", help=MODEL_HELP)
+    serve.add_argument(
+        "--device", default="auto", help="of a checkpoint: cpu, cuda, cuda:1 (default: a GPU if there is one)"
+    )
+    serve.add_argument("--name", help="of the model in requests (default: the last part of --model)")
+    serve.add_argument("--host", default="127.0.0.1", help="address to listen on (default: 127.0.0.1, this machine)")
+    serve.add_argument("--port", type=int, default=8000, help="0 takes a free one (default: 8000)")
+    serve.add_argument("--api-key", help="that requests must carry (default: the variable MOBILEMOE_API_KEY)")
+    limits = serve.add_argument_group("limits")
+    limits.add_argument("--max-prompt-tokens", type=int, help="of one request (default: the context)")
+    limits.add_argument("--max-tokens", type=int, help="new tokens of one request (default: the context)")
+    limits.add_argument("--max-body-bytes", type=int, default=2**20, help="of one request (default: 1048576)")
+    limits.add_argument("--max-waiting", type=int, default=32, help="requests in the queue (default: 32)")
+    serve.set_defaults(function=run_server, extra="serve")
+
+
+def run_server(arguments: argparse.Namespace) -> None:
+    check_model(arguments.model)
+    from .serve.main import serve
+
+    names = "model device host port name api_key max_prompt_tokens max_tokens max_body_bytes max_waiting".split()
+    serve(**{name: vars(arguments)[name] for name in names})
 
 
 def add_bench(commands) -> None:

@@ -152,7 +152,7 @@ class LanguageModel(ABC):
             max_new_tokens (`int`): the maximum number of new tokens.
             temperature (`float`, defaults to 0): divides the logits before sampling. 0 decodes greedily.
             top_p (`float`, defaults to 1): sample from the smallest set of tokens whose probabilities sum to `top_p`.
-            seed (`int`, *optional*): seed of the sampling.
+            seed (`int`, *optional*): seed of the sampling. The default is another one every time.
             prompt_lookup (`bool`, *optional*): where the text repeats itself, verify several tokens in one call, if
                 that is faster (lookup.py). The default where `is_exact`, as the tokens stay the same. Elsewhere the
                 model may choose another of nearly tied tokens.
@@ -172,7 +172,10 @@ class LanguageModel(ABC):
         if max_new_tokens < 0:
             raise ValueError(f"max_new_tokens={max_new_tokens} cannot be generated. Set 0 or more.")
         generator = torch.Generator()
-        if seed is not None:
+        # A new generator always has the same seed.
+        if seed is None:
+            generator.seed()
+        else:
             generator.manual_seed(seed)
 
         def choose(logits: torch.Tensor) -> int:

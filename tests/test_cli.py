@@ -15,7 +15,7 @@ from mobilemoe.machine import without_lines
 from mobilemoe.runtime import load_language_model
 
 
-VERBS = ("plan", "export", "run", "chat", "bench", "eval", "card")
+VERBS = ("plan", "export", "run", "chat", "serve", "bench", "eval", "card")
 HEAVY = ("torch", "transformers", "numpy", "matplotlib", "rich", "huggingface_hub", "yaml", "shtab")
 
 

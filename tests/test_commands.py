@@ -13,6 +13,9 @@ import shlex
 import shutil
 import subprocess
 import sys
+import time
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 import pytest
@@ -30,7 +33,7 @@ DOCUMENTS = [
     *sorted((ROOT / "model_cards").glob("*.md")),
     ROOT / "modeling_mobilemoe/kernels/README.md",
 ]
-PROGRAMS = "python mobilemoe make accelerate optimum-cli pip hf source cmake ruff adb git pytest".split()
+PROGRAMS = "python mobilemoe curl make accelerate optimum-cli pip hf source cmake ruff adb git pytest".split()
 # `code` in running text that names a command and does not call it.
 NAMES = r"(mobilemoe|optimum-cli|accelerate|make)( [a-z]+){0,2}"
 HOURS = "takes hours, or minutes on an idle machine; tests/test_examples.py runs it on less"
@@ -123,12 +126,15 @@ def clone(tmp_path_factory) -> Path:
     return clone
 
 
-def run(command: list[str], directory: Path, **environment: str) -> None:
+def environment_of(directory: Path) -> dict[str, str]:
     # The programs of the environment, and none of the repository but that of the clone.
     path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
-    environment = (
-        os.environ | {"PATH": path, "PYTHONPATH": str(directory), "HF_HOME": str(directory / "hf")} | environment
-    )
+    values = {"PATH": path, "PYTHONPATH": str(directory), "HF_HOME": str(directory / "hf")}
+    return os.environ | values | {"NO_PROXY": "127.0.0.1,localhost"}
+
+
+def run(command: list[str], directory: Path, **environment: str) -> None:
+    environment = environment_of(directory) | environment
     result = subprocess.run(
         command, cwd=directory, env=environment, capture_output=True, text=True, stdin=subprocess.DEVNULL
     )
@@ -140,26 +146,49 @@ def run(command: list[str], directory: Path, **environment: str) -> None:
 def test_document(document: Path, clone: Path, tmp_path: Path):
     directory = shutil.copytree(clone, tmp_path / "clone")
     ran = 0
-    for language, text in read_document(document.read_text()):
-        if skipped(text):
-            continue
-        print(text, flush=True)
-        ran += 1
-        if language == "bash":
-            run(["bash", "-ec", text], directory)
-        elif "push_to_hub" in text:
-            run_with_hub(text, directory)
-        else:
-            run([sys.executable, "-c", text], directory)
+    with ExitStack() as servers:
+        for language, text in read_document(document.read_text()):
+            if skipped(text):
+                continue
+            print(text, flush=True)
+            ran += 1
+            if "mobilemoe serve " in text:
+                servers.enter_context(serving(text, directory))
+            elif language == "bash":
+                run(["bash", "-ec", text], directory)
+            elif "push_to_hub" in text:
+                run_with_hub(text, directory)
+            else:
+                run([sys.executable, "-c", text], directory)
     if not ran:
         pytest.skip("all of its commands are in SKIP")
+
+
+@contextmanager
+def serving(command: str, directory: Path) -> Iterator[None]:
+    """A server that is there for the rest of its document."""
+    log = directory / "serve.log"
+    with open(log, "w") as file:
+        server = subprocess.Popen(
+            ["bash", "-ec", command], cwd=directory, env=environment_of(directory), stdout=file, stderr=file
+        )
+    try:
+        while " at http://" not in log.read_text():
+            assert server.poll() is None, f"{command}\n{log.read_text()}"
+            time.sleep(0.1)
+        yield
+        server.terminate()
+        assert server.wait(60) == 0, f"{command}\n{log.read_text()}"
+    finally:
+        server.kill()
+        server.wait()
 
 
 def run_with_hub(block: str, directory: Path) -> None:
     """With a Hub in memory that takes what is pushed. Its settings are read when `huggingface_hub` is imported."""
     with HubServer() as hub:
         settings = {"HF_ENDPOINT": hub.endpoint, "HF_HUB_OFFLINE": "0", "HF_TOKEN": "hf_writer"}
-        settings |= {"NO_PROXY": "127.0.0.1,localhost", "HF_HUB_DISABLE_XET": "1", "HF_HUB_DISABLE_TELEMETRY": "1"}
+        settings |= {"HF_HUB_DISABLE_XET": "1", "HF_HUB_DISABLE_TELEMETRY": "1"}
         run([sys.executable, "-c", block], directory, **settings)
         assert hub.repositories
 

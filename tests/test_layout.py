@@ -26,6 +26,7 @@ ALLOWED = {
     "llamacpp": {"generation", "grammar", "limits"},
     "runtime": GROUND | {"integrity", "generation", "llamacpp"},
     "chat": LOW | {"grammar"},
+    "serve": LOW | {"grammar"},
     "train": LOW,
     "plan": LOW,
     "eval": LOW,
@@ -33,7 +34,7 @@ ALLOWED = {
     "bench": LOW | {"export"},
     "card": GROUND | {"costs", "shapes", "eval.report", "eval.suites"},
     "train_verb": LOW | {"train", "card", "export"},
-    "cli": LOW | {"train_verb", "chat", "plan", "export", "bench", "eval", "card"},
+    "cli": LOW | {"train_verb", "chat", "serve", "plan", "export", "bench", "eval", "card"},
     "recipes": {"train"},
 }
 

@@ -229,6 +229,7 @@ def test_sampling_follows_the_seed(checkpoint):
     first = list(checkpoint.generate(tokens, 12, temperature=1.0, seed=1))
     assert first == list(checkpoint.generate(tokens, 12, temperature=1.0, seed=1))
     assert first != list(checkpoint.generate(tokens, 12, temperature=1.0, seed=2))
+    assert len({tuple(checkpoint.generate(tokens, 12, temperature=1.0)) for _ in range(3)}) > 1
 
 
 def test_run_command_streams_text(pte_directory, text_checkpoint, capsys):

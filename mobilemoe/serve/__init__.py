@@ -1,0 +1,1 @@
+"""`mobilemoe serve`: OpenAI's HTTP interface to one model."""
