@@ -82,6 +82,8 @@ def serve(
             ),
             api_key,
         )
+        # From here on, who connects waits for the application and is not refused.
+        listener.listen()
         logger.info(
             f"{server.name} at http://{f'[{address}]' if ':' in address else address}:{port}/v1; Ctrl-C ends it"
         )
