@@ -313,8 +313,8 @@ GOOD = lines(*numbered("a", 40))
 CHAT = lines(*[{"messages": [user("a"), assistant("b")]}] * 20)
 # What the file holds, the arguments of `DataSource` and `Mixture` that differ, and the parts of the message.
 WRONG = {
-    "weights above 1": (GOOD, {"weight": 1.1}, {}, ["[1.1] sum to 1.1", "Set positive weights that sum to 1"]),
-    "weight of 0": (GOOD, {"weight": 0.0}, {}, ["[0.0] sum to 0", "Set positive weights"]),
+    "weights above 1": (GOOD, {"weight": 1.1}, {}, ["weight=1.1 cannot work", "from 1e-12 to 1"]),
+    "weight of 0": (GOOD, {"weight": 0.0}, {}, ["weight=0.0 cannot work", "from 1e-12 to 1"]),
     "missing column": (
         lines({"txt": "a", "id": 1}),
         {},
