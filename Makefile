@@ -7,7 +7,7 @@ export MALLOC_MMAP_THRESHOLD_ = 33554432
 export MALLOC_TRIM_THRESHOLD_ = 17179869184
 export MALLOC_TOP_PAD_ = 268435456
 
-.PHONY: setup demo test test-slow lint docs cards clean
+.PHONY: setup demo test test-slow fuzz lint docs cards clean
 
 setup: $(VENV)/.ready
 
@@ -31,6 +31,10 @@ test: lint
 
 test-slow: setup
 	$(VENV)/bin/python -m pytest -m slow
+
+# Damaged inputs of every kind, today's: about ten minutes on two cores.
+fuzz: setup
+	$(VENV)/bin/python -m tests.fuzz --cases 2000
 
 lint: setup
 	$(VENV)/bin/ruff check .

@@ -24,7 +24,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from mobilemoe.artifacts import read_export
 from mobilemoe.display import show, table
 from mobilemoe.export.exporter import export_checkpoint
-from mobilemoe.export.parity import compare, encode_prompts, layers_recorded, reference_logits, rounded_as
+from mobilemoe.export.parity import compare, encode_prompts, layers_recorded, reference_logits
+from mobilemoe.export.roundings import rounded_as
 from modeling_mobilemoe import MobileMoEConfig, MobileMoEForCausalLM, quantize
 from modeling_mobilemoe.kernels import reference
 

@@ -47,7 +47,7 @@ SKIP = {
     r"^python benchmarks/ablation\.py": "takes hours; tests/test_ablation.py runs it on less",
     r"^python examples/record\.py": "records the commands that stand beside it",
     r"^python examples/notebooks\.py": "tests/test_notebooks.py runs each notebook",
-    r"^make (setup|demo|test|test-slow|docs|lint)": "makes or needs an environment of its own",
+    r"^make (setup|demo|test|test-slow|fuzz|docs|lint)": "makes or needs an environment of its own",
     r"^source \.venv/bin/activate": "enters the environment that the tests run in",
     r"^mobilemoe bench --model S ": "exports two full-size programs; tests/test_bench.py runs small ones",
     r"^mobilemoe eval prepare ": "needs the network; tests/test_evaluation.py runs it against a Hub in memory",

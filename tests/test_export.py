@@ -26,8 +26,8 @@ from mobilemoe.export import exporter as export_module
 from mobilemoe.export.exporter import export_checkpoint
 from mobilemoe.export.glm4_moe import export_glm4_moe
 from mobilemoe.export.mlx import export_mlx
-from mobilemoe.export.parity import rounded_as
 from mobilemoe.export.program import MOE_MODULES, ProgramOptions
+from mobilemoe.export.roundings import rounded_as
 from mobilemoe.integrity import PROGRAM_HEADER
 from mobilemoe.runtime import CheckpointModel, PteModel
 from modeling_mobilemoe import MobileMoEConfig, MobileMoEForCausalLM, quantize
@@ -115,6 +115,7 @@ def test_directory_is_complete_and_describes_itself(pte_directory):
         ("qat_directory", {"BF16 scales", "INT8 activations"}),
         ("evaluation_directory", {"INT4 weights", "BF16 scales", "INT8 activations", "INT8 KV cache"}),
         ("float_directory", set()),
+        ("bf16_directory", {"BF16 arithmetic"}),
     ],
 )
 def test_program_is_pytorch_with_the_same_roundings(fixture, sources, request):

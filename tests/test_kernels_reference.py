@@ -6,8 +6,9 @@ import pytest
 import torch
 from torch import nn
 
-from mobilemoe.export.parity import reference_logits, rounded_as
+from mobilemoe.export.parity import reference_logits
 from mobilemoe.export.program import ExportModel, ProgramOptions
+from mobilemoe.export.roundings import rounded_as
 from modeling_mobilemoe import kernels
 from modeling_mobilemoe.kernels import reference
 from modeling_mobilemoe.kernels.modules import MoEFFN

@@ -191,7 +191,10 @@ def load(
     with stages("import"):
         # First, so that a missing extra is known before minutes are spent.
         import executorch.exir  # noqa: F401
-        import executorch.extension.llm.custom_ops.custom_ops  # noqa: F401  llama::*, to run layers before lowering
+
+        # Their operators, to run the parts of a program before it is lowered.
+        import executorch.extension.llm.custom_ops.custom_ops
+        import executorch.kernels.quantized  # noqa: F401
         import torchao.quantization  # noqa: F401
 
         from .parity import Reference, encode_prompts
@@ -205,14 +208,13 @@ def load(
             dequantize(source)
     with stages("reference"):
         reference = Reference(source, prompts, eos_ids, options.max_seq_len)
-        if options.weights == "int4":
-            if not packed:
-                quantize(source, Int4Format(moe_module.expert_axis))
-                reference.add_int4_rounding(source)
-            reference.add_sources(source, options, crosses, on_kernels=moe_module is MoEFFN)
+        if options.weights == "int4" and not packed:
+            quantize(source, Int4Format(moe_module.expert_axis))
+            reference.add_int4_rounding(source)
+        reference.add_sources(source, options, crosses, on_kernels=moe_module is MoEFFN)
     with stages("pack"):
         exportable = ExportModel(source, options, moe_module)
-        reference.check_layers(exportable)
+        reference.check_parts(exportable)
         if source.config.bos_token_id is None:
             # Every runner asks the program for it.
             source.config.bos_token_id = tokenizer.bos_token_id

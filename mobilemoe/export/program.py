@@ -308,11 +308,17 @@ class DelegatedLayer(nn.Module):
             self.shared_expert.set_submodule(name, linear)
 
     def forward(self, hidden_states: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, start: int) -> torch.Tensor:
-        hidden_states = hidden_states + self.attention(self.input_layernorm(hidden_states), cos, sin, start)
+        hidden_states = hidden_states + self.attend(hidden_states, cos, sin, start)
+        return hidden_states + self.feed_forward(hidden_states)
+
+    def attend(self, hidden_states: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, start: int) -> torch.Tensor:
+        return self.attention(self.input_layernorm(hidden_states), cos, sin, start)
+
+    def feed_forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
         normed = self.post_attention_layernorm(hidden_states)
         routed = self.moe(normed.flatten(0, 1)).view_as(normed)
         # The sums of the model, in its order: another one would differ in the last bits.
-        return hidden_states + (routed + self.shared_expert(normed))
+        return routed + self.shared_expert(normed)
 
 
 def export_layer(
