@@ -35,9 +35,9 @@ EXACT_DB = 100.0
 PART_DB, MOVED_DB, MOVED_TOKENS = 60.0, 30.0, 0.05
 # The attention of `llama` over an INT8 cache also rounds queries and probabilities, and the reference does not.
 INT8_CACHE_DB = 30.0
-# Their logits are judged by the cosine of the median position, as a token that moved to another expert may be the whole
-# noise of a small model. Where the roundings alone put it lower, it may be this many times as far from 1 as they do:
-# in a deep model two correct programs differ as much as each from the checkpoint.
+# Their logits are judged by the cosine of the median position: one token that moved to another expert may be all the
+# noise of a small model. Where the roundings alone put it lower, it may be this many times as far from 1 as they do,
+# because in a deep model two correct programs differ as much as each does from the checkpoint.
 MIN_COSINE, TIMES_THE_ROUNDINGS = 0.999, 4.0
 REPORT_THIS = (
     "Nothing was written. Compare torch, torchao and executorch with the `export` extra, and report this with "
