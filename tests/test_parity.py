@@ -13,7 +13,7 @@ from mobilemoe.export.parity import EXACT_DB, Reference, compare, encode_prompts
 from mobilemoe.export.program import DenseMoE, ExportModel, ProgramOptions, QuantizedMoEFFN
 from mobilemoe.generation import LanguageModel
 from modeling_mobilemoe import MobileMoEConfig, MobileMoEForCausalLM, dequantize, kernels, quantize
-from modeling_mobilemoe.int4_mobilemoe import dequantize_tensor, quantize_tensor
+from modeling_mobilemoe.int4_mobilemoe import dequantize_tensor, pack_int4, quantize_tensor
 from modeling_mobilemoe.kernels.modules import MoEFFN
 from modeling_mobilemoe.tiles_mobilemoe import linear_tiles, linear_weights
 
@@ -176,11 +176,12 @@ def keys_for_values(program, experts):
 
 
 def transposed_output(program, experts):
-    """The output projection of S is square."""
+    """Read as `[in, out]`, which the square one of S may be."""
 
     def edit(qweight, scale):
-        values = dequantize_tensor(qweight, scale, torch.float32).T.contiguous()
-        return quantize_tensor(values)
+        values = dequantize_tensor(qweight, scale, torch.float32)
+        quantized, scale = quantize_tensor(values.T.reshape(values.shape))
+        return pack_int4(quantized), scale
 
     edit_linear(program.layers[1].attention, 3, edit)
 

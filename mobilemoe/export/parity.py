@@ -33,8 +33,6 @@ EXACT_DB = 100.0
 # moves by an INT8 step, a token to another expert. So every part is compared alone, with the reference's input.
 # The median token has at most a few inputs that moved by a step, and few tokens moved to another expert.
 PART_DB, MOVED_DB, MOVED_TOKENS = 60.0, 30.0, 0.05
-# The attention of `llama` over an INT8 cache also rounds queries and probabilities, and the reference does not.
-INT8_CACHE_DB = 30.0
 # Their logits are judged by the cosine of the median position: one token that moved to another expert may be all the
 # noise of a small model. Where the roundings alone put it lower, it may be this many times as far from 1 as they do,
 # because in a deep model two correct programs differ as much as each does from the checkpoint.
@@ -257,8 +255,7 @@ class Reference:
             # The cache is lowered as it is, and a program begins with an empty one.
             buffer.fill_(1 if name.endswith("_scale") else 0)
         # Without the residual, beside which an error would look small.
-        limit = INT8_CACHE_DB if program.options.kv_cache == "int8" else PART_DB
-        self._check_part(f"attention of layer {index}", middle - before, torch.cat(attended), limit)
+        self._check_part(f"attention of layer {index}", middle - before, torch.cat(attended))
         self._check_part(f"feed-forward of layer {index}", after - middle, layer.feed_forward(middle[None])[0])
 
     def _check_experts(self, index: int, moe: nn.Module) -> None:
@@ -273,16 +270,15 @@ class Reference:
         name: str,
         expected: torch.Tensor,
         actual: torch.Tensor,
-        limit: float = PART_DB,
         moved_tokens: float = MOVED_TOKENS,
     ) -> None:
         noise = (actual - expected).square().sum(dim=-1).clamp(min=1e-30)
         ratios = 10 * torch.log10(expected.square().sum(dim=-1) / noise)
         moved = (ratios < MOVED_DB).float().mean()
-        if not (ratios.median() >= limit and moved <= moved_tokens):
+        if not (ratios.median() >= PART_DB and moved <= moved_tokens):
             raise ValueError(
                 f"The exported program does not compute this model: of the {name}, the median token has a signal to "
-                f"noise of {ratios.median():.1f} dB, at least {limit:.0f} is needed, and {moved:.0%} of the tokens "
+                f"noise of {ratios.median():.1f} dB, at least {PART_DB:.0f} is needed, and {moved:.0%} of the tokens "
                 f"have less than {MOVED_DB:.0f}, at most {moved_tokens:.0%} may. {REPORT_THIS}"
             )
 
