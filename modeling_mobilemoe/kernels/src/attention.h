@@ -154,10 +154,7 @@ inline void attend_tile(AttentionRow* rows, const CachedBlock& block, int64_t he
     for (int j = 0; j < kKeys; j += 16) {
       for (int i = 0; i < 16 / kLanes; ++i) total[i] += load<f32>(scores[r] + j + i * kLanes);
     }
-    for (int half = 8 / kLanes; half; half /= 2) {
-      for (int i = 0; i < half; ++i) total[i] += total[i + half];
-    }
-    rows[r].total = rows[r].total * correction[r] + sum_register(total[0]);
+    rows[r].total = rows[r].total * correction[r] + sum_lanes(total);
   }
   if (is_int8) return add_integer_values<kRows>(rows, scores, correction, block, head_dim);
   int64_t d = 0;

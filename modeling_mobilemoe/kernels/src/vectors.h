@@ -72,15 +72,22 @@ inline auto largest_lane(V v) {
   }
 }
 
-// The sum of a register's lanes in the order of sum_lanes().
 template <typename V>
-inline float sum_register(V v) {
+inline auto sum_lanes(V v) {
   if constexpr (sizeof(V) == 16) {
     v += __builtin_shufflevector(v, v, 2, 3, 0, 1);
     return v[0] + v[1];
   } else {
-    return sum_register(low_half(v) + high_half(v));
+    return sum_lanes(low_half(v) + high_half(v));
   }
+}
+
+// Of 16 lanes in registers of kLanes each, in the same order.
+inline float sum_lanes(f32 (&parts)[16 / kLanes]) {
+  for (int half = 8 / kLanes; half; half /= 2) {
+    for (int i = 0; i < half; ++i) parts[i] += parts[i + half];
+  }
+  return sum_lanes(parts[0]);
 }
 
 // FP16 -> FP32 without the instruction for it.
@@ -198,7 +205,6 @@ inline Rounded round_to_int8(const float* x, int64_t count, int8_t* out) {
   for (int64_t i = 0; i < count; i += kLanes) {
     largest = larger<u32>(largest, (u32)load<f32>(x + i) & 0x7FFFFFFFu);
   }
-  uint32_t lanes[16], sum = 0;
   const Rounding rounding(largest_lane(largest));
   u32x16 sums = {};
   for (int64_t i = 0; i < count; i += 16) {
@@ -207,24 +213,8 @@ inline Rounded round_to_int8(const float* x, int64_t count, int8_t* out) {
     // In two steps: GCC 12 would take the lanes one by one.
     store(out + i, __builtin_convertvector(__builtin_convertvector(rounded, u16x16), u8x16));
   }
-  store(lanes, sums);
-  for (const uint32_t lane : lanes) sum += lane;
+  const uint32_t sum = sum_lanes(sums);
   return {rounding.step, -kBias * static_cast<int32_t>(sum - static_cast<uint32_t>(count) * kRoundBits)};
-}
-
-inline float sum_lanes(const float* source) {
-  float lanes[16];
-  std::memcpy(lanes, source, sizeof(lanes));
-  for (int width = 8; width; width /= 2) {
-    for (int i = 0; i < width; ++i) lanes[i] += lanes[i + width];
-  }
-  return lanes[0];
-}
-
-[[maybe_unused]] inline float sum_lanes(f32x16 v) {
-  float lanes[16];
-  store(lanes, v);
-  return sum_lanes(lanes);
 }
 
 inline void rms_norm(const float* x, const float* weight, int64_t dim, float eps, float* out) {
@@ -309,11 +299,7 @@ inline void router_tile(const float* x, int64_t dim, const float* router, int64_
     }
   }
   for (int t = 0; t < kTokens; ++t) {
-    for (int e = 0; e < kExperts; ++e) {
-      float lanes[16];
-      for (int i = 0; i < kParts; ++i) store(lanes + i * kLanes, sums[t][e][i]);
-      logits[t * num_experts + e] = sum_lanes(lanes);
-    }
+    for (int e = 0; e < kExperts; ++e) logits[t * num_experts + e] = sum_lanes(sums[t][e]);
   }
 }
 
