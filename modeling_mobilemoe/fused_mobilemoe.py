@@ -3,6 +3,7 @@
 In decoding, calling a module from Python takes as long as many of them compute.
 """
 
+from collections.abc import Callable
 from typing import Any, cast
 
 import torch
@@ -31,8 +32,7 @@ class Int4FeedForward(FixedDtypeModule):
     experts; the operator keeps the routing weights in FP32.
 
     Args:
-        router, experts, shared_expert (`nn.Module`): of the block.
-        expert_bias (`torch.Tensor`): of shape `(E,)`, FP32.
+        plain (`nn.Module`): the block.
     """
 
     # Their classes are in `modeling_mobilemoe.py`, which imports this file, or those of adapters.
@@ -41,22 +41,18 @@ class Int4FeedForward(FixedDtypeModule):
     shared_expert: Any
     expert_bias: torch.Tensor
 
-    def __init__(self, router: nn.Module, experts: nn.Module, shared_expert: nn.Module, expert_bias: torch.Tensor):
+    def __init__(self, plain: nn.Module):
         super().__init__()
-        self.router = router
-        self.experts = experts
-        self.shared_expert = shared_expert
-        self.register_buffer("expert_bias", expert_bias)
+        # Finds here what it finds in the block.
+        self._plain_forward: Callable[..., torch.Tensor] = type(plain).forward
+        for name, module in plain.named_children():
+            self.add_module(name, module)
+        self.register_buffer("expert_bias", plain.get_buffer("expert_bias"))
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
         if self._may_fuse(hidden_states):
             return self._fused(hidden_states)
-        # As `MobileMoEFeedForward`.
-        flat_hidden_states = hidden_states.reshape(-1, hidden_states.shape[-1])  # (tokens, hidden)
-        _, top_k_weights, top_k_index = self.router(flat_hidden_states, self.expert_bias)
-        top_k_weights = top_k_weights.to(hidden_states.dtype)
-        routed = self.experts(flat_hidden_states, top_k_index, top_k_weights).view_as(hidden_states)
-        return routed + self.shared_expert(hidden_states)
+        return self._plain_forward(self, hidden_states)
 
     def _shared_linears(self) -> tuple[nn.Module, nn.Module, nn.Module]:
         return self.shared_expert.gate_proj, self.shared_expert.up_proj, self.shared_expert.down_proj
@@ -155,6 +151,8 @@ class Int4DecoderLayer(GradientCheckpointingLayer):
     def __init__(self, plain: nn.Module):
         super().__init__()
         self._plan: LayerPlan | None = None
+        # Finds here what it finds in the layer.
+        self._plain_forward: Callable[..., torch.Tensor] = type(plain).forward
         # In this order: a packed model's dtype is that of its first floating-point parameter, a norm.
         for name, module in plain.named_children():
             self.add_module(name, module)
@@ -170,15 +168,7 @@ class Int4DecoderLayer(GradientCheckpointingLayer):
         plan = None if cache is None else self._plan_for(hidden_states, attention_mask, cache)
         if plan is not None:
             return self._fused(plan, hidden_states, position_embeddings, cache)
-        # As `MobileMoEDecoderLayer`.
-        residual = hidden_states
-        hidden_states = self.input_layernorm(hidden_states)
-        hidden_states, _ = self.self_attn(hidden_states, position_embeddings, attention_mask, cache=cache, **kwargs)
-        hidden_states = residual + hidden_states
-
-        residual = hidden_states
-        hidden_states = self.post_attention_layernorm(hidden_states)
-        return residual + self.feed_forward(hidden_states)
+        return self._plain_forward(self, hidden_states, position_embeddings, attention_mask, cache, **kwargs)
 
     def _plan_for(
         self, hidden_states: torch.Tensor, attention_mask: torch.Tensor | None, cache: Cache
@@ -262,9 +252,7 @@ class LayerPlan:
         self.parameters = list(layer.parameters())
         router, eps = layer.feed_forward.router, layer.input_layernorm.variance_epsilon
         self.arguments = (attention, feed_forward, experts, router.top_k, router.routed_scaling_factor, eps)
-        modules = [module for module in layer.modules() if module is not layer]
-        self._attributes = [module.__dict__ for module in modules]
-        self._hooks = [hooks for module in modules for hooks in (module._forward_hooks, module._forward_pre_hooks)]
+        self._inner = [module for module in layer.modules() if module is not layer]
         # Dictionaries of modules and tensors, and what they have under a name.
         self._parts = [
             (parts, name, part)
@@ -278,16 +266,7 @@ class LayerPlan:
         return type(None), ()
 
     def holds(self) -> bool:
-        if any(self._hooks):
-            return False
-        for attributes in self._attributes:
-            # accelerate replaces it to load offloaded tensors.
-            if "forward" in attributes:
-                return False
-        for parts, name, part in self._parts:
-            if parts.get(name) is not part:
-                return False
-        return True
+        return is_untouched(*self._inner) and all(parts.get(name) is part for parts, name, part in self._parts)
 
 
 def may_be_blocks(layer: DynamicLayer) -> bool:

@@ -98,8 +98,7 @@ def _fuse(model: PreTrainedModel) -> None:
     for name, module in list(model.named_modules()):
         # By name, as in a checkpoint: `modeling_mobilemoe.py` imports this file and not the other way round.
         if name.endswith(".feed_forward"):
-            fused = Int4FeedForward(module.router, module.experts, module.shared_expert, module.expert_bias)
-            model.set_submodule(name, fused)
+            model.set_submodule(name, Int4FeedForward(module))
             layer_name = name.removesuffix(".feed_forward")
             model.set_submodule(layer_name, Int4DecoderLayer(model.get_submodule(layer_name)))
         elif name.endswith(".self_attn.inputs"):
