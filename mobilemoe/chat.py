@@ -7,7 +7,6 @@ import sys
 import time
 from collections.abc import Generator, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
 from pathlib import Path
 from threading import Event
 from typing import Any, Literal
@@ -18,7 +17,7 @@ from rich.console import Console
 
 from .artifacts import Artifact
 from .display import number, table
-from .generation import LanguageModel, until
+from .generation import LanguageModel, Timing, until
 from .runtime import CheckpointModel, load_language_model
 from .tools import Tool, ToolCall, parse_tool_calls, read_tools
 
@@ -122,28 +121,6 @@ class Writer:
             f"The answer ended after {len(self.timings[-1].times)} tokens, before it matched what was asked for. "
             "Raise --max-new-tokens, or bound what may be long (maxLength, maxItems, {1,20})."
         )
-
-
-@dataclass
-class Timing:
-    """Of one answer. Times are in seconds, of `perf_counter`."""
-
-    prompt_tokens: int
-    cached_tokens: int
-    started: float
-    times: list[float] = field(default_factory=list)
-
-    @property
-    def tokens_per_second(self) -> float | None:
-        """After the first token, which needs the prompt."""
-        return (len(self.times) - 1) / (self.times[-1] - self.times[0]) if len(self.times) > 1 else None
-
-    def __str__(self) -> str:
-        cached = f" ({self.cached_tokens} cached)" if self.cached_tokens else ""
-        text = f"{self.prompt_tokens} prompt tokens{cached}"
-        if self.times:
-            text += f", first token after {self.times[0] - self.started:.2f} s; {len(self.times)} new tokens"
-        return text + (f", {self.tokens_per_second:.1f} tokens/s" if self.tokens_per_second else "")
 
 
 def note(text: str) -> None:

@@ -4,6 +4,7 @@ import math
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import zip_longest
 from typing import TYPE_CHECKING, Any, cast
@@ -281,6 +282,28 @@ class LanguageModel(ABC):
                 yield grown[len(text) :]
                 text = grown
         yield self.decode(read)[len(text) :]
+
+
+@dataclass
+class Timing:
+    """Of one answer. Times are in seconds, of `perf_counter`."""
+
+    prompt_tokens: int
+    cached_tokens: int
+    started: float
+    times: list[float] = field(default_factory=list)
+
+    @property
+    def tokens_per_second(self) -> float | None:
+        """After the first token, which needs the prompt."""
+        return (len(self.times) - 1) / (self.times[-1] - self.times[0]) if len(self.times) > 1 else None
+
+    def __str__(self) -> str:
+        cached = f" ({self.cached_tokens} cached)" if self.cached_tokens else ""
+        text = f"{self.prompt_tokens} prompt tokens{cached}"
+        if self.times:
+            text += f", first token after {self.times[0] - self.started:.2f} s; {len(self.times)} new tokens"
+        return text + (f", {self.tokens_per_second:.1f} tokens/s" if self.tokens_per_second else "")
 
 
 def until(pieces: Iterable[str], stop: Sequence[str]) -> Iterator[str]:

@@ -252,9 +252,10 @@ def finish_reason(generation: Generation) -> str:
 
 
 def usage(generation: Generation) -> dict[str, Any]:
-    prompt, new = len(generation.prompt), generation.num_new_tokens
+    timing = generation.timing
+    prompt, new = timing.prompt_tokens, len(timing.times)
     counts = {"prompt_tokens": prompt, "completion_tokens": new, "total_tokens": prompt + new}
-    return counts | {"prompt_tokens_details": {"cached_tokens": generation.num_cached}}
+    return counts | {"prompt_tokens_details": {"cached_tokens": timing.cached_tokens}}
 
 
 async def send_events(events: AsyncIterator[dict[str, Any]], send: Send) -> None:

@@ -10,7 +10,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import asynccontextmanager, contextmanager
 from typing import Any, TypeVar
 
-from ..generation import LanguageModel, until
+from ..generation import LanguageModel, Timing, until
 from .requests import ApiError
 
 
@@ -95,10 +95,10 @@ class Generation:
     ):
         self.engine, self.prompt, self.max_new_tokens = engine, prompt, max_new_tokens
         # The whole of it, once the `pieces` have ended.
-        self.text, self.num_new_tokens, self.num_cached = "", 0, 0
+        self.text = ""
+        self.timing = Timing(len(prompt), 0, 0.0)
         self._reached_stop = False
         self._stop, self._hold, self._options = stop, hold, options
-        self._times: list[float] = []
         self._stopped = threading.Event()
         self._loop = asyncio.get_running_loop()
         self._pieces: asyncio.Queue[str | None] = asyncio.Queue()
@@ -124,10 +124,9 @@ class Generation:
     def _run(self) -> None:
         self.engine.check(is_running=False)
         model = self.engine.model
-        self.num_cached = model.num_cached(self.prompt)
-        self._times.append(time.perf_counter())
+        self.timing = Timing(len(self.prompt), model.num_cached(self.prompt), time.perf_counter())
         # In parts, for a client may go away, and the other threads of Python wait while a program runs.
-        for end in range(self.num_cached + PREFILL_TOKENS, len(self.prompt), PREFILL_TOKENS):
+        for end in range(self.timing.cached_tokens + PREFILL_TOKENS, len(self.prompt), PREFILL_TOKENS):
             if self._is_stopped():
                 return
             model.sequence_logits(self.prompt[:end])
@@ -157,8 +156,7 @@ class Generation:
     def _tokens(self) -> Iterator[int]:
         tokens = self.engine.model.generate(self.prompt, self.max_new_tokens, **self._options)
         while not self._is_stopped() and (token := next(tokens, None)) is not None:
-            self.num_new_tokens += 1
-            self._times.append(time.perf_counter())
+            self.timing.times.append(time.perf_counter())
             yield token
 
     @property
@@ -166,7 +164,7 @@ class Generation:
         """Whether it came to its end by itself, not by the limit of its length."""
         grammar = self._options["grammar"]
         is_complete = grammar is not None and grammar.is_complete
-        return self._reached_stop or is_complete or self.num_new_tokens < self.max_new_tokens
+        return self._reached_stop or is_complete or len(self.timing.times) < self.max_new_tokens
 
     async def pieces(self) -> AsyncIterator[str]:
         """
@@ -181,13 +179,8 @@ class Generation:
             self._future.result()
 
     def log(self) -> None:
-        seconds = [later - self._times[0] for later in self._times[1:]]
-        if len(seconds) > 1:
-            rate = (len(seconds) - 1) / (seconds[-1] - seconds[0])
-            logger.info(
-                f"{len(self.prompt)} prompt tokens ({self.num_cached} cached), first token after {seconds[0]:.2f} s; "
-                f"{len(seconds)} new tokens, {rate:.1f} tokens/s"
-            )
+        if self.timing.tokens_per_second is not None:
+            logger.info(str(self.timing))
 
 
 @asynccontextmanager
