@@ -249,6 +249,12 @@ def add_run(commands) -> None:
     run.set_defaults(function=run_generation, extra="export")
 
 
+def add_device(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--device", default="auto", help="of a checkpoint: cpu, cuda, cuda:1 (default: a GPU if there is one)"
+    )
+
+
 def add_generation_arguments(parser: argparse.ArgumentParser, max_new_tokens: int) -> None:
     parser.add_argument("--max-new-tokens", type=int, default=max_new_tokens, help=f"default: {max_new_tokens}")
     parser.add_argument(
@@ -259,9 +265,7 @@ def add_generation_arguments(parser: argparse.ArgumentParser, max_new_tokens: in
         action=argparse.BooleanOptionalAction,
         help="verify several tokens at once where the text repeats itself (default: where the text stays the same)",
     )
-    parser.add_argument(
-        "--device", default="auto", help="of a checkpoint: cpu, cuda, cuda:1 (default: a GPU if there is one)"
-    )
+    add_device(parser)
     sampling = parser.add_argument_group("sampling")
     sampling.add_argument("--temperature", type=float, default=0.0, help="default: 0, greedy decoding")
     sampling.add_argument("--top-p", type=float, default=1.0, help="nucleus sampling (default: 1, all tokens)")
@@ -309,9 +313,7 @@ def check_model(model: str) -> None:
 def add_serve(commands) -> None:
     serve = commands.add_parser("serve", help="serve a model over HTTP, as OpenAI's API")
     serve.add_argument("--model", required=True, metavar="MODEL", help=MODEL_HELP)
-    serve.add_argument(
-        "--device", default="auto", help="of a checkpoint: cpu, cuda, cuda:1 (default: a GPU if there is one)"
-    )
+    add_device(serve)
     serve.add_argument("--name", help="of the model in requests (default: the last part of --model)")
     serve.add_argument("--host", default="127.0.0.1", help="address to listen on (default: 127.0.0.1, this machine)")
     serve.add_argument("--port", type=int, default=8000, help="0 takes a free one (default: 8000)")
