@@ -25,6 +25,13 @@ TESTS = {
         "test_security.test_arguments_for_a_phone_are_quoted",
     ],
     "No network without a request": ["test_security.test_a_local_model_opens_no_connection"],
+    "The server is for this machine": [
+        "test_serve.test_an_api_key",
+        "test_serve.test_no_other_site_may_read",
+        "test_serve.test_names_of_this_machine",
+        "test_serve.test_what_cannot_be_served",
+        "test_serve.test_wrong_requests_are_refused",
+    ],
     "Nothing else runs": ["test_kernels.test_a_damaged_build_is_compiled_again"],
     "A checkpoint reads its own files only": ["test_checkpoint_mobilemoe.test_malformed_checkpoint_is_named"],
     "A chat template is bounded": ["test_limits.test_a_template_without_end_is_stopped"],
