@@ -2,9 +2,10 @@
 INT4 weights in the order in which the kernels read them: the checkpoint's integers and scales, moved.
 
 A tile holds 32 outputs of some inputs, 18 bytes for each input. For every 4 inputs there are 64 bytes, 16 cells of 4:
-the low nibbles of cell n are the integers of output n, the high ones those of output n + 16, all plus 8. FP16 scales
-follow: one for each output in a linear, whose tiles have 32 inputs; one for each input in an expert, whose tiles have
-128, the last one perhaps fewer. Tiles of the same outputs lie side by side (kernels/src/isa.h).
+the low nibbles of cell n are the integers of output n, the high ones those of output n + 16, all plus 8. A linear's
+tile has 32 inputs, and a scale for each output in FP16, after the integers. An expert's has 128 inputs, the last one
+perhaps fewer, and a scale for each of them, before the integers: they are read first, and reading backwards is slow.
+Tiles of the same outputs lie side by side (kernels/src/isa.h).
 """
 
 import torch
@@ -84,7 +85,7 @@ def expert_tiles(qweight: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
     tiles = []
     for integers, scales in zip(qweight.split(BLOCK, dim=1), scale.split(BLOCK, dim=1), strict=True):
         nibbles = _stored(integers).unflatten(-1, (-1, GROUP)).transpose(1, 2)  # (E, N / 32, up to 128, 32)
-        tiles += [_columns(nibbles), _bytes(scales.transpose(1, 2))]
+        tiles += [_bytes(scales.transpose(1, 2)), _columns(nibbles)]
     return torch.cat(tiles, dim=-1)
 
 
@@ -93,7 +94,7 @@ def expert_weights(tiles: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     qweight, scale = [], []
     for tile in tiles.split(BLOCK * INPUT_BYTES, dim=-1):
         num_inputs = tile.shape[-1] // INPUT_BYTES
-        columns, scales = tile.split([num_inputs * HALF, num_inputs * 2], dim=-1)
+        scales, columns = tile.split([num_inputs * 2, num_inputs * HALF], dim=-1)
         nibbles = _nibbles(columns).transpose(1, 2).flatten(2)  # (E, up to 128, N)
         qweight.append(_packed(nibbles))
         scale.append(scales.contiguous().view(torch.float16).transpose(1, 2))
@@ -101,10 +102,10 @@ def expert_weights(tiles: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def gate_up_tiles(qweight: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
-    """As [`expert_tiles`], with the tiles of 32 gates beside those of their ups: `(E, F / 32, 2, K * 18)`."""
-    return expert_tiles(qweight, scale).unflatten(1, (2, -1)).transpose(1, 2).contiguous()
+    """As [`expert_tiles`], with the tiles of 32 gates beside those of their ups: `(E, F / 32, 2 * K * 18)`."""
+    return expert_tiles(qweight, scale).unflatten(1, (2, -1)).transpose(1, 2).flatten(2)
 
 
 def gate_up_weights(tiles: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Inverse of [`gate_up_tiles`]."""
-    return expert_weights(tiles.transpose(1, 2).flatten(1, 2))
+    return expert_weights(tiles.unflatten(2, (2, -1)).transpose(1, 2).flatten(1, 2))

@@ -38,7 +38,7 @@ std::unique_ptr<uint8_t[]> random_bytes(int64_t count) {
 }
 
 // Columns of tiles: random integers, and positive FP16 scales of one size, or anything from the smallest subnormal to the
-// largest. A linear has 32 inputs in a tile, an expert up to 128.
+// largest. A linear has 32 inputs in a tile and its scales last, an expert up to 128 and its scales first.
 std::unique_ptr<uint8_t[]> random_tiles(int64_t num_columns, int64_t num_inputs, int64_t inputs_per_tile, bool is_wild) {
   auto tiles = random_bytes(num_columns * num_inputs * 18);
   uint8_t* tile = tiles.get();
@@ -47,7 +47,7 @@ std::unique_ptr<uint8_t[]> random_tiles(int64_t num_columns, int64_t num_inputs,
       const int64_t count = std::min(inputs_per_tile, num_inputs - first);
       for (int64_t i = 0; i < count; ++i) {
         const auto scale = static_cast<uint16_t>(is_wild ? between(1, 0x7BFF) : between(0x1C00, 0x2000));
-        std::memcpy(tile + count * 16 + i * 2, &scale, sizeof(scale));
+        std::memcpy(tile + (inputs_per_tile == 32 ? count * 16 : 0) + i * 2, &scale, sizeof(scale));
       }
       tile += count * 18;
     }

@@ -39,7 +39,7 @@ typedef struct {
   const int64_t* top_k_index;  // [T, top_k], or null
   const void* top_k_weights;   // [T, top_k] of weights_dtype, or null
   int32_t weights_dtype;
-  const uint8_t* gate_up;  // tiles [E, F / 32, 2, D * 18]: those of 32 gates, then those of their ups
+  const uint8_t* gate_up;  // tiles [E, F / 32, 2 * D * 18]: those of 32 gates, then those of their ups
   const uint8_t* down;     // tiles [E, D / 32, F * 18]
   void* out;               // [T, D]
 } mobilemoe_moe_ffn_args;

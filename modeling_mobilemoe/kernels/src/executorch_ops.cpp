@@ -36,10 +36,10 @@ constexpr int64_t kInputBytes = 18;
 // Router, bias and experts of inputs of width d: everything but x and out.
 bool to_experts(const Tensor& router, const Tensor& bias, const Tensor& gate_up, const Tensor& down, int64_t d,
                 mobilemoe_moe_ffn_args& args) {
-  if (gate_up.dim() != 4) return false;
+  if (gate_up.dim() != 3) return false;
   const int64_t e = gate_up.size(0), f = gate_up.size(1) * 32;
   if (!fits(router, ScalarType::Float, {e, d}) || !fits(bias, ScalarType::Float, {e}) ||
-      !fits(gate_up, ScalarType::Byte, {e, f / 32, 2, d * kInputBytes}) ||
+      !fits(gate_up, ScalarType::Byte, {e, f / 32, 2 * d * kInputBytes}) ||
       !fits(down, ScalarType::Byte, {e, d / 32, f * kInputBytes})) {
     return false;
   }

@@ -28,8 +28,8 @@ struct Experts {
     for (int64_t first = 0; first < inputs; first += kBlock) {
       const int count = static_cast<int>(smaller(inputs - first, kBlock));
       for (int t = 0; t < num_tokens; ++t) rows[t] = x[t] + first;
-      isa().quantize(rows, num_tokens, reinterpret_cast<const uint16_t*>(tile + 16 * count), count, of_tile);
-      isa().multiply_tile(tile, count, of_tile, num_tokens, first > 0, out, kGroup);
+      isa().quantize(rows, num_tokens, reinterpret_cast<const uint16_t*>(tile), count, of_tile);
+      isa().multiply_tile(tile + 2 * count, count, of_tile, num_tokens, first > 0, out, kGroup);
       tile += count * kInputBytes;
     }
   }

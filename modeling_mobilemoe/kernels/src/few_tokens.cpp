@@ -18,7 +18,10 @@ void FewTokens::multiply_in(int64_t unit, const float* x) const {
   });
 }
 
-void FewTokens::multiply_columns(int64_t expert, int64_t first, int64_t last) const {
+void FewTokens::multiply_out(int64_t unit) const {
+  const int64_t expert = router.used[unit / units_per_expert()];
+  const int64_t first = unit % units_per_expert() * columns_per_unit();
+  const int64_t last = smaller(first + columns_per_unit(), problem.down.num_columns());
   router.for_pairs(expert, isa().expert_tokens, [&](const int64_t* pairs, int count) {
     const float* rows[kTileTokens];
     alignas(64) float values[kTileTokens * kGroup];
@@ -43,13 +46,9 @@ struct FewTokensOfOperator : FewTokens {
     auto scored = score(x);
     auto chosen = choose();
     const Phase gated([&] { return num_in(); }, [&](int64_t unit, int64_t) { multiply_in(unit, x); });
-    const Phase multiplied([&] { return num_out(); },
-                           [&](int64_t unit, int64_t) {
-                             multiply_out(unit, [&](int64_t t, int64_t column, const float* values, int64_t count) {
-                               write(t, column, values, count);
-                             });
-                           });
+    const Phase multiplied([&] { return num_out(); }, [&](int64_t unit, int64_t) { multiply_out(unit); });
     run_phases(problem.num_threads, scored, chosen, gated, multiplied);
+    sum([&](int64_t t, int64_t column, const float* values, int64_t count) { write(t, column, values, count); });
   }
 };
 

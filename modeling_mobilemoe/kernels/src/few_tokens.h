@@ -1,5 +1,5 @@
 // Few tokens: memory is the limit. A unit is some outputs of an expert, a contiguous piece of its weights, which all
-// of its tokens take at once.
+// of its tokens take at once. Units of an expert follow each other, so that a thread reads on from one to the next.
 #pragma once
 
 #include "experts.h"
@@ -21,31 +21,27 @@ struct FewTokens : Pass {
   int64_t num_in() const;
   void multiply_in(int64_t unit, const float* x) const;
 
-  // Units of the second one: some columns of every chosen expert, and then the sums of every token, which are handed
-  // to finish(t, first output, values, count).
-  int64_t num_out() const { return ceil_div(problem.down.num_columns(), columns_per_unit()); }
+  // Units of the second one, and then the sums of every token, handed to finish(t, first output, values, count).
+  int64_t num_out() const { return router.num_used() * units_per_expert(); }
+  void multiply_out(int64_t unit) const;
 
   template <typename Finish>
-  void multiply_out(int64_t unit, const Finish& finish) const {
+  void sum(const Finish& finish) const {
     const int64_t dim = problem.args.dim, top_k = problem.args.top_k;
-    const int64_t first = unit * columns_per_unit();
-    const int64_t last = smaller(first + columns_per_unit(), problem.down.num_columns());
-    for (int64_t i = 0; i < router.num_used(); ++i) multiply_columns(router.used[i], first, last);
     for (int64_t t = 0; t < num_tokens; ++t) {
-      for (int64_t column = first; column < last; ++column) {
-        alignas(64) float sum[kGroup] = {};
+      for (int64_t column = 0; column < dim; column += kGroup) {
+        alignas(64) float values[kGroup] = {};
         for (int64_t pair = t * top_k; pair < (t + 1) * top_k; ++pair) {
-          isa().add(sum, out + pair * dim + column * kGroup, router.weight[pair], kGroup);
+          isa().add(values, out + pair * dim + column, router.weight[pair], kGroup);
         }
-        finish(t, column * kGroup, sum, kGroup);
+        finish(t, column, values, kGroup);
       }
     }
   }
 
  private:
-  // A few for each thread, because a unit reads as many pieces as there are experts.
-  int64_t columns_per_unit() const { return ceil_div(problem.down.num_columns(), 4 * problem.num_threads); }
-  void multiply_columns(int64_t expert, int64_t first, int64_t last) const;
+  int64_t columns_per_unit() const { return ceil_div(kUnitBytes, problem.down.inputs * kInputBytes); }
+  int64_t units_per_expert() const { return ceil_div(problem.down.num_columns(), columns_per_unit()); }
 };
 
 }  // namespace mobilemoe

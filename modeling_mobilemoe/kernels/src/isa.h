@@ -1,8 +1,9 @@
 // What an instruction set provides, and the arithmetic that all of them share bit for bit.
 //
 // Weights come in tiles of 32 outputs by some inputs. For every 4 inputs a tile has 64 bytes, 16 cells: the low
-// nibbles of cell n are 4 integers of output n, its high nibbles those of output n + 16, all plus 8. FP16 scales
-// follow. Tiles of the same outputs lie side by side, so that reading them is one stream forward.
+// nibbles of cell n are 4 integers of output n, its high nibbles those of output n + 16, all plus 8. FP16 scales lie
+// before them in an expert, after them in a linear. Tiles of the same outputs lie side by side, so that reading them is
+// one stream forward.
 //
 // Experts: y[n] = sum_k x[k] * s[k, n / 32] * q[k, n] has its scale inside the reduction. So for every tile of 32
 // outputs and up to 128 inputs, which has a scale for each input, the activations are multiplied by its scales and

@@ -174,15 +174,13 @@ struct FewTokensLayer {
           });
         });
     const Phase returned([&] { return is_sparse ? experts.num_out() : 0; },
-                         [&](int64_t unit, int64_t) {
-                           experts.multiply_out(unit, [&](int64_t t, int64_t row, const float* routed, int64_t count) {
-                             const int64_t at = t * dim + row;
-                             for (int64_t i = 0; i < count; ++i) {
-                               args.out[at + i] = hidden[at + i] + (routed[i] + shared[at + i]);
-                             }
-                           });
-                         });
+                         [&](int64_t unit, int64_t) { experts.multiply_out(unit); });
     run_phases(num_threads, projected, attending, added, gated, multiplied, returned);
+    if (!is_sparse) return;
+    experts.sum([&](int64_t t, int64_t row, const float* routed, int64_t count) {
+      const int64_t at = t * dim + row;
+      for (int64_t i = 0; i < count; ++i) args.out[at + i] = hidden[at + i] + (routed[i] + shared[at + i]);
+    });
   }
 };
 

@@ -6,6 +6,7 @@
 #include "errors.h"
 #include "isa.h"
 #include "mobilemoe.h"
+#include "threads.h"
 #include "workspace.h"
 
 namespace mobilemoe {
@@ -14,8 +15,6 @@ constexpr int64_t kFewTokens = 3;
 constexpr int64_t kPassTokens = 1024;
 // Weights of a draft come from memory, in one stream for up to so many of its tokens.
 constexpr int64_t kStreamTokens = 4;
-// Bytes of weights in a unit, at least: a microsecond, little to lose when a thread is stopped.
-constexpr int64_t kUnitBytes = 8 * 1024;
 
 // Rows of tokens rounded to INT8.
 struct Tokens {

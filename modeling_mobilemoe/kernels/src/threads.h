@@ -10,6 +10,8 @@
 namespace mobilemoe {
 
 constexpr int64_t kMaxThreads = 1024;
+// Bytes of weights in a unit, at least: a microsecond, little to lose when a thread is stopped.
+constexpr int64_t kUnitBytes = 8 * 1024;
 
 // A status with a sentence, as errors.h.
 int check_threads(int64_t num_threads);

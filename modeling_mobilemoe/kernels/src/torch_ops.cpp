@@ -28,11 +28,11 @@ void check(int status) { TORCH_CHECK_VALUE(status == MOBILEMOE_OK, "mobilemoe: "
 // Bytes of 32 outputs' weights for each input (src/isa.h).
 constexpr int64_t kInputBytes = 18;
 
-// What both entries to the experts share: gate_up [E, F / 32, 2, D * 18] and down [E, D / 32, F * 18].
+// What both entries to the experts share: gate_up [E, F / 32, 2 * D * 18] and down [E, D / 32, F * 18].
 mobilemoe_moe_ffn_args experts(const Tensor& x, const Tensor& gate_up, const Tensor& down, Tensor& out) {
   TORCH_CHECK_VALUE(x.dim() == 2, "x is ", x.sizes(), ", the kernel needs [tokens, dim].");
-  TORCH_CHECK_VALUE(gate_up.dim() == 4, "gate_up is ", gate_up.sizes(),
-                    ", the kernel needs [experts, expert_dim / 32, 2, dim * 18].");
+  TORCH_CHECK_VALUE(gate_up.dim() == 3, "gate_up is ", gate_up.sizes(),
+                    ", the kernel needs [experts, expert_dim / 32, 2 * dim * 18].");
   mobilemoe_moe_ffn_args args = {};
   args.num_tokens = x.size(0);
   args.dim = x.size(1);
@@ -41,7 +41,7 @@ mobilemoe_moe_ffn_args experts(const Tensor& x, const Tensor& gate_up, const Ten
   args.dtype = dtype_of(x, "x");
   const int64_t e = args.num_experts, d = args.dim, f = args.expert_dim;
   args.x = address(x, "x", x.scalar_type(), x.sizes());
-  args.gate_up = static_cast<const uint8_t*>(address(gate_up, "gate_up", at::kByte, {e, f / 32, 2, d * kInputBytes}));
+  args.gate_up = static_cast<const uint8_t*>(address(gate_up, "gate_up", at::kByte, {e, f / 32, 2 * d * kInputBytes}));
   args.down = static_cast<const uint8_t*>(address(down, "down", at::kByte, {e, d / 32, f * kInputBytes}));
   args.out = out.mutable_data_ptr();
   return args;
