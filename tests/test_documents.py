@@ -1,6 +1,7 @@
 """Packing and encoding: against rules written out here, and the tokens of inference."""
 
 import itertools
+import json
 import math
 import random
 from functools import partial
@@ -10,7 +11,7 @@ import pytest
 import torch
 
 from mobilemoe.train.data import collate
-from mobilemoe.train.documents import Document, encode, pack, sequence
+from mobilemoe.train.documents import Document, UnreadableExample, as_messages, encode, pack, sequence
 
 
 PAD = 497
@@ -159,6 +160,54 @@ def test_chat_learns_exactly_the_answers(chat_tokenizer):
     whole = chat_tokenizer.apply_chat_template(CONVERSATION[:-1], tokenize=False)
     assert chat_tokenizer.decode(document.input_ids) == whole
     assert "Thank you" not in whole and whole.count("<|begin_of_text|>") == 1
+
+
+ADD = {"type": "function", "function": {"name": "add", "parameters": {"type": "object", "properties": {"a": {}}}}}
+CALLS = [{"type": "function", "function": {"name": "add", "arguments": {"a": 2}}}]
+
+
+def test_calls_of_tools_are_learnt_and_definitions_are_not(chat_tokenizer):
+    messages = [
+        user("What is two plus two?"),
+        {"role": "assistant", "content": None, "tool_calls": CALLS},
+        {"role": "tool", "content": "4"},
+        assistant("It is four."),
+    ]
+    row = {"messages": messages, "tools": [ADD]}
+    ((document,),) = encode([row], "chat", chat_tokenizer, 512)
+    call = '<tool_call>\n{"name": "add", "arguments": {"a": 2}}\n</tool_call>'
+    assert learned(document, chat_tokenizer) == [f"{call}<|eot|>", "It is four.<|eot|>"]
+    whole = chat_tokenizer.apply_chat_template(as_messages(messages), [ADD], tokenize=False)
+    assert chat_tokenizer.decode(document.input_ids) == whole and '"name": "add", "parameters"' in whole
+    # As data sets are stored: definitions as JSON, and what some objects of a column have as null in all others.
+    null = {"properties": None, "b": None}
+    stored = {
+        "messages": [
+            message | {"tool_calls": None} if index != 1 else message | {"name": None}
+            for index, message in enumerate(messages)
+        ],
+        "tools": json.dumps([ADD]),
+    }
+    filled = row | {"tools": [{**ADD, "function": ADD["function"] | null}]}
+    for same in (stored, filled):
+        ((other,),) = encode([same], "chat", chat_tokenizer, 512)
+        assert other.input_ids.tolist() == document.input_ids.tolist()
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"tools": "["}, "its tools are not JSON"),
+        ({"tools": {"name": "add"}}, "its tools are dict, not a list of objects"),
+        ({"tools": '["add"]'}, "its tools are list, not a list of objects"),
+        ({"messages": [user("a"), {"role": "assistant", "tool_calls": "add"}]}, "tool_calls of its assistant message"),
+        ({"messages": [user("a"), {"role": "assistant", "tool_calls": [{"name": 1}]}]}, "no list of calls"),
+        ({"messages": [user("a"), {"role": "assistant"}]}, "lacks role or content"),
+    ],
+)
+def test_broken_tools_are_refused(chat_tokenizer, change, message):
+    with pytest.raises(UnreadableExample, match=message):
+        encode([{"messages": [user("a"), assistant("b")]} | change], "chat", chat_tokenizer, 512)
 
 
 @pytest.mark.parametrize("content", [" four", "\nfour", "\n\n four", "1234", "'s"])

@@ -15,7 +15,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from mobilemoe import cli
 from mobilemoe.train import command
-from mobilemoe.train.conversations import read_examples, split
+from mobilemoe.train.conversations import read_examples, split, write_examples
+from mobilemoe.train.data import DataSource, Source
+from mobilemoe.train.epochs import read_documents
 from modeling_mobilemoe import MobileMoEConfig
 
 
@@ -94,6 +96,37 @@ def test_every_kind_of_file_is_recognised(kind, expected, tmp_path, chat_tokeniz
             "user",
             "assistant",
         }
+
+
+def test_tools_reach_the_recipes_as_they_were_written(tmp_path, chat_tokenizer):
+    """Arguments of another function in the same column add nothing to a call."""
+    calls = [("add", {"a": 1}), ("find", {"text": "dedent", "exact": None})]
+    rows = [
+        {
+            "messages": [
+                *chat(question, "")[:1],
+                {"role": "assistant", "tool_calls": [{"function": {"name": name, "arguments": arguments}}]},
+            ],
+            "tools": [{"type": "function", "function": {"name": name, name: {}}}],
+        }
+        for question, _ in QUESTIONS
+        for name, arguments in calls
+    ]
+    examples = read_examples(write_jsonl(tmp_path / "tools.jsonl", rows), chat_tokenizer, 512)
+    assert examples.unused_columns == []
+    write_examples(examples.train, tmp_path / "train.jsonl")
+    source = Source(DataSource("json", data_files=str(tmp_path / "train.jsonl")), chat_tokenizer, 512, 0)
+    texts = [chat_tokenizer.decode(document.input_ids) for document in read_documents([source])]
+    assert len(texts) == len(examples.train)
+    for text in texts:
+        is_add = '"name": "add"' in text
+        call = (
+            '{"name": "add", "arguments": {"a": 1}}' if is_add else '{"name": "find", "arguments": {"text": "dedent"}}'
+        )
+        assert f"<tool_call>\n{call}\n</tool_call><|eot|>" in text
+        name = "add" if is_add else "find"
+        definition = json.dumps({"type": "function", "function": {"name": name, name: {}}})
+        assert f"<tools>\n{definition}\n</tools>" in text
 
 
 def test_split_depends_on_nothing_but_the_examples(tmp_path, chat_tokenizer):

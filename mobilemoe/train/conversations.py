@@ -13,7 +13,7 @@ from typing import Any
 from transformers import PreTrainedTokenizerBase
 
 from ..artifacts import write_text
-from .documents import IGNORED, UnreadableExample, as_messages, encode
+from .documents import IGNORED, TOOLS, UnreadableExample, as_messages, as_tools, called_functions, encode
 
 
 EXPECTED = (
@@ -161,14 +161,22 @@ def normalise(row: dict[str, Any], columns: tuple[str, ...], kind: str) -> dict[
     missing = [column for column in columns if column not in row]
     if missing:
         raise UnreadableExample(f"it lacks the column {missing[0]}, which earlier rows have")
+    if kind == "text":
+        return {"text": row["text"]}
     if kind == "chat":
-        return {"messages": as_messages(row[columns[0]])}
-    if kind == "pair":
-        return {
+        example = {"messages": as_messages(row[columns[0]])}
+    else:
+        example = {
             "prompt": as_messages(row["prompt"], "user"),
             "completion": as_messages(row["completion"], "assistant"),
         }
-    return {"text": row["text"]}
+    for messages in example.values():
+        for function in (function for message in messages for function in called_functions(message)):
+            # As JSON, or Arrow would give the arguments of every function the keys of all others.
+            if not isinstance(function.get("arguments"), str):
+                function["arguments"] = json.dumps(function.get("arguments", {}))
+    tools = as_tools(row.get(TOOLS))
+    return example if tools is None else example | {TOOLS: json.dumps(tools)}
 
 
 def read_examples(data: str, tokenizer: PreTrainedTokenizerBase, context: int) -> Examples:
@@ -192,7 +200,8 @@ def read_examples(data: str, tokenizer: PreTrainedTokenizerBase, context: int) -
             columns, kind = recognise(where, row)
         if not isinstance(row, dict):
             raise ValueError(f"{where} is {type(row).__name__}, not an object with columns. {EXPECTED}.")
-        others.update(name for name, value in row.items() if name not in columns and value is not None)
+        used = columns if kind == "text" else (*columns, TOOLS)
+        others.update(name for name, value in row.items() if name not in used and value is not None)
         try:
             rows.append((where, normalise(row, columns, kind)))
         except UnreadableExample as error:

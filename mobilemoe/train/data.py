@@ -16,7 +16,7 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from .checks import check_numbers, check_types
-from .documents import KINDS, Document, UnreadableExample, encode, pack, sequence
+from .documents import KINDS, TOOLS, Document, UnreadableExample, encode, pack, sequence
 
 
 # Sequences that a reader packs and shuffles at a time. Larger blocks pack tighter and mix better but start later.
@@ -37,7 +37,7 @@ class DataSource:
         data_dir (`str`, *optional*): directory within the data set.
         data_files (`str`, *optional*): local files, when `path` is a format.
         columns (`dict[str, str]`, *optional*): which of its columns is `text`, or `messages`, or `prompt` and
-            `completion`; needed where the names differ.
+            `completion`; and which is `tools` of conversations. Needed where the names differ.
         streaming (`bool`, defaults to `False`): `False` downloads the whole source and shuffles it; `True` reads it
             during training, in its own order, shuffled within blocks of 64 sequences.
     """
@@ -68,7 +68,7 @@ class DataSource:
         """
         for kind, needed in KINDS.items():
             if all(self.columns.get(column, column) in available for column in needed) and (
-                not self.columns or set(needed) == set(self.columns)
+                not self.columns or set(needed) == set(self.columns) - {TOOLS}
             ):
                 return kind
         wanted = f"maps {self.columns} and" if self.columns else "sets no `columns` and"
@@ -140,7 +140,10 @@ class Source:
 
     def encode(self, rows: list[dict], first: int) -> list[list[Document]]:
         """Documents of each row; `first` is the number of the first row, for error messages."""
-        named = [{ours: row[self.source.columns.get(ours, ours)] for ours in KINDS[self.kind]} for row in rows]
+        columns = self.source.columns
+        named = [{ours: row[columns.get(ours, ours)] for ours in KINDS[self.kind]} for row in rows]
+        for example, row in zip(named, rows, strict=True):
+            example[TOOLS] = row.get(columns.get(TOOLS, TOOLS))
         try:
             return encode(named, self.kind, self.tokenizer, self.max_length)
         except UnreadableExample as error:

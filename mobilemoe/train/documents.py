@@ -1,6 +1,7 @@
 """Examples as training sequences: text and chat are tokenized into documents, and documents packed without cuts."""
 
 import bisect
+import json
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,6 +14,8 @@ IGNORED = -100
 # The columns of each kind of example. The loss counts every token of a text, the assistant turns of a chat, and the
 # completion of a pair.
 KINDS = {"text": ["text"], "chat": ["messages"], "pair": ["prompt", "completion"]}
+# The column that conversations may have too: the functions that the model may call.
+TOOLS = "tools"
 SHAREGPT_ROLES = {"human": "user", "gpt": "assistant"}
 
 
@@ -33,7 +36,10 @@ class Document:
 
 
 def render_chat(
-    messages: list[dict[str, str]], num_prompt_messages: int, tokenizer: PreTrainedTokenizerBase
+    messages: list[dict[str, Any]],
+    num_prompt_messages: int,
+    tokenizer: PreTrainedTokenizerBase,
+    tools: list[dict[str, Any]] | None = None,
 ) -> list[tuple[str, bool]]:
     """
     Splits a conversation up to its last assistant turn into pieces of text, each with whether the loss counts it.
@@ -55,8 +61,8 @@ def render_chat(
         raise UnreadableExample("it begins with an assistant turn, which no prompt precedes")
     pieces, done = [], ""
     for index in turns:
-        prefix = tokenizer.apply_chat_template(messages[:index], tokenize=False, add_generation_prompt=True)
-        whole = tokenizer.apply_chat_template(messages[: index + 1], tokenize=False)
+        prefix = tokenizer.apply_chat_template(messages[:index], tools, tokenize=False, add_generation_prompt=True)
+        whole = tokenizer.apply_chat_template(messages[: index + 1], tools, tokenize=False)
         if not (prefix.startswith(done) and whole.startswith(prefix)):
             raise UnreadableExample("the chat template renders its turns differently once more turns follow")
         # Empty answers are context only: learning one would teach the model to end its turn at once.
@@ -66,8 +72,43 @@ def render_chat(
     return pieces
 
 
-def as_messages(value: Any, role: str | None = None) -> list[dict[str, str]]:
-    """Messages of an example: a list, with ShareGPT keys renamed, or with `role` one turn from a string or `None`."""
+def without_nulls(value: Any) -> Any:
+    """Without the keys that are `None`: Arrow gives every object of a column the keys of all others."""
+    if isinstance(value, dict):
+        return {key: without_nulls(inner) for key, inner in value.items() if inner is not None}
+    return [without_nulls(inner) for inner in value] if isinstance(value, list) else value
+
+
+def as_tools(value: Any) -> list[dict[str, Any]] | None:
+    """The functions that an example's model may call: a list of objects, or its JSON, or `None`."""
+    if isinstance(value, str):
+        try:
+            value = json.loads(value)
+        except ValueError as error:
+            raise UnreadableExample(f"its tools are not JSON: {error}") from error
+    else:
+        value = without_nulls(value)
+    if value is not None and not (isinstance(value, list) and all(isinstance(tool, dict) for tool in value)):
+        raise UnreadableExample(f"its tools are {type(value).__name__}, not a list of objects or its JSON")
+    return value or None
+
+
+def called_functions(message: dict[str, Any]) -> list[dict[str, Any]]:
+    """The calls of a message, each `{"name", "arguments"}`, perhaps inside of `{"function": ...}`."""
+    calls = message.get("tool_calls", [])
+    if isinstance(calls, list) and all(isinstance(call, dict) for call in calls):
+        functions = [call.get("function", call) for call in calls]
+        if all(isinstance(function, dict) and isinstance(function.get("name"), str) for function in functions):
+            return functions
+    raise UnreadableExample(f"the tool_calls of its {message['role']} message are no list of calls with a name")
+
+
+def as_messages(value: Any, role: str | None = None) -> list[dict[str, Any]]:
+    """
+    Messages of an example: a list, with ShareGPT keys renamed, or with `role` one turn from a string or `None`.
+
+    A message with `tool_calls` needs no content.
+    """
     if role is not None and (value is None or isinstance(value, str)):
         return [{"role": role, "content": value or ""}]
     if not isinstance(value, list) or not all(isinstance(message, dict) for message in value):
@@ -77,11 +118,15 @@ def as_messages(value: Any, role: str | None = None) -> list[dict[str, str]]:
     for message in value:
         if "from" in message and "value" in message:
             message = {"role": SHAREGPT_ROLES.get(message["from"], message["from"]), "content": message["value"]}
+        message = without_nulls(message)
+        if "tool_calls" in message:
+            message.setdefault("content", "")
         if not {"role", "content"} <= set(message):
             raise UnreadableExample(f"a message has the keys {sorted(message)} and lacks role or content")
         if not isinstance(message["content"], str):
             kind = type(message["content"]).__name__
             raise UnreadableExample(f"the content of its {message['role']} message is {kind}, not a string")
+        called_functions(message)
         messages.append(message)
     return messages
 
@@ -116,7 +161,7 @@ def encode(
             prompt = as_messages(row["prompt"], "user") if kind == "pair" else []
             answer = as_messages(row["completion"], "assistant") if kind == "pair" else as_messages(row["messages"])
             messages = prompt + answer
-            rendered.append(render_chat(messages, len(prompt), tokenizer))
+            rendered.append(render_chat(messages, len(prompt), tokenizer, as_tools(row.get(TOOLS))))
         except UnreadableExample as error:
             raise UnreadableExample(str(error), place) from error
     pieces = [piece for conversation in rendered for piece, _ in conversation]
