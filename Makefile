@@ -26,8 +26,9 @@ $(VENV)/.ready: pyproject.toml
 demo: setup
 	$(VENV)/bin/python examples/demo.py
 
+# In two processes: most tests wait for imports and small models on one core.
 test: lint
-	$(VENV)/bin/python -m pytest -m "not slow"
+	$(VENV)/bin/python -m pytest -m "not slow" -n 2 --dist loadfile
 
 test-slow: setup
 	$(VENV)/bin/python -m pytest -m slow

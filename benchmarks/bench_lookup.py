@@ -56,7 +56,7 @@ class GivenText(PteModel):
         self.calls += 1
         logits = super()._forward(tokens, start, num_positions)
         following = self.text[start + len(tokens) - num_positions + 1 :][:num_positions]
-        logits[torch.arange(len(following)), torch.tensor(following, dtype=torch.long)] = torch.inf
+        logits[torch.arange(len(following)), torch.tensor(following, dtype=torch.long)] = logits.max() + 1
         return logits
 
 
