@@ -45,6 +45,11 @@ def build_hash(*options: str) -> str:
     return digest.hexdigest()[:16]
 
 
+def cache_directory() -> Path:
+    """Where what was compiled stays."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "mobilemoe"
+
+
 def build(target: str, *options: str, headers: str = "", executable: bool = False) -> Path:
     """
     Compiles a target of CMakeLists.txt, unless that was done before, and returns its path.
@@ -60,7 +65,7 @@ def build(target: str, *options: str, headers: str = "", executable: bool = Fals
     """
     prefix, suffix = ("", "") if executable else ("lib", SUFFIX)
     name = f"{prefix}{target}-{build_hash(*options, headers)}"
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "mobilemoe" / "kernels"
+    cache = cache_directory() / "kernels"
     try:
         return find_built(cache, name, suffix) or _compile(cache, target, options, prefix, name, suffix)
     except OSError as error:
@@ -101,36 +106,46 @@ def _temporary_place() -> Path:
 def _compile(place: Path, target: str, options: tuple[str, ...], prefix: str, name: str, suffix: str) -> Path:
     """
     Raises:
-        OSError: when the place cannot be written to or is full.
-        BuildError: as [`build`].
+        OSError, BuildError: as [`compile_target`].
+    """
+    place.mkdir(parents=True, exist_ok=True)
+    # Otherwise the first use would be silent for a minute.
+    logger.warning("Compiling %s for this machine, once: up to a minute; kept in %s", target, place)
+    with tempfile.TemporaryDirectory(dir=place) as directory:
+        made = compile_target(Path(directory), target, *options, file=f"{prefix}{target}{suffix}")
+        built = place / _file_name(made, name, suffix)
+        # Moved when complete, so that another process never loads half a file.
+        os.replace(made, built)
+    return built
+
+
+def compile_target(directory: Path, target: str, *options: str, file: str) -> Path:
+    """
+    Compiles a target of CMakeLists.txt in a directory, and returns the path of the file that this makes there.
+
+    Raises:
+        OSError: when the directory cannot be written to or is full.
+        BuildError: without CMake, or when the compiler fails.
     """
     # pip's CMake lies beside the interpreter, which need not be on the PATH.
     search_path = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")])
     cmake = shutil.which("cmake", path=search_path)
     if cmake is None:
         raise BuildError("CMake is missing: pip install cmake.")
-    place.mkdir(parents=True, exist_ok=True)
-    # Otherwise the first use would be silent for a minute.
-    logger.warning("Compiling %s for this machine, once: up to a minute; kept in %s", target, place)
-    with tempfile.TemporaryDirectory(dir=place) as directory:
-        for command in (
-            [cmake, "-S", str(SOURCES), "-B", directory, "-DCMAKE_BUILD_TYPE=Release", *options],
-            [cmake, "--build", directory, "--target", target, "--parallel", str(os.cpu_count() or 1)],
-        ):
-            result = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-            if result.returncode:
-                full = any(os.strerror(code) in result.stdout for code in (errno.ENOSPC, errno.EDQUOT))
-                if full or shutil.disk_usage(place).free < BUILD_BYTES:
-                    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(place))
-                raise BuildError(
-                    "The kernels did not compile; they need a C++ compiler (Debian: apt install g++). "
-                    f"{' '.join(command)} said:\n{result.stdout[-2000:]}"
-                )
-        made = Path(directory) / f"{prefix}{target}{suffix}"
-        built = place / _file_name(made, name, suffix)
-        # Moved when complete, so that another process never loads half a file.
-        os.replace(made, built)
-    return built
+    for command in (
+        [cmake, "-S", str(SOURCES), "-B", str(directory), "-DCMAKE_BUILD_TYPE=Release", *options],
+        [cmake, "--build", str(directory), "--target", target, "--parallel", str(os.cpu_count() or 1)],
+    ):
+        result = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+        if result.returncode:
+            full = any(os.strerror(code) in result.stdout for code in (errno.ENOSPC, errno.EDQUOT))
+            if full or shutil.disk_usage(directory).free < BUILD_BYTES:
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(directory))
+            raise BuildError(
+                "The kernels did not compile; they need a C++ compiler (Debian: apt install g++). "
+                f"{' '.join(command)} said:\n{result.stdout[-2000:]}"
+            )
+    return directory / file
 
 
 def build_torch_library() -> Path:

@@ -1,29 +1,31 @@
-// Measures a program without Python and without a tokenizer: token ids in, times out as JSON lines (../README.md).
+// Runs a program without Python and without a tokenizer: token ids in, times or tokens out as JSON lines (../README.md).
 //
 // Operators are counted where the program calls them, so what a report names is what ran.
-#include <executorch/extension/module/module.h>
-#include <executorch/extension/tensor/tensor.h>
-#include <executorch/runtime/kernel/operator_registry.h>
 #include <executorch/runtime/kernel/thread_parallel_interface.h>
 #include <executorch/runtime/platform/runtime.h>
 #include <fcntl.h>
+#ifdef __linux__
+#include <sched.h>
+#endif
 #include <sys/stat.h>
 #include <unistd.h>
 
 #include <algorithm>
-#include <array>
 #include <chrono>
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
+#include <filesystem>
 #include <fstream>
+#include <set>
 #include <sstream>
 #include <string>
-#include <utility>
 #include <vector>
 
+#include "conversation.h"
 #include "lookup.h"
 #include "mobilemoe.h"
+#include "program.h"
 
 // Of ExecuTorch's threadpool.h, which its wheel does not ship.
 namespace executorch::extension::threadpool {
@@ -36,48 +38,20 @@ ThreadPool* get_threadpool();
 
 namespace {
 
-using executorch::extension::from_blob;
-using executorch::extension::module::Module;
-using executorch::runtime::Error;
-using executorch::runtime::EValue;
-using executorch::runtime::Kernel;
-using executorch::runtime::KernelRuntimeContext;
-using executorch::runtime::OpFunction;
-using executorch::runtime::Span;
+using mobilemoe::counted;
+using mobilemoe::Counted;
+using mobilemoe::fail;
+using mobilemoe::Model;
 using Clock = std::chrono::steady_clock;
 
 double seconds_since(Clock::time_point start) { return std::chrono::duration<double>(Clock::now() - start).count(); }
 
-// Text inside a JSON string.
-std::string escape(const std::string& text) {
-  std::string out;
-  for (const char c : text) {
-    if (c == '"' || c == '\\') out += '\\';
-    out += static_cast<unsigned char>(c) < 0x20 ? ' ' : c;
-  }
-  return out;
-}
-
-[[noreturn]] void fail(const std::string& message) {
-  std::printf("{\"event\":\"error\",\"message\":\"%s\"}\n", escape(message).c_str());
-  std::fflush(stdout);
-  std::exit(1);
-}
-
-void check(Error error, const std::string& what) {
-  if (error == Error::Ok) return;
-  std::string reason = executorch::runtime::to_string(error);
-  if (error == Error::OperatorMissing)
-    reason += ": an operator of the program is not in this binary, see the log above";
-  fail(what + ": " + reason);
-}
-
 struct Options {
   std::string model, data, tokens;
-  std::vector<int> prompt_lengths;
+  std::vector<int> prompt_lengths, cores;
   int new_tokens = 48, repeats = 5, first_repeat = 0, threads = 0, generate = 0;
   double sustained = 0;
-  bool cold = false;
+  bool cold = false, serve = false;
 };
 
 int64_t whole_number(const std::string& name, const std::string& text, int64_t least) {
@@ -89,12 +63,25 @@ int64_t whole_number(const std::string& name, const std::string& text, int64_t l
   return value;
 }
 
+std::vector<int> whole_numbers(const std::string& name, const std::string& text, int64_t least) {
+  std::vector<int> numbers;
+  std::stringstream list(text);
+  for (std::string item; std::getline(list, item, ',');) {
+    numbers.push_back(static_cast<int>(whole_number(name, item, least)));
+  }
+  return numbers;
+}
+
 Options parse(int argc, char** argv) {
   Options options;
   for (int i = 1; i < argc; ++i) {
     const std::string name = argv[i];
     if (name == "--cold") {
       options.cold = true;
+      continue;
+    }
+    if (name == "--serve") {
+      options.serve = true;
       continue;
     }
     if (i + 1 == argc) fail(name + " needs a value");
@@ -106,10 +93,9 @@ Options parse(int argc, char** argv) {
     } else if (name == "--tokens") {
       options.tokens = value;
     } else if (name == "--prompt-lengths") {
-      std::stringstream list(value);
-      for (std::string item; std::getline(list, item, ',');) {
-        options.prompt_lengths.push_back(static_cast<int>(whole_number(name, item, 1)));
-      }
+      options.prompt_lengths = whole_numbers(name, value, 1);
+    } else if (name == "--cores") {
+      options.cores = whole_numbers(name, value, 0);
     } else if (name == "--new-tokens") {
       options.new_tokens = static_cast<int>(whole_number(name, value, 1));
     } else if (name == "--repeats") {
@@ -125,9 +111,10 @@ Options parse(int argc, char** argv) {
     } else {
       fail(name +
            " is no option. Known: --model --data --tokens --prompt-lengths --new-tokens --repeats --threads "
-           "--first-repeat --generate --sustained --cold");
+           "--cores --first-repeat --generate --sustained --cold --serve");
     }
   }
+  if (options.serve && !options.model.empty()) return options;
   if (options.model.empty() || options.tokens.empty() || options.prompt_lengths.empty()) {
     fail("--model, --tokens and --prompt-lengths are needed");
   }
@@ -163,80 +150,35 @@ void evict(const std::string& path) {
 #endif
 }
 
-// Every operator that may compute experts or attention gets a function of its own that counts and calls it.
-constexpr size_t kMaxCounted = 64;
-struct Counted {
-  const char* name;
-  OpFunction function;
-  int64_t calls;
-};
-std::array<Counted, kMaxCounted> counted;
-
-template <size_t I>
-void count_and_call(KernelRuntimeContext& context, Span<EValue*> arguments) {
-  ++counted[I].calls;
-  counted[I].function(context, arguments);
+// Threads inherit this, so it comes before them.
+void keep_to(const std::vector<int>& cores) {
+#ifdef __linux__
+  cpu_set_t set;
+  CPU_ZERO(&set);
+  for (const int core : cores) {
+    if (core < CPU_SETSIZE) CPU_SET(core, &set);
+  }
+  if (sched_setaffinity(0, sizeof(set), &set) == 0) return;
+#endif
+  fail("--cores: this system does not give the runner these cores");
 }
 
-template <size_t... I>
-std::vector<Kernel> counting_kernels(std::index_sequence<I...>) {
-  constexpr OpFunction wrappers[] = {count_and_call<I>...};
-  std::vector<Kernel> kernels;
-  for (const Kernel& kernel : executorch::runtime::get_registered_kernels()) {
-    const std::string name = kernel.name_;
-    if (name.rfind("mobilemoe::", 0) != 0 && name.rfind("llama::", 0) != 0) continue;
-    if (kernels.size() == kMaxCounted) fail("more operators are registered than can be counted");
-    counted[kernels.size()] = {kernel.name_, kernel.op_, 0};
-    kernels.emplace_back(kernel.name_, kernel.kernel_key_, wrappers[kernels.size()]);
+// Where the first thread and those that have computed are now, or were last. Empty where /proc has no threads.
+void find_cores(std::set<int>& cores) {
+  std::error_code error;
+  for (const auto& task : std::filesystem::directory_iterator("/proc/self/task", error)) {
+    std::ifstream file(task.path() / "stat");
+    std::string text;
+    std::getline(file, text);
+    // After the name, which may hold spaces: user and system time are fields 14 and 15, the processor is field 39.
+    std::istringstream fields(text.substr(std::min(text.size(), text.rfind(')') + 2)));
+    std::vector<std::string> values;
+    for (std::string value; fields >> value;) values.push_back(value);
+    if (values.size() <= 36) continue;
+    const bool computed = values[11] != "0" || values[12] != "0" || task.path().filename() == std::to_string(getpid());
+    if (computed) cores.insert(std::atoi(values[36].c_str()));
   }
-  return kernels;
 }
-
-class Model {
- public:
-  explicit Model(const Options& options)
-      : module_(options.model,
-                options.data.empty() ? std::vector<std::string>{} : std::vector<std::string>{options.data},
-                Module::LoadMode::Mmap) {
-    check(module_.load(), options.model);
-    const auto context = module_.get("get_max_seq_len");
-    check(context.error(), "get_max_seq_len");
-    context_ = context->toInt();
-    check(module_.load_method("forward", nullptr, nullptr, nullptr,
-                              counting_kernels(std::make_index_sequence<kMaxCounted>())),
-          "forward");
-  }
-
-  int64_t context() const { return context_; }
-
-  // Feeds tokens from a position on and returns the most probable next one of the last `num_rows`.
-  std::vector<int64_t> forward(const int64_t* tokens, int length, int64_t position, int num_rows) {
-    const auto input = from_blob(const_cast<int64_t*>(tokens), {1, length}, executorch::aten::ScalarType::Long);
-    const auto start = from_blob(&position, {1}, executorch::aten::ScalarType::Long);
-    const auto result = module_.forward({input, start});
-    check(result.error(), "forward at position " + std::to_string(position));
-    const auto& logits = result->at(0).toTensor();
-    const int64_t vocab = logits.size(logits.dim() - 1);
-    if (logits.numel() < num_rows * vocab)
-      fail("--generate needs logits of several positions: export the program again");
-    std::vector<int64_t> chosen;
-    for (int row = num_rows; row > 0; --row) {
-      const float* of = logits.const_data_ptr<float>() + logits.numel() - row * vocab;
-      int64_t best = 0;
-      for (int64_t i = 1; i < vocab; ++i) best = of[i] > of[best] ? i : best;
-      chosen.push_back(best);
-    }
-    return chosen;
-  }
-
-  int64_t forward(const int64_t* tokens, int length, int64_t position) {
-    return forward(tokens, length, position, 1)[0];
-  }
-
- private:
-  Module module_;
-  int64_t context_ = 0;
-};
 
 struct Measurement {
   double first_token = 0;
@@ -309,24 +251,28 @@ std::string json_list(const std::vector<T>& values, const char* format) {
 int main(int argc, char** argv) {
   executorch::runtime::runtime_init();
   const Options options = parse(argc, argv);
-  const std::vector<int64_t> tokens = read_tokens(options.tokens);
-  int longest = 0;
-  for (const int length : options.prompt_lengths) longest = length > longest ? length : longest;
-  const size_t given = longest + options.new_tokens;
-  const size_t needed = longest + std::max(options.new_tokens, options.generate);
-  if (tokens.size() < given) {
-    fail(options.tokens + " has " + std::to_string(tokens.size()) + " tokens and " + std::to_string(given) +
-         " are needed");
+  std::vector<int64_t> tokens;
+  size_t needed = 0;
+  if (!options.serve) {
+    tokens = read_tokens(options.tokens);
+    const size_t longest = *std::max_element(options.prompt_lengths.begin(), options.prompt_lengths.end());
+    const size_t given = longest + options.new_tokens;
+    needed = longest + std::max(options.new_tokens, options.generate);
+    if (tokens.size() < given) {
+      fail(options.tokens + " has " + std::to_string(tokens.size()) + " tokens and " + std::to_string(given) +
+           " are needed");
+    }
   }
   if (options.cold) {
     evict(options.model);
     if (!options.data.empty()) evict(options.data);
   }
+  if (!options.cores.empty()) keep_to(options.cores);
   if (options.threads > 0) {
     executorch::extension::threadpool::get_threadpool()->_unsafe_reset_threadpool(options.threads);
   }
   const auto started = Clock::now();
-  Model model(options);
+  Model model(options.model, options.data);
   const double load = seconds_since(started);
   if (static_cast<int64_t>(needed) > model.context()) {
     fail("the program has a context of " + std::to_string(model.context()) + " tokens and " + std::to_string(needed) +
@@ -334,11 +280,17 @@ int main(int argc, char** argv) {
   }
   std::printf(
       "{\"event\":\"loaded\",\"load_s\":%.6f,\"context\":%lld,\"threads\":%lld,\"isa\":\"%s\","
-      "\"rss_bytes\":%lld,\"pss_bytes\":%lld}\n",
+      "\"num_rows\":%lld,\"rss_bytes\":%lld,\"pss_bytes\":%lld}\n",
       load, static_cast<long long>(model.context()), static_cast<long long>(executorch::extension::get_thread_count()),
-      mobilemoe_isa(), static_cast<long long>(proc_bytes("/proc/self/status", "VmRSS:")),
+      mobilemoe_isa(), static_cast<long long>(model.num_rows()),
+      static_cast<long long>(proc_bytes("/proc/self/status", "VmRSS:")),
       static_cast<long long>(proc_bytes("/proc/self/smaps_rollup", "Pss:")));
   std::fflush(stdout);
+  if (options.serve) {
+    mobilemoe::Conversation(model).serve();
+    return 0;
+  }
+  std::set<int> cores;
   // Repeat -1 is the first pass after loading, which reads the weights: a warm-up, reported as such.
   for (int repeat = -1; repeat < options.repeats; ++repeat) {
     for (const int length : options.prompt_lengths) {
@@ -352,6 +304,7 @@ int main(int argc, char** argv) {
           json_list(std::vector<long long>(result.predicted.begin(), result.predicted.end()), "%lld").c_str(),
           static_cast<long long>(proc_bytes("/proc/self/status", "VmHWM:")), seconds_since(started));
       std::fflush(stdout);
+      find_cores(cores);
     }
   }
   mobilemoe::VerificationTimes times;
@@ -383,8 +336,9 @@ int main(int argc, char** argv) {
     if (one.name == nullptr || one.calls == 0) continue;
     operators += (operators.empty() ? "\"" : ",\"") + std::string(one.name) + "\":" + std::to_string(one.calls);
   }
-  std::printf("{\"event\":\"done\",\"operators\":{%s},\"peak_rss_bytes\":%lld,\"pss_bytes\":%lld}\n",
-              operators.c_str(), static_cast<long long>(proc_bytes("/proc/self/status", "VmHWM:")),
+  std::printf("{\"event\":\"done\",\"operators\":{%s},\"cores\":%s,\"peak_rss_bytes\":%lld,\"pss_bytes\":%lld}\n",
+              operators.c_str(), json_list(std::vector<int>(cores.begin(), cores.end()), "%d").c_str(),
+              static_cast<long long>(proc_bytes("/proc/self/status", "VmHWM:")),
               static_cast<long long>(proc_bytes("/proc/self/smaps_rollup", "Pss:")));
   return 0;
 }
