@@ -251,7 +251,10 @@ def add_run(commands) -> None:
 
 def add_device(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
-        "--device", default="auto", help="of a checkpoint: cpu, cuda, cuda:1 (default: a GPU if there is one)"
+        "--device",
+        default="auto",
+        help="of a checkpoint: cpu, cuda, cuda:1 (default: a GPU if there is one); of a .pte, for run and chat: adb "
+        "or ssh:HOST, a phone or a board",
     )
 
 
@@ -339,15 +342,23 @@ def add_bench(commands) -> None:
     bench.add_argument(
         "--model",
         nargs="+",
-        required=True,
         metavar="MODEL",
         help="checkpoints, directories with model.pte, or S, M, L, MobileLLM-Pro: shapes with random weights",
     )
-    bench.add_argument("--device", default="host", choices=("host", "adb"), help="this machine (default), or a phone")
+    bench.add_argument(
+        "--device",
+        default="host",
+        type=bench_device,
+        help="host: this machine (default); adb: a phone; ssh:HOST: an Arm board with Linux",
+    )
     bench.add_argument("--prompt-lengths", type=int, nargs="+", default=[128, 512], help="tokens (default: 128 512)")
     bench.add_argument("--new-tokens", type=int, default=48, help="to decode after each prompt (default: 48)")
     bench.add_argument("--repeats", type=int, default=5, help="of every measurement (default: 5)")
-    bench.add_argument("--threads", type=int, help="default: all of this machine, 4 on a phone")
+    bench.add_argument(
+        "--threads",
+        type=thread_count,
+        help="default: all of this machine, 4 on a phone; auto: its fast cores, at most 4, and only these",
+    )
     bench.add_argument("--prompt-file", metavar="FILE", help="take prompts from this text (default: random tokens)")
     bench.add_argument(
         "--runtime",
@@ -363,19 +374,44 @@ def add_bench(commands) -> None:
     add_json(output, "the result")
     output.add_argument("--picture", metavar="FILE", help="draw the result there, as in bench.png")
     output.add_argument("--paper", action="store_true", help="show the phones of the paper too")
-    phone = bench.add_argument_group("--device adb", "an Android phone with USB debugging, see docs/phone.md")
+    phone = bench.add_argument_group(
+        "--device adb, ssh:HOST", "an Android phone with USB debugging, or a board; see docs/phone.md"
+    )
     phone.add_argument("--serial", help="which device, as in `adb devices`, if there are several")
     phone.add_argument("--runner", choices=("own", "llama_main", "minibench"), help="what runs there (default: own)")
-    phone.add_argument("--runner-binary", metavar="FILE", help="the runner, built for the phone")
+    phone.add_argument("--runner-binary", metavar="FILE", help="a runner for the device (default: ours, built here)")
+    phone.add_argument("--build-runner", metavar="DIR", help="only write our runner for 64-bit Arm to this directory")
     phone.add_argument("--max-celsius", type=float, help="first wait until the battery is this cool (default: 35)")
     phone.add_argument("--sustained-seconds", type=int, help="then decode for so long, to measure a hot phone")
+    phone.add_argument(
+        "--submit-row", action="store_true", help="also print the rows for the table of results; nothing is sent"
+    )
     phone.add_argument("--keep", action="store_true", help="keep the models there for the next run")
     bench.set_defaults(function=run_bench, extra="bench")
 
 
+def bench_device(name: str) -> str:
+    if name not in ("host", "adb") and not name.startswith("ssh:"):
+        raise argparse.ArgumentTypeError(f"{name!r} is none of host, adb and ssh:HOST")
+    return name
+
+
+def thread_count(text: str) -> int | str:
+    return text if text == "auto" else int(text)
+
+
 def run_bench(arguments: argparse.Namespace) -> None:
+    if arguments.build_runner is not None:
+        from .device.bundle import copy_bundle, runner_command
+
+        output = copy_bundle(arguments.build_runner)
+        size = sum(path.stat().st_size for path in output.iterdir())
+        print(f"{output}: {size / 1e6:,.1f} MB; in it, start: {shlex.join(runner_command('.'))}")
+        return
+    if not arguments.model:
+        raise ValueError("--model is needed. Give models, or --build-runner for the runner alone.")
     from .bench.host import bench
-    from .bench.report import draw, tables
+    from .bench.report import draw, submitted_rows, tables
     from .display import show
 
     if arguments.verify:
@@ -388,22 +424,23 @@ def run_bench(arguments: argparse.Namespace) -> None:
     values = vars(arguments)
     phone_names = ("serial", "runner", "runner_binary", "max_celsius", "sustained_seconds", "keep")
     phone = {name: value for name in phone_names if (value := values[name])}
-    if arguments.device == "adb":
+    if arguments.device != "host":
         from .bench.phone import bench_phone
         from .bench.runners import PhoneOptions
 
         if arguments.profile or arguments.runtime != "pte":
-            raise ValueError(
-                "--profile and --runtime are of this machine, and --device adb is a phone. Leave them out."
-            )
+            raise ValueError("--profile and --runtime are of this machine, and --device is another. Leave them out.")
         phone |= {} if arguments.threads is None else {"num_threads": arguments.threads}
         names = ("prompt_lengths", "new_tokens", "repeats", "prompt_file")
-        options = PhoneOptions(**{name: values[name] for name in names}, **phone)
+        options = PhoneOptions(**{name: values[name] for name in names}, device=arguments.device, **phone)
         result = bench_phone(arguments.model, options, arguments.command_line)
     else:
+        phone |= {"submit_row": True} if arguments.submit_row else {}
         if phone:
             given = ", ".join(f"--{name.replace('_', '-')}" for name in phone)
             raise ValueError(f"{given}: of a phone, and this machine is measured. Leave out, or set --device adb.")
+        if arguments.threads == "auto":
+            raise ValueError("--threads auto reads a phone's cores, and this machine is measured. Give a number.")
         result = bench(
             arguments.model,
             arguments.prompt_lengths,
@@ -418,6 +455,9 @@ def run_bench(arguments: argparse.Namespace) -> None:
     # First what was measured: a table or a picture that fails must not cost it.
     if not write_result(result.as_dict(), arguments.json):
         show(*tables(result, arguments.paper))
+    if arguments.submit_row:
+        note = "For the table under Results in docs/phone.md, in a pull request. Nothing was sent."
+        print(f"{note}\n\n{submitted_rows(result)}", file=sys.stderr if arguments.json == "-" else sys.stdout)
     if arguments.picture:
         draw(result, arguments.picture, arguments.paper)
 

@@ -229,6 +229,8 @@ class BenchmarkedModel(BaseModel):
     moe_operator: str | None = None
     # True if the runner reported `moe_operator` as executed, false if it was read from export.json.
     proven: bool | None = None
+    # Cores on which threads of the runner were found after the measurements.
+    cores: list[int] | None = None
     # Periodic reports of the runner during a sustained run.
     sustained: list[dict[str, Any]] | None = None
 
@@ -260,8 +262,9 @@ class PhoneFingerprint(PhoneCondition):
 
 
 class Phone(PhoneFingerprint):
-    """The phone of a benchmark. The inherited condition was read before the measurement."""
+    """The phone or board of a benchmark. The inherited condition was read before the measurement."""
 
+    # Of a phone; of a board, its name for ssh.
     serial: str
     runner: str
     # Files that had to be copied to the phone.
@@ -278,7 +281,7 @@ class Benchmark(Artifact):
     mark = "models"
 
     command: str | None = None
-    # "host", "adb", or the name of another program.
+    # "host", "adb", "ssh", or the name of another program.
     benchmark: str
     # "random tokens", or the path of the prompt file.
     prompt: str

@@ -13,17 +13,18 @@ import copy
 import inspect
 import json
 import shutil
+import socket
 import subprocess
-import sys
-from importlib.metadata import version
 from pathlib import Path
 
 import pytest
 import torch
+from device_daemon import Device, connect
 from toy_tokenizer import train_tokenizer
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from mobilemoe.cli import main
+from mobilemoe.device.bundle import LOADER, RUNNER, build_bundle, runner_command
 from mobilemoe.export.random_program import random_packed_model
 from mobilemoe.train.qat import convert, prepare
 from mobilemoe.train.recipe import CHAT_TEMPLATE
@@ -219,26 +220,84 @@ def kernel_pte(text_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) 
 
 
 @pytest.fixture(scope="session")
-def arm_runner(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
-    """The command that runs our runner, built for Arm with the libraries of executorch's Arm wheel, in QEMU."""
-    compiler, emulator = "aarch64-linux-gnu-g++", shutil.which("qemu-aarch64") or shutil.which("qemu-aarch64-static")
-    if shutil.which(compiler) is None or emulator is None:
-        pytest.skip("needs g++-aarch64-linux-gnu and qemu-user")
+def arm_bundle() -> Path:
+    """Our runner for Arm, with the libraries that it needs."""
+    if shutil.which("aarch64-linux-gnu-g++") is None:
+        pytest.skip("needs g++-aarch64-linux-gnu")
+    try:
+        return build_bundle()
+    except ValueError as error:
+        if "was not downloaded" in str(error):
+            pytest.skip("executorch's wheel for Arm could not be downloaded")
+        raise
 
-    directory = tmp_path_factory.mktemp("arm")
-    package, platform = f"executorch=={version('executorch')}", "manylinux_2_28_aarch64"
-    download = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--only-binary=:all:",
-                "--dest", str(directory), "--platform", platform, package]  # fmt: skip
-    if subprocess.run(download).returncode:
-        pytest.skip("executorch's wheel for Arm could not be downloaded")
-    (wheel,) = directory.glob("*.whl")
-    shutil.unpack_archive(wheel, directory, "zip")
-    toolchain = directory / "toolchain.cmake"
-    toolchain.write_text(
-        f"set(CMAKE_SYSTEM_NAME Linux)\nset(CMAKE_SYSTEM_PROCESSOR aarch64)\nset(CMAKE_CXX_COMPILER {compiler})\n"
+
+@pytest.fixture(scope="session")
+def emulator(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
+    """What runs Arm programs, with an empty directory as the root of the system that they expect."""
+    command = shutil.which("qemu-aarch64") or shutil.which("qemu-aarch64-static")
+    if command is None:
+        pytest.skip("needs qemu-user")
+    return [command, "-L", str(tmp_path_factory.mktemp("root"))]
+
+
+@pytest.fixture(scope="session")
+def arm_runner(arm_bundle: Path, emulator: list[str]) -> list[str]:
+    """The command that runs our runner for Arm in QEMU."""
+    return [*emulator, *runner_command(str(arm_bundle))]
+
+
+@pytest.fixture
+def stub_bundle(tmp_path: Path, monkeypatch) -> Path:
+    """A bundle for the processor of this machine: a script in place of the loader, and our runner."""
+    if shutil.which("c++") is None:
+        pytest.skip("needs a C++ compiler")
+    bundle = tmp_path / "stub-bundle"
+    bundle.mkdir()
+    shutil.copy2(build_runner(), bundle / RUNNER)
+    (bundle / LOADER).write_text('#!/bin/sh\n[ "$1" = --library-path ] && shift 2 && chmod 755 "$1" && exec "$@"\n')
+    for module in ("bench.phone",):
+        monkeypatch.setattr(f"mobilemoe.{module}.build_bundle", lambda: bundle)
+    return bundle
+
+
+@pytest.fixture(scope="module")
+def adb_server(tmp_path_factory):
+    """An adb server of its own, which knows no devices."""
+    if shutil.which("adb") is None:
+        pytest.skip("needs adb (Debian: apt install adb)")
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("ANDROID_ADB_SERVER_PORT", str(port))
+        patch.setenv("HOME", str(tmp_path_factory.mktemp("home")))
+        # The kernels' builds stay in the real cache.
+        patch.setenv("XDG_CACHE_HOME", os.environ.get("XDG_CACHE_HOME") or str(Path("~/.cache").expanduser()))
+        yield
+        subprocess.run(["adb", "kill-server"], capture_output=True)
+
+
+@pytest.fixture
+def phone(adb_server, tmp_path):
+    device = Device(tmp_path / "device")
+    device.script(
+        "getprop",
+        "cat <<END\n[ro.product.manufacturer]: [Test]\n[ro.product.model]: [Phone 1]\n[ro.soc.manufacturer]: [QTI]\n"
+        "[ro.soc.model]: [SM8750]\n[ro.product.cpu.abi]: [arm64-v8a]\n[ro.build.version.release]: [15]\nEND",
     )
-    runner = build_runner(directory / "executorch", f"-DCMAKE_TOOLCHAIN_FILE={toolchain}")
-    return [emulator, "-L", "/usr/aarch64-linux-gnu", str(runner)]
+    device.script(
+        "dumpsys",
+        'case $1 in battery) printf "Current Battery Service state:\\n  level: 83\\n  temperature: 312\\n" ;;\n'
+        'thermalservice) echo "Thermal Status: 0" ;; esac',
+    )
+    for core in range(2):
+        device.write(f"/sys/devices/system/cpu/cpu{core}/cpufreq/cpuinfo_max_freq", "4320000\n")
+        device.write(f"/sys/devices/system/cpu/cpu{core}/cpufreq/scaling_cur_freq", "1000000\n")
+    device.script("uname", "echo aarch64")
+    device.write("/proc/meminfo", "MemTotal:       11534336 kB\n")
+    yield connect(device)
+    subprocess.run(["adb", "disconnect"], capture_output=True)
+    device.close()
 
 
 @pytest.fixture(scope="module")

@@ -12,11 +12,14 @@ import socket
 import struct
 import subprocess
 import threading
+import time
+from contextlib import suppress
 from pathlib import Path
 
 
 VERSION, MAX_DATA = 0x01000001, 64 * 1024
 # Of the device; all other paths of a command are this machine's.
+LOADER = "ld-linux-aarch64.so.1"
 DEVICE_PATHS = ("/data/local/tmp", "/sys/devices", "/proc/meminfo")
 
 
@@ -27,6 +30,12 @@ class Device:
         # When set, the next copy stops there: as if the cable was pulled, or the disk was full.
         self.vanish_after: int | None = None
         self.full_after: int | None = None
+        # The cable is pulled when a command comes that holds these words.
+        self.vanish_at: str | None = None
+        self.connected = True
+        # What runs the loader of an Arm bundle, in place of the processor.
+        self.emulator: list[str] = []
+        self.transports: list[Transport] = []
         self.pushed: list[str] = []
         self.commands: list[str] = []
         for path in ("bin", "data/local/tmp", "proc"):
@@ -48,6 +57,15 @@ class Device:
     def local(self, path: str) -> Path:
         return self.root / path.lstrip("/")
 
+    def pull_cable(self) -> None:
+        for transport in list(self.transports):
+            with suppress(OSError):
+                transport.vanish()
+
+    def plug_in(self) -> None:
+        self.vanish_after = self.vanish_at = None
+        self.connected = True
+
     def close(self) -> None:
         self.server.close()
 
@@ -57,7 +75,10 @@ class Device:
                 connection, _ = self.server.accept()
             except OSError:
                 return
-            Transport(self, connection).start()
+            if self.connected:
+                Transport(self, connection).start()
+            else:
+                connection.close()
 
 
 class Transport(threading.Thread):
@@ -66,6 +87,7 @@ class Transport(threading.Thread):
     def __init__(self, device: Device, connection: socket.socket):
         super().__init__(daemon=True)
         self.device, self.connection = device, connection
+        device.transports.append(self)
         self.lock = threading.Lock()
         self.streams: dict[int, Stream] = {}
 
@@ -85,6 +107,8 @@ class Transport(threading.Thread):
         return data
 
     def vanish(self) -> None:
+        # The client would connect again by itself.
+        self.device.connected = False
         self.connection.shutdown(socket.SHUT_RDWR)
 
     def run(self) -> None:
@@ -176,6 +200,11 @@ class Stream(threading.Thread):
     def shell(self, command: str) -> None:
         device = self.transport.device
         device.commands.append(command)
+        if device.vanish_at is not None and device.vanish_at in command:
+            self.transport.vanish()
+            raise ConnectionError
+        if device.emulator:
+            command = command.replace(f"&& ../bundle/{LOADER}", f"&& {' '.join(device.emulator)} ../bundle/{LOADER}")
         for path in DEVICE_PATHS:
             command = command.replace(path, str(device.local(path)))
         environment = os.environ | {
@@ -184,11 +213,12 @@ class Stream(threading.Thread):
         }
         self.process = subprocess.Popen(
             ["/bin/sh", "-c", command],
-            stdin=subprocess.DEVNULL,
+            stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             env=environment,
         )
+        threading.Thread(target=self.forward_input, daemon=True).start()
 
         def forward(kind: int, pipe) -> None:
             for line in pipe:
@@ -205,6 +235,21 @@ class Stream(threading.Thread):
         errors.join()
         status = self.process.wait()
         self.write(struct.pack("<BIB", 3, 1, status if status >= 0 else 128 - status))
+
+    def forward_input(self) -> None:
+        try:
+            while True:
+                kind, length = struct.unpack("<BI", self.read(5))
+                data = self.read(length)
+                if kind == 4:
+                    break
+                if kind == 0:
+                    self.process.stdin.write(data)
+                    self.process.stdin.flush()
+        except OSError:
+            pass
+        with suppress(OSError):
+            self.process.stdin.close()
 
     def sync(self) -> None:
         device = self.transport.device
@@ -246,3 +291,13 @@ class Stream(threading.Thread):
                     file.write(data)
         message = b"write failed: No space left on device" if full else b""
         self.write((b"FAIL" if full else b"OKAY") + struct.pack("<I", len(message)) + message)
+
+
+def connect(device: Device, state: str = "device") -> Device:
+    for _ in range(50):
+        subprocess.run(["adb", "connect", device.address], capture_output=True)
+        listed = subprocess.run(["adb", "devices"], capture_output=True, text=True).stdout
+        if f"{device.address}\t{state}" in listed:
+            return device
+        time.sleep(0.1)
+    raise AssertionError(listed)

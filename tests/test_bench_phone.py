@@ -6,22 +6,23 @@ extension/benchmark/android).
 """
 
 import json
-import os
+import re
 import shutil
-import socket
 import subprocess
 import time
 from pathlib import Path
 
 import pytest
-from device_daemon import Device
+from conftest import ROOT
+from device_daemon import Device, connect
 from transformers import AutoConfig
 
 from mobilemoe.bench import phone as bench_phone
-from mobilemoe.bench.adb import parse_battery
 from mobilemoe.bench.runners import PhoneOptions, parse_minibench, parse_observer
 from mobilemoe.cli import main
 from mobilemoe.costs import read_device
+from mobilemoe.device.adb import find_adb_device, parse_battery
+from mobilemoe.device.bundle import LOADER, RUNNER
 from mobilemoe.shapes import published, published_speeds
 from modeling_mobilemoe.kernels import build_runner
 
@@ -43,54 +44,6 @@ MINIBENCH = json.dumps(
         )
     ]
 )
-
-
-@pytest.fixture(scope="module")
-def adb_server(tmp_path_factory):
-    """An adb server of its own, which knows no devices."""
-    if shutil.which("adb") is None:
-        pytest.skip("needs adb (Debian: apt install adb)")
-    with socket.create_server(("127.0.0.1", 0)) as free:
-        port = free.getsockname()[1]
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("ANDROID_ADB_SERVER_PORT", str(port))
-        patch.setenv("HOME", str(tmp_path_factory.mktemp("home")))
-        # The kernels' builds stay in the real cache.
-        patch.setenv("XDG_CACHE_HOME", os.environ.get("XDG_CACHE_HOME") or str(Path("~/.cache").expanduser()))
-        yield
-        subprocess.run(["adb", "kill-server"], capture_output=True)
-
-
-def connect(device: Device, state: str = "device") -> Device:
-    for _ in range(50):
-        subprocess.run(["adb", "connect", device.address], capture_output=True)
-        listed = subprocess.run(["adb", "devices"], capture_output=True, text=True).stdout
-        if f"{device.address}\t{state}" in listed:
-            return device
-        time.sleep(0.1)
-    raise AssertionError(listed)
-
-
-@pytest.fixture
-def phone(adb_server, tmp_path):
-    device = Device(tmp_path / "device")
-    device.script(
-        "getprop",
-        "cat <<END\n[ro.product.manufacturer]: [Test]\n[ro.product.model]: [Phone 1]\n[ro.soc.manufacturer]: [QTI]\n"
-        "[ro.soc.model]: [SM8750]\n[ro.product.cpu.abi]: [arm64-v8a]\n[ro.build.version.release]: [15]\nEND",
-    )
-    device.script(
-        "dumpsys",
-        'case $1 in battery) printf "Current Battery Service state:\\n  level: 83\\n  temperature: 312\\n" ;;\n'
-        'thermalservice) echo "Thermal Status: 0" ;; esac',
-    )
-    for core in range(2):
-        device.write(f"/sys/devices/system/cpu/cpu{core}/cpufreq/cpuinfo_max_freq", "4320000\n")
-        device.write(f"/sys/devices/system/cpu/cpu{core}/cpufreq/scaling_cur_freq", "1000000\n")
-    device.write("/proc/meminfo", "MemTotal:       11534336 kB\n")
-    yield connect(device)
-    subprocess.run(["adb", "disconnect"], capture_output=True)
-    device.close()
 
 
 def bench(*arguments: object) -> None:
@@ -133,14 +86,14 @@ def check_result(result: dict, phone: Device, names: list[str], repeats: int) ->
                 assert row[key]["repeats"] == repeats and row[key]["median"] > 0
     # Nothing is left, and what ran took turns, backwards in every second round.
     assert not (phone.root / PLACE).exists()
-    runs = [command.split(" && ")[0].rpartition("/")[2] for command in phone.commands if "../runner" in command]
+    runs = [command.split(" && ")[0].rpartition("/")[2] for command in phone.commands if " --model " in command]
     rounds = [names[:: -1 if repeat % 2 else 1] for repeat in range(-1, repeats)]
     assert runs == [name for names in rounds for name in names]
 
 
 def test_whole_command(phone: Device, kernel_pte: Path, tmp_path: Path, capfd):
     other = shutil.copytree(kernel_pte, tmp_path / "other")
-    files = ("--json", tmp_path / "phone.json", "--picture", tmp_path / "phone.png", "--paper")
+    files = ("--json", tmp_path / "phone.json", "--picture", tmp_path / "phone.png", "--paper", "--submit-row")
     options = ("--runner-binary", build_runner(), "--repeats", 2, "--threads", 2)
     bench("--model", kernel_pte, other, *options, *files)
     result = json.loads((tmp_path / "phone.json").read_text())
@@ -148,17 +101,40 @@ def test_whole_command(phone: Device, kernel_pte: Path, tmp_path: Path, capfd):
     assert (tmp_path / "phone.png").read_bytes().startswith(b"\x89PNG")
     printed = capfd.readouterr().out
     assert "Test Phone 1" in printed and "Galaxy S25" in printed and "{" not in printed
+    assert re.search(r"^battery C +31.2 +31.2 +31.2$", printed, re.MULTILINE)
+    rows = [line.split(" | ") for line in printed.splitlines() if line.startswith("| Test Phone 1")]
+    assert [row[:5] for row in rows] == [
+        ["| Test Phone 1 (QTI SM8750)", "Android 15", "2", name, length]
+        for name in (kernel_pte.name, "other")
+        for length in ("8", "24")
+    ]
+    # As many cells as the table in docs/phone.md has columns, and nothing that names the phone or its owner.
+    header = next(line for line in (ROOT / "docs/phone.md").read_text().splitlines() if line.startswith("| device |"))
+    assert {len(row) for row in rows} == {len(header.split(" | "))}
+    assert phone.address not in printed.partition("Nothing was sent")[2]
     # The planner reads it.
     device = read_device(tmp_path / "phone.json")
     assert device.name == "Test Phone 1 (QTI SM8750), 2 threads" and device.bandwidth > 0
 
 
+def test_whole_command_without_a_runner(phone: Device, kernel_pte: Path, stub_bundle: Path, tmp_path: Path):
+    """The runner is built, copied with what it needs, started by its own loader, and removed."""
+    bench("--model", kernel_pte, "--repeats", 2, "--threads", 2, "--json", tmp_path / "phone.json")
+    result = json.loads((tmp_path / "phone.json").read_text())
+    check_result(result, phone, [kernel_pte.name], repeats=2)
+    assert {f"bundle/{path.name}" for path in stub_bundle.iterdir()} < set(result["phone"]["copied"])
+    place = "../bundle"
+    (start,) = {line.split(" --model ")[0] for line in phone.commands if " --model " in line}
+    assert start.endswith(f" && {place}/{LOADER} --library-path {place} {place}/{RUNNER}")
+
+
 @pytest.mark.slow
-def test_whole_command_with_arm_code(phone: Device, kernel_pte: Path, arm_runner: list[str], tmp_path: Path):
-    """As above, with the runner for the phone's processor under emulation."""
-    emulated = fake_runner(tmp_path / "emulated", f'exec {" ".join(arm_runner)} "$@"')
-    options = ("--runner-binary", emulated, "--repeats", 2, "--threads", 2, "--json", tmp_path / "phone.json")
-    bench("--model", kernel_pte, *options)
+def test_whole_command_with_arm_code(
+    phone: Device, kernel_pte: Path, arm_bundle: Path, emulator: list[str], tmp_path: Path
+):
+    """As above, with the real bundle and an emulated processor."""
+    phone.emulator = emulator
+    bench("--model", kernel_pte, "--repeats", 2, "--threads", 2, "--json", tmp_path / "phone.json")
     result = json.loads((tmp_path / "phone.json").read_text())
     check_result(result, phone, [kernel_pte.name], repeats=2)
     assert result["models"][kernel_pte.name]["instruction_set"] in ("neon", "i8mm")
@@ -180,7 +156,7 @@ def test_shapes_are_exported_first(phone: Device, kernel_pte: Path, tmp_path: Pa
           "--sustained-seconds", 1)  # fmt: skip
     result = json.loads(capsys.readouterr().out)
     assert made == [28] and result["models"]["tiny"]["sustained"][0]["decode_tokens_per_s"] > 0
-    assert left_behind(phone) == ["runner", "tiny/model.pte", "tiny/tokenizer.json"]
+    assert left_behind(phone) == ["kept", "runner", "tiny/model.pte", "tiny/tokenizer.json"]
 
 
 def test_a_lost_copy_goes_on_behind_the_whole_files(phone: Device, kernel_pte: Path, capsys):
@@ -188,13 +164,14 @@ def test_a_lost_copy_goes_on_behind_the_whole_files(phone: Device, kernel_pte: P
     # The runner is the largest file, and comes last but for the tokens.
     assert (kernel_pte / "model.pte").stat().st_size < 300_000 < build_runner().stat().st_size
     phone.vanish_after = 300_000
-    with pytest.raises(SystemExit, match="(gone during|failed on .*) ?.*runner"):
+    with pytest.raises(SystemExit, match="is gone during the copy of runner"):
         bench(*options)
     assert [name for name in left_behind(phone) if not name.endswith(".partial")] == [
         f"{kernel_pte.name}/model.pte",
         f"{kernel_pte.name}/tokenizer.json",
     ]
-    phone.vanish_after, phone.pushed = None, []
+    phone.plug_in()
+    phone.pushed = []
     connect(phone)
     bench(*options, "--json", "-")
     assert [path.rpartition("/")[2] for path in phone.pushed] == ["runner.partial", "tokens.txt.partial"]
@@ -303,7 +280,7 @@ def test_minibench_that_crashes_or_is_missing(phone: Device, kernel_pte: Path, p
 
 def test_waiting_for_a_hot_phone_ends(phone: Device):
     phone.script("dumpsys", 'echo "  temperature: 450"; echo "Thermal Status: 2"')
-    device = bench_phone.find_device()
+    device = find_adb_device()
     options = PhoneOptions([8], runner_binary=__file__, cool_seconds=0.3)
     started = time.monotonic()
     bench_phone.cool_down(device, options)
@@ -312,30 +289,97 @@ def test_waiting_for_a_hot_phone_ends(phone: Device):
     bench_phone.cool_down(device, PhoneOptions([8], runner_binary=__file__))
 
 
+def test_a_32_bit_phone_is_an_error(phone: Device, kernel_pte: Path, stub_bundle: Path):
+    phone.script("uname", "echo armv7l")
+    with pytest.raises(
+        SystemExit, match="has the processor or kernel armv7l, which is 32-bit, and the runner is 64-bit"
+    ):
+        bench("--model", kernel_pte)
+    assert phone.pushed == [] and left_behind(phone) == []
+
+
+def test_fast_cores_are_chosen_and_kept_to(phone: Device, kernel_pte: Path, stub_bundle: Path, tmp_path: Path):
+    """The phone's second core is an efficiency core here, so that one of this machine's remains."""
+    phone.write("/sys/devices/system/cpu/cpu1/cpufreq/cpuinfo_max_freq", "1800000\n")
+    bench("--model", kernel_pte, "--repeats", 1, "--threads", "auto", "--json", tmp_path / "phone.json")
+    result = json.loads((tmp_path / "phone.json").read_text())
+    assert result["machine"]["threads"] == 1 and result["phone"]["max_mhz"] == [4320, 1800]
+    assert result["models"][kernel_pte.name]["cores"] == [0]
+    assert all("--threads 1" in line and "--cores 0" in line for line in phone.commands if " --model " in line)
+
+
+PHASES = ["push", "cool-down", "run", "end"]
+
+
+@pytest.mark.parametrize("phase", PHASES)
+def test_the_cable_is_pulled(
+    phone: Device, kernel_pte: Path, stub_bundle: Path, tmp_path: Path, monkeypatch, phase: str
+):
+    """In every phase: one line, and the same command resumes and leaves nothing."""
+    options = ("--model", kernel_pte, "--repeats", 1, "--threads", 2, "--json", tmp_path / "phone.json")
+    pull = {
+        "cool-down": ("cool_down", "dumpsys"),
+        "run": ("run_own", " --model "),
+        "end": ("condition_after", "dumpsys"),
+    }
+    with monkeypatch.context() as patch:
+        if phase == "push":
+            phone.vanish_after = 300_000
+        else:
+            name, words = pull[phase]
+            whole = vars(bench_phone)[name]
+
+            def pulled(*arguments: object) -> object:
+                phone.vanish_at = words
+                return whole(*arguments)
+
+            patch.setattr(bench_phone, name, pulled)
+        if phase == "end":
+            # What was measured is complete.
+            bench(*options)
+            assert json.loads((tmp_path / "phone.json").read_text())["phone"]["after"]["battery_celsius"] == 31.2
+        else:
+            with pytest.raises(
+                SystemExit, match=r"^mobilemoe bench: \S+ is gone during .*run the same command again.$"
+            ):
+                bench(*options)
+            assert not (tmp_path / "phone.json").exists()
+    complete = [name for name in left_behind(phone) if not name.endswith((".partial", "tokens.txt"))]
+    assert complete
+    phone.plug_in()
+    connect(phone)
+    bench(*options)
+    result = json.loads((tmp_path / "phone.json").read_text())
+    assert not set(complete) & set(result["phone"]["copied"])
+    assert not (phone.root / PLACE).exists()
+
+
 def test_no_device_unauthorised_and_several(adb_server, tmp_path: Path, monkeypatch):
     with pytest.raises(ValueError, match="No device is connected. Enable USB debugging in"):
-        bench_phone.find_device()
+        find_adb_device()
     first, second = (Device(tmp_path / name) for name in ("first", "second"))
     first.state = "unauthorized"
     connect(first, "unauthorized")
     with pytest.raises(ValueError, match="is unauthorized. The phone has not authorised this computer. Unlock it"):
-        bench_phone.find_device()
+        find_adb_device()
     connect(second)
     with pytest.raises(ValueError, match="2 devices are connected: .*Name one with --serial"):
-        bench_phone.find_device()
-    assert bench_phone.find_device(second.address).serial == second.address
+        find_adb_device()
+    assert find_adb_device(second.address).name == second.address
     with pytest.raises(ValueError, match="serial=nothing is not connected; connected are: "):
-        bench_phone.find_device("nothing")
+        find_adb_device("nothing")
     subprocess.run(["adb", "disconnect"], capture_output=True)
     monkeypatch.setenv("PATH", str(tmp_path))
     with pytest.raises(ValueError, match="adb is not on the PATH.*Install Android's platform tools"):
-        bench_phone.find_device()
+        find_adb_device()
 
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--model", "x"], "runner_binary=None is not a file, and runner='own' needs one"),
+        (["--model", "x", "--runner-binary", "y"], "runner_binary=y is not a file"),
+        (["--model", "x", "--runner", "llama_main"], "runner='llama_main' is not built here. Set runner_binary to"),
+        (["--model", "x", "--threads", "0"], "num_threads=0 leaves nothing to measure"),
         (["--model", "x", "--runner", "minibench", "--runner-binary", "y"], "it takes neither runner_binary nor"),
         (["--model", "x", "--runner-binary", __file__, "--new-tokens", "0"], "new_tokens=0 leaves nothing to measure"),
         (["--model", "x", "--runner-binary", __file__, "--profile"], "--profile and --runtime are of this machine"),
@@ -352,8 +396,9 @@ def test_requests_that_a_program_cannot_meet(phone: Device, kernel_pte: Path, te
         bench("--model", text_checkpoint, *runner)
     with pytest.raises(SystemExit, match="has a context of 64 tokens and 68 are needed. Give shorter prompt lengths"):
         bench("--model", kernel_pte, *runner, "--prompt-lengths", 64)
-    with pytest.raises(SystemExit, match="'runner'. Rename it"):
-        bench("--model", "elsewhere/runner", *runner)
+    for name in ("runner", "bundle"):
+        with pytest.raises(SystemExit, match="is named 'runner' or 'bundle'. Rename the model"):
+            bench("--model", f"elsewhere/{name}", *runner)
     with pytest.raises(SystemExit, match="two have the same name"):
         bench("--model", kernel_pte, kernel_pte, *runner)
     with pytest.raises(SystemExit, match="runner='llama_main' takes text. Give a prompt file"):
@@ -362,8 +407,10 @@ def test_requests_that_a_program_cannot_meet(phone: Device, kernel_pte: Path, te
 
 
 def test_options_of_a_phone_are_refused_for_this_machine():
-    with pytest.raises(SystemExit, match="--serial, --keep: of a phone, and this machine is measured"):
-        main(["bench", "--model", "S", "--serial", "x", "--keep"])
+    with pytest.raises(SystemExit, match="--serial, --keep, --submit-row: of a phone, and this machine is measured"):
+        main(["bench", "--model", "S", "--serial", "x", "--keep", "--submit-row"])
+    with pytest.raises(SystemExit, match="--threads auto reads a phone's cores, and this machine is measured"):
+        main(["bench", "--model", "S", "--threads", "auto"])
 
 
 def test_observer_of_llama_main():

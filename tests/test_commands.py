@@ -51,9 +51,12 @@ SKIP = {
     r"^source \.venv/bin/activate": "enters the environment that the tests run in",
     r"^mobilemoe bench --model S ": "exports two full-size programs; tests/test_bench.py runs small ones",
     r"^mobilemoe eval prepare ": "needs the network; tests/test_evaluation.py runs it against a Hub in memory",
-    r"^(adb devices|mobilemoe bench --device adb)": "needs a phone; tests/test_bench_phone.py has one on loopback",
+    r"^(adb devices|adb connect|mobilemoe (bench|chat) --device adb)": "needs a phone; tests/test_bench_phone.py and "
+    "test_device_model.py have one on loopback",
+    r"^mobilemoe (bench|chat) --device ssh:": "needs a board; tests/test_ssh.py has this machine",
+    r"^mobilemoe bench --build-runner": "needs a cross compiler; tests/test_bundle.py",
     r"^hf auth login": "needs an account of the Hub",
-    r"^(pip|python -m zipfile) ": "needs the package index; tests/test_wheel.py installs the wheel",
+    r"^pip ": "needs the package index; tests/test_wheel.py installs the wheel",
     r"^cmake ": "needs a cross compiler or Android's NDK; tests/test_runner.py and test_kernels.py build its targets",
 }
 

@@ -10,7 +10,8 @@ from pathlib import Path
 import pytest
 from conftest import ROOT
 
-from mobilemoe.bench.adb import Device
+from mobilemoe.device.adb import AdbDevice
+from mobilemoe.device.ssh import SshDevice, find_ssh_device
 
 
 # By the first words of a promise: tests of it.
@@ -23,6 +24,7 @@ TESTS = {
     "No shell strings from input": [
         "test_security.test_no_shell_and_no_pickle_in_the_code",
         "test_security.test_arguments_for_a_phone_are_quoted",
+        "test_security.test_a_host_cannot_be_an_option_of_ssh",
     ],
     "No network without a request": ["test_security.test_a_local_model_opens_no_connection"],
     "The server is for this machine": [
@@ -75,19 +77,28 @@ def test_no_shell_and_no_pickle_in_the_code(path: Path):
             assert not {"pickle", "cloudpickle", "dill", "joblib"} & set(names), (path, node.lineno)
 
 
-def test_arguments_for_a_phone_are_quoted(tmp_path, monkeypatch):
-    """The phone's shell gets one string. That of this machine stands in for it."""
-    device, started = Device("serial"), []
+@pytest.mark.parametrize("device", [AdbDevice("serial"), SshDevice("host")], ids=["adb", "ssh"])
+def test_arguments_for_a_phone_are_quoted(device: AdbDevice | SshDevice, tmp_path, monkeypatch):
+    """The device's shell gets one string. That of this machine stands in for it."""
+    started = []
 
-    def adb(*arguments: str, timeout: float | None) -> subprocess.CompletedProcess:
-        assert arguments[0] == "shell" and len(arguments) == 2
-        started.append(arguments[1])
-        return subprocess.run(["sh", "-c", arguments[1]], capture_output=True, text=True, cwd=tmp_path)
+    def run(command: list[str], timeout: float, **options) -> subprocess.CompletedProcess:
+        assert command[:-1] == device.command("")[:-1]
+        started.append(command[-1])
+        return subprocess.run(["sh", "-c", command[-1]], capture_output=True, text=True, cwd=tmp_path)
 
-    monkeypatch.setattr(device, "_adb", adb)
+    monkeypatch.setattr(device, "run", run)
     for word in ("a; touch x", "$(touch x)", "`touch x`", "'; touch x; '", "a && touch x", "a\ntouch x"):
         assert device.shell("printf", "%s", word) == word
     assert len(started) == 6 and not (tmp_path / "x").exists()
+
+
+@pytest.mark.parametrize("host", ["-oProxyCommand=touch x", "me@-x", "", "a b", "a;b", "$(x)", "--", "a\nb", "a@b@c"])
+def test_a_host_cannot_be_an_option_of_ssh(host: str, monkeypatch):
+    monkeypatch.setattr(subprocess, "run", lambda *_, **__: pytest.fail("nothing may be started"))
+    with pytest.raises(ValueError, match="names no host"):
+        find_ssh_device(host)
+    assert SshDevice("host").command("x")[-3:] == ["--", "host", "x"]
 
 
 def test_a_local_model_opens_no_connection(text_checkpoint):

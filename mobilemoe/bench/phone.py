@@ -1,11 +1,12 @@
 """
-Benchmarks speed and memory of programs on an Android phone: `mobilemoe bench --device adb`.
+Benchmarks speed and memory of programs on a phone or a board: `mobilemoe bench --device adb`, `--device ssh:HOST`.
 
 The result has the same format as on the host (host.py), so tables, figures, cards and the planner can read it. Its
 field `phone` describes the device and its condition before, during and after the measurement. runners.py has the
-programs that run on the phone.
+programs that run there.
 """
 
+import dataclasses
 import tempfile
 import threading
 import time
@@ -17,11 +18,14 @@ from pathlib import Path
 from tqdm import tqdm
 
 from ..artifacts import is_shape
+from ..device.bundle import build_bundle, bundle_files
+from ..device.cores import fast_cores
+from ..device.device import Device, DeviceLost
+from ..device.find import find_device
 from ..export.random_program import write_random_program
-from ..results import Benchmark, BenchmarkMachine, Phone, PhoneFingerprint, PhoneSample
+from ..results import Benchmark, BenchmarkMachine, Phone, PhoneCondition, PhoneFingerprint, PhoneSample
 from ..shapes import shapes
-from .adb import Device, find_device
-from .runners import APP, DIRECTORY, PhoneOptions, Program, read_inputs, run_llama_main, run_minibench, run_own
+from .runners import APP, PhoneOptions, Program, read_inputs, run_llama_main, run_minibench, run_own
 
 
 def bench_phone(models: Sequence[str], options: PhoneOptions, command: str | None = None) -> Benchmark:
@@ -45,31 +49,43 @@ def bench_phone(models: Sequence[str], options: PhoneOptions, command: str | Non
     names = [Path(model).resolve().name for model in models]
     if len(set(names)) < len(names):
         raise ValueError(f"models={list(models)}: two have the same name. Rename a directory.")
-    if "runner" in names:
+    if {"runner", "bundle"} & set(names):
         raise ValueError(
-            f"models={list(models)}: on the phone, the program that runs them has the name 'runner'. Rename it."
+            f"models={list(models)}: on the device, what runs them is named 'runner' or 'bundle'. Rename the model."
         )
-    # Find the device first: exporting a shape takes minutes.
-    device = find_device(options.serial)
+    device = find_device(options.device, options.serial)
     with tempfile.TemporaryDirectory() as scratch:
-        programs = []
-        for name, model in zip(names, models, strict=True):
-            path = Path(model)
-            if is_shape(model):
-                path = Path(scratch, model)
-                write_random_program(shapes()[model], path, options.context)
-            programs.append(Program(name, path))
-        return run_programs(device, programs, options, command)
+        paths = {
+            name: Path(scratch, name) if is_shape(model) else Path(model)
+            for name, model in zip(names, models, strict=True)
+        }
+        # Errors first: building the runner and exporting a shape take a while.
+        made = [name for name, model in zip(names, models, strict=True) if is_shape(model)]
+        programs = {name: Program(name, path) for name, path in paths.items() if name not in made}
+        for program in programs.values():
+            check_context(program, options)
+        if options.num_threads == "auto":
+            cores = fast_cores(device.cores())
+            options = dataclasses.replace(options, num_threads=len(cores), cores=cores)
+        if options.uses_bundle:
+            device.check_runs_arm64()
+            build_bundle()
+        for name in made:
+            write_random_program(shapes()[name], paths[name], options.context)
+            programs[name] = Program(name, paths[name])
+        return run_programs(device, [programs[name] for name in names], options, command)
+
+
+def check_context(program: Program, options: PhoneOptions) -> None:
+    if options.context > program.report.max_seq_len:
+        raise ValueError(
+            f"{program.name} has a context of {program.report.max_seq_len} tokens and {options.context} are needed. "
+            "Give shorter prompt lengths."
+        )
 
 
 def run_programs(device: Device, programs: list[Program], options: PhoneOptions, command: str | None) -> Benchmark:
-    """The part of [`bench_phone`] after the exports."""
-    for program in programs:
-        if options.context > program.report.max_seq_len:
-            raise ValueError(
-                f"{program.name} has a context of {program.report.max_seq_len} tokens and {options.context} are "
-                "needed. Give shorter prompt lengths."
-            )
+    """The part of [`bench_phone`] after the exports, with a number of threads."""
     fingerprint = device.fingerprint()
     if options.runner == "minibench" and f"package:{APP}" not in device.shell("pm", "list", "packages", APP):
         raise ValueError(f"The benchmark app {APP} is not on the device. docs/phone.md says how to build it.")
@@ -78,23 +94,24 @@ def run_programs(device: Device, programs: list[Program], options: PhoneOptions,
     try:
         copied = copy_files(device, programs, options, inputs)
         samples = run_rounds(device, programs, options, inputs)
+        after = condition_after(device, samples)
         finished = True
     finally:
         with suppress(OSError):
             clean_up(device, programs, options, finished)
     return Benchmark(
         command=command,
-        benchmark="adb",
+        benchmark=options.device.partition(":")[0],
         prompt="random tokens" if options.prompt_file is None else str(options.prompt_file),
         new_tokens=options.new_tokens,
         machine=phone_machine(fingerprint, options.num_threads),
         versions={"executorch": programs[0].report.versions.get("executorch", version("executorch"))},
         phone=Phone(
             **fingerprint.model_dump(),
-            serial=device.serial,
+            serial=device.name,
             runner=options.runner,
             copied=copied,
-            after=device.condition(),
+            after=after,
             samples=samples,
         ),
         models={program.name: program.result() for program in programs},
@@ -103,7 +120,8 @@ def run_programs(device: Device, programs: list[Program], options: PhoneOptions,
 
 def phone_machine(fingerprint: PhoneFingerprint, num_threads: int) -> BenchmarkMachine:
     cores = len(fingerprint.max_mhz) or None
-    return BenchmarkMachine(cpu=f"{fingerprint.model} ({fingerprint.soc})", cores=cores, threads=num_threads)
+    soc = f" ({fingerprint.soc})" if fingerprint.soc != "unknown" else ""
+    return BenchmarkMachine(cpu=f"{fingerprint.model}{soc}", cores=cores, threads=num_threads)
 
 
 def copy_files(
@@ -111,15 +129,28 @@ def copy_files(
 ) -> list[str]:
     """Copies programs, inputs and the runner to the device; returns the names of the copied files."""
     files = {name: path for program in programs for name, path in program.files.items()}
-    files |= {"runner": Path(options.runner_binary)} if options.runner_binary is not None else {}
+    if options.uses_bundle:
+        files |= {f"bundle/{name}": path for name, path in bundle_files(build_bundle()).items()}
+    elif options.runner_binary is not None:
+        files["runner"] = Path(options.runner_binary)
     with tempfile.TemporaryDirectory() as scratch:
         for name, tokens in inputs.items() if options.runner == "own" else ():
             path = files[f"{name}/tokens.txt"] = Path(scratch, name)
             path.write_text(" ".join(map(str, tokens)))
-        copied = device.push(files, DIRECTORY)
-    if options.runner_binary is not None:
-        device.shell("chmod", "755", f"{DIRECTORY}/runner")
+        copied = device.push(files)
+    if (start := options.command[0].removeprefix("../")) in files:
+        device.shell("chmod", "755", device.path(start))
     return copied
+
+
+def condition_after(device: Device, samples: list[PhoneSample]) -> PhoneCondition:
+    """The condition after the rounds, or the last one that is known: what was measured is complete by now."""
+    try:
+        return device.condition()
+    except DeviceLost:
+        if not samples:
+            raise
+        return PhoneCondition(**samples[-1].model_dump(exclude={"seconds"}))
 
 
 def run_rounds(
@@ -175,13 +206,16 @@ def sampling(device: Device, every_seconds: float = 5.0) -> Generator[list[Phone
 
 
 def clean_up(device: Device, programs: list[Program], options: PhoneOptions, finished: bool) -> None:
-    """Removes the copied files. After a failure, complete files stay, and the next run resumes after them."""
+    """
+    Removes our files from the device, those of earlier runs too, unless they are to be kept. After a failure, complete
+    files stay, and the next run resumes after them.
+    """
     if options.runner == "minibench":
         device.shell("am", "force-stop", APP, check=False)
     if finished and not options.keep:
-        device.shell("rm", "-rf", *(program.directory for program in programs), f"{DIRECTORY}/runner")
-        device.shell("rmdir", DIRECTORY, check=False)
+        device.shell("rm", "-rf", device.directory)
         return
-    partial = ["find", DIRECTORY, "-name", "*.partial", "-exec", "rm", "-f", "{}", "+"]
-    device.shell(*partial, check=False)
-    device.shell("rm", "-f", *(f"{program.directory}/tokens.txt" for program in programs), check=False)
+    if options.keep:
+        device.keep()
+    device.shell("find", device.directory, "-name", "*.partial", "-exec", "rm", "-f", "{}", "+", check=False)
+    device.shell("rm", "-f", *(device.path(f"{program.name}/tokens.txt") for program in programs), check=False)

@@ -4,7 +4,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ..display import number, picture, table, with_spread
-from ..results import Benchmark, Spread
+from ..results import Benchmark, Phone, Spread
 from ..shapes import published_speeds
 
 
@@ -21,6 +21,8 @@ MEASURES = {
 def tables(result: Benchmark, paper: bool = False) -> "list[Group]":
     """Tables of speeds, load times and memory, of operators if profiled, and with `paper` of the paper's phones."""
     made = [speed_table(result), load_table(result)]
+    if result.phone is not None:
+        made.append(phone_table(result, result.phone))
     for name, model in result.models.items():
         for length, times in (model.operator_ms or {}).items():
             for phase, operators in times.items():
@@ -78,6 +80,42 @@ def load_table(result: Benchmark) -> "Group":
         loads = [number(starts[state].load) if state in starts else "" for state in ("cold", "warm")]
         rows.append((name, *loads, "" if peak is None else f"{peak / 1e6:,.0f}"))
     return table(("model", "cold load s", "warm load s", "peak MB"), rows, "Load times and memory")
+
+
+def phone_table(result: Benchmark, phone: Phone) -> "Group":
+    """How warm the device became, and where the runner ran. Empty without what the device does not report."""
+    during = [phone, *phone.samples, phone.after]
+    values = {
+        "battery C": [condition.battery_celsius for condition in during],
+        "thermal status, 0 is none": [condition.thermal_status for condition in during],
+        "highest clock MHz": [max(condition.mhz, default=None) for condition in during],
+    }
+    rows = []
+    for name, row in values.items():
+        known = [value for value in row if value is not None]
+        if known:
+            rows.append(
+                (name, *("" if value is None else number(value, 4) for value in (row[0], max(known), row[-1])))
+            )
+    cores = [f"{name} on {', '.join(map(str, model.cores))}" for name, model in result.models.items() if model.cores]
+    caption = f"Cores of the runner: {'; '.join(cores)}." if cores else ""
+    return table(("of the device", "before", "highest", "after"), rows, "Heat", caption)
+
+
+def submitted_rows(result: Benchmark) -> str:
+    """Rows of a device's result, for the table in docs/phone.md. They have no serial number, host name or path."""
+    phone = result.phone
+    assert phone is not None
+    system = f"Android {phone.android}" if phone.android else phone.build
+    warmest = max((sample.thermal_status for sample in phone.samples if sample.thermal_status is not None), default="")
+    lines = []
+    for name, model in result.models.items():
+        peak = "" if model.peak_memory_bytes is None else f"{model.peak_memory_bytes / 1e6:,.0f}"
+        for length, row in model.lengths.items():
+            speeds = ("" if spread is None else number(spread.median) for spread in map(vars(row).get, MEASURES))
+            cells = (result.machine.cpu, system, result.machine.threads, name, length, *speeds, peak, warmest)
+            lines.append(f"| {' | '.join(str(cell).replace('|', '/') for cell in cells)} |")
+    return "\n".join(lines)
 
 
 def draw(result: Benchmark, path: str | Path, paper: bool = False) -> None:

@@ -1,6 +1,6 @@
 """
-The runners of programs on a phone: our own (kernels/README.md), which reports the most, and ExecuTorch's `llama_main`
-and benchmark app.
+The runners of programs on a phone or a board: our own (kernels/README.md), which reports the most, and ExecuTorch's
+`llama_main` and benchmark app.
 """
 
 import json
@@ -13,14 +13,14 @@ from transformers import AutoConfig, AutoTokenizer
 
 from ..artifacts import Export, is_pte, read_export
 from ..costs import MOE_GROUP_BITS
+from ..device.bundle import runner_command
+from ..device.device import Device
 from ..machine import spread
 from ..results import BenchmarkedModel, LengthResult, Spread, StartSeconds
-from .adb import Device
 from .host import check_counts
 from .worker import cache_bits, program_bytes_per_token, random_tokens
 
 
-DIRECTORY = "/data/local/tmp/mobilemoe"
 APP = "org.pytorch.minibench"
 
 
@@ -31,10 +31,13 @@ class PhoneOptions:
         prompt_lengths (`Sequence[int]`): prompt lengths in tokens.
         new_tokens (`int`): tokens to decode after each prompt.
         repeats (`int`): rounds; each runs every model once.
-        num_threads (`int`): threads on the device; 4 as in the paper's measurements.
+        num_threads (`int` or `str`): threads on the device; 4 as in the paper's measurements. "auto" is a thread on
+            every fast core and keeps our own runner on these.
+        device (`str`): "adb", or "ssh:HOST".
         runner (`str`): "own", "llama_main" or "minibench".
-        runner_binary (`str` or `Path`, *optional*): runner built for the device; "minibench" is installed instead.
-        serial (`str`, *optional*): serial number of the device, needed when several are connected.
+        runner_binary (`str` or `Path`, *optional*): runner built for the device; our own is built where it is left
+            out (device/bundle.py), and "minibench" is installed instead.
+        serial (`str`, *optional*): serial number of the device, needed when adb has several.
         max_celsius (`float`): before every run, wait until the battery has cooled down to this temperature.
         cool_seconds (`float`): maximum time of this wait.
         sustained_seconds (`int`): after the rounds, decode for this long to measure the speed of a hot phone.
@@ -45,7 +48,8 @@ class PhoneOptions:
     prompt_lengths: Sequence[int]
     new_tokens: int = 48
     repeats: int = 5
-    num_threads: int = 4
+    num_threads: int | str = 4
+    device: str = "adb"
     runner: str = "own"
     runner_binary: str | Path | None = None
     serial: str | None = None
@@ -54,22 +58,35 @@ class PhoneOptions:
     sustained_seconds: int = 0
     prompt_file: str | Path | None = None
     keep: bool = False
+    # Of the device, with threads on these only. Set when num_threads is "auto".
+    cores: Sequence[int] = ()
 
     def __post_init__(self) -> None:
-        counts = {"new_tokens": self.new_tokens, "repeats": self.repeats, "num_threads": self.num_threads}
+        counts = {"new_tokens": self.new_tokens, "repeats": self.repeats}
+        if isinstance(self.num_threads, int):
+            counts["num_threads"] = self.num_threads
+        elif self.num_threads != "auto":
+            raise ValueError(f"num_threads={self.num_threads!r} is no number. Set 1 or more, or auto.")
         check_counts(self.prompt_lengths, counts)
         if self.runner not in ("own", "llama_main", "minibench"):
             raise ValueError(f"runner={self.runner!r} is not known. Set own, llama_main or minibench.")
         if self.runner == "minibench":
+            if self.device != "adb":
+                raise ValueError(f"runner='minibench' is an Android app, and {self.device} is no phone. Set another.")
             if self.runner_binary is not None or self.sustained_seconds:
                 raise ValueError(
                     "The benchmark app is installed on the phone and runs a fixed number of tokens: it takes neither "
                     "runner_binary nor sustained_seconds. Leave them out, or set runner='own'."
                 )
-        elif self.runner_binary is None or not Path(self.runner_binary).is_file():
+        elif self.runner_binary is None and self.runner != "own":
             raise ValueError(
-                f"runner_binary={self.runner_binary} is not a file, and runner={self.runner!r} needs one built for "
-                "the phone. docs/phone.md says how to build it."
+                f"runner={self.runner!r} is not built here. Set runner_binary to one that was built for the device; "
+                "docs/phone.md says how."
+            )
+        elif self.runner_binary is not None and not Path(self.runner_binary).is_file():
+            raise ValueError(
+                f"runner_binary={self.runner_binary} is not a file. Set the path of a runner that was built for the "
+                "device, or leave it out with runner='own'."
             )
         if self.sustained_seconds and self.runner != "own":
             raise ValueError("sustained_seconds needs our own runner. Set runner='own'.")
@@ -78,6 +95,15 @@ class PhoneOptions:
     def context(self) -> int:
         """Context length that a program needs, in tokens."""
         return max(self.prompt_lengths) + self.new_tokens
+
+    @property
+    def uses_bundle(self) -> bool:
+        return self.runner == "own" and self.runner_binary is None
+
+    @property
+    def command(self) -> list[str]:
+        """The command that starts the runner in a program's directory."""
+        return runner_command("../bundle") if self.uses_bundle else ["../runner"]
 
 
 @dataclass
@@ -93,6 +119,7 @@ class Program:
     isa: str | None = None
     peak_memory_bytes: int | None = None
     pss_bytes: int | None = None
+    cores: list[int] | None = None
     sustained: list[dict] = field(default_factory=list)
 
     def __post_init__(self) -> None:
@@ -102,10 +129,6 @@ class Program:
                 "--output DIR"
             )
         self.report = read_export(self.path)
-
-    @property
-    def directory(self) -> str:
-        return f"{DIRECTORY}/{self.name}"
 
     @property
     def files(self) -> dict[str, Path]:
@@ -139,6 +162,7 @@ class Program:
             operator_calls=self.operators,
             moe_operator=self.moe_operator(),
             proven=self.operators is not None,
+            cores=self.cores,
             **({"sustained": self.sustained} if self.sustained else {}),
             lengths={
                 str(length): LengthResult(**{name: Spread(**spread(values)) for name, values in row.items()})
@@ -172,47 +196,56 @@ def read_inputs(program: Program, options: PhoneOptions) -> list[int] | str:
 def run_own(device: Device, program: Program, options: PhoneOptions, tokens: list[int], repeat: int) -> None:
     """Runs our runner once on `tokens.txt` and parses its JSON lines as they are printed."""
     lengths = options.prompt_lengths if repeat >= 0 else options.prompt_lengths[:1]
-    command = ["../runner", "--model", "model.pte", "--tokens", "tokens.txt", "--new-tokens", str(options.new_tokens)]
-    command += ["--prompt-lengths", ",".join(map(str, lengths)), "--threads", str(options.num_threads)]
-    command += ["--repeats", "1", "--first-repeat", str(max(repeat, 0))]
+    command = [*options.command, "--model", "model.pte", "--tokens", "tokens.txt"]
+    command += ["--new-tokens", str(options.new_tokens), "--prompt-lengths", ",".join(map(str, lengths))]
+    command += ["--threads", str(options.num_threads), "--repeats", "1", "--first-repeat", str(max(repeat, 0))]
+    command += ["--cores", ",".join(map(str, options.cores))] if options.cores else []
     command += ["--data", program.report.experts_file] if program.report.experts_file else []
     command += ["--cold"] if repeat < 0 else []
     if repeat == options.repeats - 1 and options.sustained_seconds:
         command += ["--sustained", str(options.sustained_seconds)]
-    state = "cold" if repeat < 0 else "warm"
     done = False
-    for line in device.lines(*command, directory=program.directory):
+    for line in device.lines(*command, directory=device.path(program.name)):
         if not line.startswith("{"):
             continue
         try:
             event = json.loads(line)
-        except json.JSONDecodeError as error:
+            if event["event"] == "error":
+                raise OSError(f"The runner failed on {program.name}: {event['message']}")
+            record(program, event, repeat)
+        except (ValueError, KeyError, TypeError, ZeroDivisionError) as error:
+            if not device.is_connected():
+                raise device.lost("the runner's report") from error
             raise OSError(f"The runner's output is truncated or garbled: {line[:300]}") from error
-        if event["event"] == "error":
-            raise OSError(f"The runner failed on {program.name}: {event['message']}")
-        if event["event"] == "loaded":
-            program.isa = event["isa"]
-            program.starts.setdefault(state, StartSeconds(load=event["load_s"]))
-        elif event["event"] == "measure" and event["repeat"] < 0:
-            if program.starts[state].first_token is None:
-                program.starts[state].first_token = event["first_token_s"]
-        elif event["event"] == "measure" and repeat >= 0:
-            length, seconds = event["prompt_length"], event["first_token_s"]
-            program.add(
-                length,
-                prefill_tokens_per_s=length / seconds,
-                first_token_ms=1e3 * seconds,
-                decode_tokens_per_s=len(event["decode_s"]) / sum(event["decode_s"]),
-            )
-        elif event["event"] == "sustained":
-            program.sustained.append({name: value for name, value in event.items() if name != "event"})
-        elif event["event"] == "done":
-            done = True
-            program.operators = event["operators"]
-            program.peak_memory_bytes = max(program.peak_memory_bytes or 0, event["peak_rss_bytes"])
-            program.pss_bytes = max(program.pss_bytes or 0, event["pss_bytes"])
+        done = event["event"] == "done"
     if not done:
-        raise OSError(f"The runner stopped before the end of {program.name}. Run it by hand in {program.directory}.")
+        raise OSError(f"The runner stopped before the end of {program.name}. Run it again.")
+
+
+def record(program: Program, event: dict, repeat: int) -> None:
+    """Adds what the runner reported in a line."""
+    state = "cold" if repeat < 0 else "warm"
+    if event["event"] == "loaded":
+        program.isa = event["isa"]
+        program.starts.setdefault(state, StartSeconds(load=event["load_s"]))
+    elif event["event"] == "measure" and event["repeat"] < 0:
+        if program.starts[state].first_token is None:
+            program.starts[state].first_token = event["first_token_s"]
+    elif event["event"] == "measure" and repeat >= 0:
+        length, seconds = event["prompt_length"], event["first_token_s"]
+        program.add(
+            length,
+            prefill_tokens_per_s=length / seconds,
+            first_token_ms=1e3 * seconds,
+            decode_tokens_per_s=len(event["decode_s"]) / sum(event["decode_s"]),
+        )
+    elif event["event"] == "sustained":
+        program.sustained.append({name: value for name, value in event.items() if name != "event"})
+    elif event["event"] == "done":
+        program.operators = event["operators"]
+        program.cores = sorted({*(program.cores or ()), *event["cores"]})
+        program.peak_memory_bytes = max(program.peak_memory_bytes or 0, event["peak_rss_bytes"])
+        program.pss_bytes = max(program.pss_bytes or 0, event["pss_bytes"])
 
 
 def run_llama_main(device: Device, program: Program, options: PhoneOptions, text: str, repeat: int) -> None:
@@ -221,11 +254,19 @@ def run_llama_main(device: Device, program: Program, options: PhoneOptions, text
     for length in options.prompt_lengths[: 1 if repeat < 0 else None]:
         # Cut by characters. The recorded length is the number of tokens that the runner reports.
         prompt = text[: max(1, len(text) * length // max(options.prompt_lengths))]
-        command = ["../runner", "--model_path", "model.pte", "--tokenizer_path", "tokenizer.json", "--prompt", prompt]
-        command += ["--temperature", "0", "--ignore_eos", "--cpu_threads", str(options.num_threads)]
+        command = [*options.command, "--model_path", "model.pte", "--tokenizer_path", "tokenizer.json"]
+        command += [
+            "--prompt",
+            prompt,
+            "--temperature",
+            "0",
+            "--ignore_eos",
+            "--cpu_threads",
+            str(options.num_threads),
+        ]
         command += ["--max_new_tokens", str(options.new_tokens)]
         command += ["--data_paths", program.report.experts_file] if program.report.experts_file else []
-        output = "\n".join(device.lines(*command, directory=program.directory))
+        output = "\n".join(device.lines(*command, directory=device.path(program.name)))
         try:
             measured = parse_observer(output)
         except ValueError as error:
@@ -249,10 +290,11 @@ def run_minibench(device: Device, program: Program, options: PhoneOptions, text:
     """
     if repeat < 0:
         return
-    device.shell("chmod", "-R", "a+rX", program.directory)
+    directory = device.path(program.name)
+    device.shell("chmod", "-R", "a+rX", directory)
     device.shell("run-as", APP, "rm", "-f", "files/benchmark_results.json", check=False)
-    start = ["am", "start", "-W", "-S", "-n", f"{APP}/.BenchmarkActivity", "--es", "model_dir", program.directory]
-    start += ["--es", "tokenizer_path", f"{program.directory}/tokenizer.json", "--es", "prompt", text]
+    start = ["am", "start", "-W", "-S", "-n", f"{APP}/.BenchmarkActivity", "--es", "model_dir", directory]
+    start += ["--es", "tokenizer_path", f"{directory}/tokenizer.json", "--es", "prompt", text]
     start += ["--ei", "num_iter", "2", "--ei", "num_warm_up_iter", "0", "--ef", "temperature", "0"]
     said = device.shell(*start)
     if "Error" in said:

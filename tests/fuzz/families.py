@@ -21,8 +21,8 @@ from toy_tokenizer import train_tokenizer
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from mobilemoe import cli
-from mobilemoe.bench import adb
 from mobilemoe.bench.runners import PhoneOptions, Program, run_own
+from mobilemoe.device.adb import find_adb_device
 from mobilemoe.export.exporter import export_checkpoint
 from mobilemoe.integrity import verify_model
 from mobilemoe.runtime import PteModel
@@ -382,7 +382,13 @@ def command_line(rng: random.Random, inputs: Inputs, directory: Path) -> Case:
 RUNNER_LINES = (
     {"event": "loaded", "isa": "neon", "load_s": 0.5},
     {"event": "measure", "repeat": 0, "prompt_length": 16, "first_token_s": 0.1, "decode_s": [0.02, 0.02]},
-    {"event": "done", "operators": {"llama::quantized_moe_ffn.out": 40}, "peak_rss_bytes": 10**8, "pss_bytes": 10**8},
+    {
+        "event": "done",
+        "operators": {"llama::quantized_moe_ffn.out": 40},
+        "cores": [4, 5],
+        "peak_rss_bytes": 10**8,
+        "pss_bytes": 10**8,
+    },
 )
 ADB_ANSWERS = {
     "devices": "List of devices attached\nemulator-5554\tdevice\n\n",
@@ -391,7 +397,7 @@ ADB_ANSWERS = {
     "meminfo": "MemTotal:  8000000 kB\n",
     "battery": "  level: 80\n  temperature: 301\n",
     "thermalservice": "Thermal Status: 0\n",
-    "max_freq": "1800000\n2400000\n",
+    "max_freq": "/sys/devices/system/cpu/cpu0/cpufreq/cpuinfo_max_freq:1800000\n",
     "runner": "\n".join(map(json.dumps, RUNNER_LINES)) + "\n",
 }
 
@@ -420,7 +426,7 @@ def adb_answer(rng: random.Random, inputs: Inputs, directory: Path) -> Case:
 
     def run() -> None:
         os.environ["PATH"] = f"{directory}:{os.environ['PATH']}"
-        device = adb.find_device()
+        device = find_adb_device()
         fingerprint, free = device.fingerprint(), device.free_bytes("/data")
         program = Program("model", inputs.program)
         options = PhoneOptions((16,), 2, 1, runner_binary=script)
