@@ -9,17 +9,22 @@ from collections.abc import Generator, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from threading import Event
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from pydantic import BaseModel
 from rich.console import Console
 
 from .artifacts import Artifact
+from .device.find import is_device
 from .display import number, table
-from .generation import LanguageModel, Timing, until
+from .generation import LanguageModel, TextModel, Timing, until
 from .runtime import CheckpointModel, load_language_model
 from .tools import Tool, ToolCall, parse_tool_calls, read_tools
+
+
+if TYPE_CHECKING:
+    from .grammar import Grammar
 
 
 HELP = """\
@@ -52,6 +57,23 @@ class Transcript(Artifact):
     tools: list[Tool] = []
 
 
+def load_text_model(model: str, device: str, constrained: bool) -> TextModel:
+    """
+    Raises:
+        ValueError: as [`load_language_model`], and for a phone or a board also when the answer is to be constrained.
+    """
+    if not is_device(device):
+        return load_language_model(model, device)
+    if constrained:
+        raise ValueError(
+            f"--json-schema and --regex need the probabilities of all tokens, which {device} does not send. Leave one "
+            "of them out."
+        )
+    from .device.model import DeviceModel
+
+    return DeviceModel(model, device)
+
+
 class Writer:
     """
     Writes answers of a model to stdout, and measures them.
@@ -76,17 +98,20 @@ class Writer:
 
             schema = read_schema(arguments.json_schema)
         self.max_new_tokens, self.stop = arguments.max_new_tokens, arguments.stop
-        self.model: LanguageModel = load_language_model(arguments.model, arguments.device)
+        self.model = load_text_model(
+            arguments.model, arguments.device, schema is not None or arguments.regex is not None
+        )
         if isinstance(self.model, CheckpointModel) and self.model.model.device.type != "cpu":
             device = self.model.model.device
             note(f"[on {device}{': ' + torch.cuda.get_device_name(device) if device.type == 'cuda' else ''}]")
-        self.grammar = None
-        if schema is not None:
+        self.grammar: Grammar | None = None
+        if isinstance(self.model, LanguageModel) and schema is not None:
             self.grammar = self.model.grammars.json_schema(schema)
-        elif arguments.regex is not None:
+        elif isinstance(self.model, LanguageModel) and arguments.regex is not None:
             self.grammar = self.model.grammars.regex(arguments.regex)
         names = ("temperature", "top_p", "seed", "prompt_lookup")
         self.options: dict[str, Any] = {name: vars(arguments)[name] for name in names}
+        self.options |= {} if self.grammar is None else {"grammar": self.grammar}
         self.timings: list[Timing] = []
 
     def answer(self, prompt: list[int], stopped: Event | None = None) -> str:
@@ -95,7 +120,7 @@ class Writer:
         self.timings.append(timing)
 
         def tokens() -> Iterator[int]:
-            for token in self.model.generate(prompt, self.max_new_tokens, grammar=self.grammar, **self.options):
+            for token in self.model.generate(prompt, self.max_new_tokens, **self.options):
                 timing.times.append(time.perf_counter())
                 yield token
                 if stopped is not None and stopped.is_set():
@@ -164,7 +189,7 @@ class Conversation:
     half of the context: later turns can then use the cache. The system message is always seen.
     """
 
-    def __init__(self, model: LanguageModel, system: str | None, tools: list[dict[str, Any]], max_new_tokens: int):
+    def __init__(self, model: TextModel, system: str | None, tools: list[dict[str, Any]], max_new_tokens: int):
         self.model, self.tools = model, tools
         self.messages: list[dict[str, Any]] = [] if system is None else [{"role": "system", "content": system}]
         # Room for an answer.
@@ -325,7 +350,7 @@ class Chat:
             if dropped:
                 note(f"[the context is full: the model no longer sees the oldest {dropped} messages]")
             text = self.answer(prompt)
-        except ValueError:
+        except (ValueError, OSError):
             del conversation.messages[before:]
             raise
         content, calls = parse_tool_calls(text) if conversation.tools else (text, [])

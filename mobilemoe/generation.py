@@ -27,7 +27,95 @@ if TYPE_CHECKING:
 MAX_DRAFT_TOKENS = FEW_TOKENS - 1
 
 
-class LanguageModel(ABC):
+def check_sampling(max_new_tokens: int, temperature: float, top_p: float) -> None:
+    if not temperature >= 0 or not 0 < top_p <= 1:
+        raise ValueError(
+            f"temperature={temperature} and top_p={top_p} cannot be sampled with. "
+            "Set temperature to 0 or more and top_p above 0 and at most 1."
+        )
+    if max_new_tokens < 0:
+        raise ValueError(f"max_new_tokens={max_new_tokens} cannot be generated. Set 0 or more.")
+
+
+class TextModel(ABC):
+    """What a conversation needs: a tokenizer, and answers of a model that keeps what it has read in a cache."""
+
+    tokenizer: PreTrainedTokenizerBase
+    max_seq_len: int
+    eos_ids: list[int]
+
+    @abstractmethod
+    def num_cached(self, tokens: list[int]) -> int:
+        """How many tokens of a prompt are in the cache and do not run again."""
+
+    @abstractmethod
+    def generate(
+        self,
+        tokens: list[int],
+        max_new_tokens: int,
+        temperature: float = 0.0,
+        top_p: float = 1.0,
+        seed: int | None = None,
+        prompt_lookup: bool | None = None,
+    ) -> Iterator[int]:
+        """As [`LanguageModel.generate`], which says what the arguments mean."""
+
+    def encode(self, prompt: str, chat: bool = False) -> list[int]:
+        """
+        Token ids of a prompt, starting with one BOS. With `chat`, the prompt is formatted as the user's message.
+
+        Raises:
+            ValueError: for `chat` without a chat template, as in a Base model, or with one that does not end.
+        """
+        if chat:
+            return self.encode_messages([{"role": "user", "content": prompt}])
+        return self.tokenizer(prompt).input_ids
+
+    def encode_messages(self, messages: list[dict[str, Any]], tools: list[dict[str, Any]] | None = None) -> list[int]:
+        """
+        Token ids of a conversation in the chat template, up to where the model answers.
+
+        Args:
+            messages (`list[dict]`): with `role` and `content`, as `apply_chat_template` takes them.
+            tools (`list[dict]`, *optional*): definitions of functions that the model may call.
+
+        Raises:
+            ValueError: without a chat template, as in a Base model, or when the template rejects a message.
+        """
+        if self.tokenizer.chat_template is None:
+            raise ValueError(
+                "This model has no chat template: it is a base model that continues text. "
+                "Give plain text, or use a fine-tuned (SFT or QAT) model."
+            )
+        try:
+            with limited("The model's chat template"):
+                tokens = self.tokenizer.apply_chat_template(
+                    messages, tools=cast(Any, tools), add_generation_prompt=True, return_dict=False
+                )
+        except TemplateError as error:
+            raise ValueError(f"The chat template rejects the conversation: {error}") from error
+        return cast(list[int], tokens)
+
+    def decode(self, tokens: list[int]) -> str:
+        # The released tokenizer config enables a clean-up that removes spaces before punctuation, which damages code.
+        return str(self.tokenizer.decode(tokens, skip_special_tokens=True, clean_up_tokenization_spaces=False))
+
+    def stream(self, tokens: Iterable[int]) -> Iterator[str]:
+        """Yields the text that each token completes, which may be empty, and at the end the remaining text."""
+        read, text = [], ""
+        for token in tokens:
+            read.append(token)
+            # Decode all tokens: a character may span several, and until its last one the text ends in U+FFFD.
+            grown = self.decode(read)
+            if grown.endswith("\ufffd"):
+                yield ""
+            else:
+                yield grown[len(text) :]
+                text = grown
+        yield self.decode(read)[len(text) :]
+
+
+class LanguageModel(TextModel):
     """
     Common interface of a `.pte` and a checkpoint: one sequence with a key-value cache, and its tokenizer.
 
@@ -37,9 +125,6 @@ class LanguageModel(ABC):
     `reset` makes the next call run everything.
     """
 
-    tokenizer: PreTrainedTokenizerBase
-    max_seq_len: int
-    eos_ids: list[int]
     # Longest draft that one call verifies.
     max_draft_tokens = MAX_DRAFT_TOKENS
     # Whether tokens have the same logits in one call as one by one, bit for bit.
@@ -165,13 +250,7 @@ class LanguageModel(ABC):
             ValueError: for an empty prompt or one longer than the context, a negative temperature, a `top_p` outside
                 (0, 1], or `prompt_lookup` of a program that returns the logits of one position only.
         """
-        if not temperature >= 0 or not 0 < top_p <= 1:
-            raise ValueError(
-                f"temperature={temperature} and top_p={top_p} cannot be sampled with. "
-                "Set temperature to 0 or more and top_p above 0 and at most 1."
-            )
-        if max_new_tokens < 0:
-            raise ValueError(f"max_new_tokens={max_new_tokens} cannot be generated. Set 0 or more.")
+        check_sampling(max_new_tokens, temperature, top_p)
         generator = torch.Generator()
         # A new generator always has the same seed.
         if seed is None:
@@ -228,60 +307,6 @@ class LanguageModel(ABC):
             started = time.perf_counter()
             rows = self.sequence_logits([*text.tokens, *draft], len(draft) + 1)
             self._times.record(len(draft), time.perf_counter() - started)
-
-    def encode(self, prompt: str, chat: bool = False) -> list[int]:
-        """
-        Token ids of a prompt, starting with one BOS. With `chat`, the prompt is formatted as the user's message.
-
-        Raises:
-            ValueError: for `chat` without a chat template, as in a Base model, or with one that does not end.
-        """
-        if chat:
-            return self.encode_messages([{"role": "user", "content": prompt}])
-        return self.tokenizer(prompt).input_ids
-
-    def encode_messages(self, messages: list[dict[str, Any]], tools: list[dict[str, Any]] | None = None) -> list[int]:
-        """
-        Token ids of a conversation in the chat template, up to where the model answers.
-
-        Args:
-            messages (`list[dict]`): with `role` and `content`, as `apply_chat_template` takes them.
-            tools (`list[dict]`, *optional*): definitions of functions that the model may call.
-
-        Raises:
-            ValueError: without a chat template, as in a Base model, or when the template rejects a message.
-        """
-        if self.tokenizer.chat_template is None:
-            raise ValueError(
-                "This model has no chat template: it is a base model that continues text. "
-                "Give plain text, or use a fine-tuned (SFT or QAT) model."
-            )
-        try:
-            with limited("The model's chat template"):
-                tokens = self.tokenizer.apply_chat_template(
-                    messages, tools=cast(Any, tools), add_generation_prompt=True, return_dict=False
-                )
-        except TemplateError as error:
-            raise ValueError(f"The chat template rejects the conversation: {error}") from error
-        return cast(list[int], tokens)
-
-    def decode(self, tokens: list[int]) -> str:
-        # The released tokenizer config enables a clean-up that removes spaces before punctuation, which damages code.
-        return str(self.tokenizer.decode(tokens, skip_special_tokens=True, clean_up_tokenization_spaces=False))
-
-    def stream(self, tokens: Iterable[int]) -> Iterator[str]:
-        """Yields the text that each token completes, which may be empty, and at the end the remaining text."""
-        read, text = [], ""
-        for token in tokens:
-            read.append(token)
-            # Decode all tokens: a character may span several, and until its last one the text ends in U+FFFD.
-            grown = self.decode(read)
-            if grown.endswith("\ufffd"):
-                yield ""
-            else:
-                yield grown[len(text) :]
-                text = grown
-        yield self.decode(read)[len(text) :]
 
 
 @dataclass

@@ -1,0 +1,148 @@
+"""A program on a phone or a board as a model: text becomes tokens here; they are computed, and cached, there."""
+
+import json
+import secrets
+import subprocess
+import tempfile
+import weakref
+from collections.abc import Iterator
+from contextlib import suppress
+from pathlib import Path
+from typing import cast
+
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
+
+from ..artifacts import is_pte
+from ..generation import TextModel, check_sampling, common_length
+from ..integrity import check_program
+from .bundle import build_bundle, bundle_files, runner_command
+from .cores import fast_cores
+from .device import Device
+from .find import find_device
+
+
+class DeviceModel(TextModel):
+    """
+    Args:
+        path (`str` or `Path`): directory with model.pte, of the default operator.
+        name (`str`): `"adb"` or `"ssh:HOST"`.
+
+    Raises:
+        ValueError: when the program or the device cannot be used, before anything is copied.
+        OSError: when the device is lost or full.
+    """
+
+    def __init__(self, path: str | Path, name: str):
+        path = Path(path)
+        if not is_pte(path):
+            raise ValueError(
+                f"{path} holds no program: {name} runs a .pte. Export one: mobilemoe export --model CHECKPOINT "
+                "--output DIR"
+            )
+        report = check_program(path)
+        foreign = [operator for operator in report.operators if operator.startswith("llama::")]
+        if foreign:
+            raise ValueError(
+                f"{path} needs {', '.join(foreign)}, which our runner lacks. Export it again with --moe-op mobilemoe."
+            )
+        if not (path / "tokenizer.json").is_file():
+            raise ValueError(f"{path} has no tokenizer.json. Copy the tokenizer files of its checkpoint there.")
+        self.tokenizer = cast(PreTrainedTokenizerBase, AutoTokenizer.from_pretrained(path))
+        self.max_seq_len, self.eos_ids = report.max_seq_len, report.eos_ids
+        self._cached: list[int] = []
+        device = find_device(name)
+        device.check_runs_arm64()
+        cores = device.cores()
+        files = {f"bundle/{file}": source for file, source in bundle_files(build_bundle()).items()}
+        directory = path.resolve().name
+        programs = [file.name for file in sorted(path.iterdir()) if file.suffix in (".pte", ".ptd")]
+        files |= {f"{directory}/{file}": path / file for file in programs}
+        # What `bench --keep` left stays.
+        copied = device.push(files)
+        command = [*runner_command("../bundle"), "--serve", "--model", "model.pte"]
+        command += ["--data", report.experts_file] if report.experts_file else []
+        if cores:
+            chosen = fast_cores(cores)
+            command += ["--threads", str(len(chosen)), "--cores", ",".join(map(str, chosen))]
+        device.shell("chmod", "755", device.path(command[0].removeprefix("../")))
+        self._device = device
+        self._log = tempfile.TemporaryFile("w+", errors="replace")
+        self._process = device.start(*command, directory=device.path(directory), log=self._log)
+        self._finish = weakref.finalize(self, finish, device, self._process, copied)
+        self._num_rows = self._next()["num_rows"]
+
+    def num_cached(self, tokens: list[int]) -> int:
+        return min(common_length(tokens, self._cached), len(tokens) - 1)
+
+    def generate(
+        self,
+        tokens: list[int],
+        max_new_tokens: int,
+        temperature: float = 0.0,
+        top_p: float = 1.0,
+        seed: int | None = None,
+        prompt_lookup: bool | None = None,
+    ) -> Iterator[int]:
+        check_sampling(max_new_tokens, temperature, top_p)
+        if not 0 < len(tokens) <= self.max_seq_len:
+            raise ValueError(
+                f"The prompt has {len(tokens)} tokens, and the context is 1 to {self.max_seq_len}. Change the prompt, "
+                "or use a model with a longer context."
+            )
+        if prompt_lookup and self._num_rows < 2:
+            raise ValueError("prompt_lookup needs the logits of several positions. Export this program again.")
+        seed = secrets.randbits(64) if seed is None else seed % 2**64
+        lookup = int(prompt_lookup is None or prompt_lookup)
+        words = [max_new_tokens, temperature, top_p, seed, lookup, len(self.eos_ids), *self.eos_ids, *tokens]
+        text = list(tokens)
+        self._send(f"answer {' '.join(map(str, words))}")
+        event = {}
+        try:
+            while (event := self._next())["event"] == "token":
+                text.append(event["id"])
+                yield event["id"]
+        except GeneratorExit:
+            # The answer is not wanted to its end.
+            self._send("stop")
+            while (event := self._next())["event"] == "token":
+                text.append(event["id"])
+            raise
+        finally:
+            # After an error, nothing is known to be cached.
+            self._cached = text[: event.get("cached", 0)]
+
+    def _send(self, line: str) -> None:
+        # Where the process has ended, the next line that is read says why.
+        with suppress(BrokenPipeError):
+            self._process.stdin.write(line + "\n")
+            self._process.stdin.flush()
+
+    def _next(self) -> dict:
+        """The next event of the runner."""
+        for line in self._process.stdout:
+            if not line.startswith("{"):
+                continue
+            try:
+                event = json.loads(line)
+            except json.JSONDecodeError as error:
+                raise OSError(f"The runner's output is truncated or garbled: {line[:300]}") from error
+            if event["event"] == "error":
+                raise ValueError(f"The runner failed on {self._device.name}: {event['message']}")
+            return event
+        self._log.seek(0)
+        said = subprocess.CompletedProcess("", self._process.wait(), "", self._log.read())
+        raise self._device.failure("the conversation", said)
+
+
+def finish(device: Device, process: subprocess.Popen, copied: list[str]) -> None:
+    """Ends the runner, which its input does, and removes what was copied for it."""
+    with suppress(OSError):
+        process.stdin.close()
+    try:
+        process.wait(timeout=10)
+    except subprocess.TimeoutExpired:
+        process.kill()
+        process.wait()
+    process.stdout.close()
+    with suppress(OSError):
+        device.remove(copied)
