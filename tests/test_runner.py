@@ -110,6 +110,33 @@ def test_bad_requests_are_one_line(kernel_pte: Path, pte_directory: Path, tokens
     )
 
 
+def test_a_conversation_in_text(kernel_pte: Path, tmp_path: Path):
+    from mobilemoe.runtime import PteModel
+
+    lines = ["Hi", "\u4f60!"]
+    command = [build_runner(), "--model", kernel_pte / "model.pte", "--tokenizer", kernel_pte / "tokenizer.json"]
+    options = ["--chat", "--new-tokens", "8", "--threads", "2"]
+    result = subprocess.run(
+        [*command, *options], input="".join(f"{line}\n" for line in lines).encode(), capture_output=True
+    )
+    assert result.returncode == 0, result.stdout
+    # The tokens of the whole conversation, with those that the model chose.
+    model, expected = PteModel(kernel_pte), ""
+    tokens = [model.tokenizer.bos_token_id]
+    for line in lines:
+        turn = f"<|header_start|>user<|header_end|>\n\n{line}<|eot|><|header_start|>assistant<|header_end|>\n\n"
+        tokens += model.tokenizer(turn, add_special_tokens=False).input_ids
+        chosen = list(model.generate(tokens, 8))
+        tokens += [*chosen, *model.tokenizer("<|eot|>", add_special_tokens=False).input_ids]
+        expected += f"{model.decode(chosen)}\n"
+    assert result.stdout.decode(errors="replace") == expected
+    assert len(tokens) <= model.max_seq_len
+    broken = tmp_path / "tokenizer.json"
+    broken.write_text("{")
+    (event,) = run(command[:3], "--tokenizer", str(broken), "--chat")
+    assert event["message"] == f"{broken}: no JSON at byte 1"
+
+
 @pytest.mark.slow
 def test_arm_runner_computes_the_same_under_emulation(arm_runner: list[str], kernel_pte: Path, tokens: Path):
     events = run(arm_runner, *request(kernel_pte, tokens))

@@ -22,6 +22,7 @@
 #include <string>
 #include <vector>
 
+#include "chat.h"
 #include "conversation.h"
 #include "lookup.h"
 #include "mobilemoe.h"
@@ -47,11 +48,11 @@ using Clock = std::chrono::steady_clock;
 double seconds_since(Clock::time_point start) { return std::chrono::duration<double>(Clock::now() - start).count(); }
 
 struct Options {
-  std::string model, data, tokens;
+  std::string model, data, tokens, tokenizer;
   std::vector<int> prompt_lengths, cores;
   int new_tokens = 48, repeats = 5, first_repeat = 0, threads = 0, generate = 0;
   double sustained = 0;
-  bool cold = false, serve = false;
+  bool cold = false, serve = false, chat = false;
 };
 
 int64_t whole_number(const std::string& name, const std::string& text, int64_t least) {
@@ -80,6 +81,10 @@ Options parse(int argc, char** argv) {
       options.cold = true;
       continue;
     }
+    if (name == "--chat") {
+      options.chat = true;
+      continue;
+    }
     if (name == "--serve") {
       options.serve = true;
       continue;
@@ -90,6 +95,8 @@ Options parse(int argc, char** argv) {
       options.model = value;
     } else if (name == "--data") {
       options.data = value;
+    } else if (name == "--tokenizer") {
+      options.tokenizer = value;
     } else if (name == "--tokens") {
       options.tokens = value;
     } else if (name == "--prompt-lengths") {
@@ -111,10 +118,11 @@ Options parse(int argc, char** argv) {
     } else {
       fail(name +
            " is no option. Known: --model --data --tokens --prompt-lengths --new-tokens --repeats --threads "
-           "--cores --first-repeat --generate --sustained --cold --serve");
+           "--cores --first-repeat --generate --sustained --cold --serve --tokenizer --chat");
     }
   }
-  if (options.serve && !options.model.empty()) return options;
+  if (options.chat && options.tokenizer.empty()) fail("--chat needs --tokenizer");
+  if ((options.serve || options.chat) && !options.model.empty()) return options;
   if (options.model.empty() || options.tokens.empty() || options.prompt_lengths.empty()) {
     fail("--model, --tokens and --prompt-lengths are needed");
   }
@@ -253,7 +261,7 @@ int main(int argc, char** argv) {
   const Options options = parse(argc, argv);
   std::vector<int64_t> tokens;
   size_t needed = 0;
-  if (!options.serve) {
+  if (!options.serve && !options.chat) {
     tokens = read_tokens(options.tokens);
     const size_t longest = *std::max_element(options.prompt_lengths.begin(), options.prompt_lengths.end());
     const size_t given = longest + options.new_tokens;
@@ -277,6 +285,15 @@ int main(int argc, char** argv) {
   if (static_cast<int64_t>(needed) > model.context()) {
     fail("the program has a context of " + std::to_string(model.context()) + " tokens and " + std::to_string(needed) +
          " are needed");
+  }
+  if (options.chat) {
+    try {
+      const mobilemoe::Tokenizer tokenizer(options.tokenizer);
+      mobilemoe::TextChat(model, tokenizer, options.new_tokens).run();
+    } catch (const std::runtime_error& error) {
+      fail(options.tokenizer + ": " + error.what());
+    }
+    return 0;
   }
   std::printf(
       "{\"event\":\"loaded\",\"load_s\":%.6f,\"context\":%lld,\"threads\":%lld,\"isa\":\"%s\","
