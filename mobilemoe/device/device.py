@@ -102,6 +102,9 @@ class Device(ABC):
         result = self.run(self.command(shlex.join(words)), timeout, stdin=subprocess.DEVNULL)
         if result.returncode and (check or not self.is_connected()):
             raise self.failure(f"`{words[0]}`", result)
+        # adb ends with status 0, too, where the connection does.
+        if not result.stdout and not self.is_connected():
+            raise self.lost(f"`{words[0]}`")
         return result.stdout
 
     def start(self, *words: str, directory: str, log: IO[str], stdin: int = subprocess.PIPE) -> subprocess.Popen:
@@ -138,7 +141,6 @@ class Device(ABC):
                     log.seek(0)
                     result = subprocess.CompletedProcess(words, process.returncode, last, log.read())
                     raise self.failure(f"`{words[0]}`", result)
-                # adb ends with status 0, too, where the connection does.
                 if not self.is_connected():
                     raise self.lost(f"`{words[0]}`")
             finally:
@@ -165,6 +167,8 @@ class Device(ABC):
         rows = self.shell("df", "-k", directory).splitlines()
         # `df` may print the device name on a separate line.
         fields = " ".join(rows[1:]).split()
+        if len(fields) < 4 or not fields[3].isdigit():
+            raise DeviceError(f"`df` on {self.name} reports no free space of {directory}: {' '.join(rows)[:200]}")
         return 1024 * int(fields[3])
 
     def checksums(self, directory: str) -> dict[str, str]:
