@@ -368,6 +368,9 @@ def test_no_device_unauthorised_and_several(adb_server, tmp_path: Path, monkeypa
     with pytest.raises(ValueError, match="2 devices are connected: .*Name one with --serial"):
         find_adb_device()
     assert find_adb_device(second.address).name == second.address
+    with monkeypatch.context() as patch:
+        patch.setenv("ANDROID_SERIAL", second.address)
+        assert find_adb_device().name == second.address
     with pytest.raises(ValueError, match="serial=nothing is not connected; connected are: "):
         find_adb_device("nothing")
     subprocess.run(["adb", "disconnect"], capture_output=True)
