@@ -12,10 +12,13 @@ import tempfile
 from collections.abc import Generator, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, ClassVar, Literal, Self
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self, cast
 
-from pydantic import BaseModel, ValidationError
+from pydantic import BaseModel, ConfigDict, ValidationError
 
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 # The built-in shapes; `mobilemoe.shapes` has their sizes.
 SIZES = ("S", "M", "L")
@@ -32,7 +35,13 @@ GATED = (
 )
 
 
-class Artifact(BaseModel):
+class Record(BaseModel):
+    """A part of a JSON file. NaN and infinity, which JSON of Python has and no measurement, are refused."""
+
+    model_config = ConfigDict(allow_inf_nan=False)
+
+
+class Artifact(Record):
     """
     The contents of a JSON file. Its keys are the field names. Unknown keys are ignored, and a field with a default may
     be absent. Fields that were not set are not written.
@@ -74,7 +83,7 @@ def first_problem(error: ValidationError) -> str:
     return f"{key or 'its content'} is {repr(problem['input'])[:80]}, expected {expected}"
 
 
-class LogitAgreement(BaseModel):
+class LogitAgreement(Record):
     """Agreement of the logits of two programs, see export/parity.py."""
 
     # Cosine similarity over positions.
@@ -87,7 +96,7 @@ class LogitAgreement(BaseModel):
     top1_agreement: float
 
 
-class Parity(BaseModel):
+class Parity(Record):
     """Agreement of a program with PyTorch, see export/parity.py."""
 
     positions: int
@@ -214,6 +223,10 @@ class TokenizerConfigFile(ModelFile):
     chat_template: str | list[dict[str, str]] | None = None
     bos_token: str | dict[str, Any] | None = None
     eos_token: str | dict[str, Any] | None = None
+    pad_token: str | dict[str, Any] | None = None
+    model_max_length: int | float | None = None
+    model_input_names: list[str] | None = None
+    clean_up_tokenization_spaces: bool | None = None
 
 
 MODEL_FILES: dict[str, type[ModelFile]] = {
@@ -244,6 +257,29 @@ def _check_model_file(path: Path, *version: int) -> None:
     MODEL_FILES[path.name].load(path)
 
 
+def load_tokenizer(path: str | os.PathLike) -> "PreTrainedTokenizerBase":
+    """
+    The tokenizer of a directory or a Hub id.
+
+    Raises:
+        ValueError: when its files are damaged.
+        OSError: when there are none.
+    """
+    from transformers import AutoTokenizer
+
+    if Path(path).is_dir():
+        check_model_files(path)
+    try:
+        return cast("PreTrainedTokenizerBase", AutoTokenizer.from_pretrained(path))
+    except (ValueError, OSError):
+        raise
+    # The tokenizers library raises this class itself, and transformers what a value of another type leads to.
+    except Exception as error:
+        raise ValueError(
+            f"The tokenizer of {path} cannot be read: {str(error)[:300]}. {TokenizerFile.remedy}"
+        ) from error
+
+
 def read_config(directory: str | os.PathLike) -> dict[str, Any]:
     """
     The content of `config.json`.
@@ -257,7 +293,7 @@ def read_config(directory: str | os.PathLike) -> dict[str, Any]:
     return json.loads(path.read_bytes())
 
 
-class ModelDescription(BaseModel):
+class ModelDescription(Record):
     """The model that a measurement is about, see [`describe_model`]."""
 
     name: str
@@ -415,10 +451,27 @@ def describe_model(model: str | os.PathLike) -> ModelDescription:
     return description
 
 
+def check_writable(path: str | os.PathLike) -> None:
+    """
+    Raises:
+        OSError: when no file can be put there: there is a directory or a device, or nobody may write to the place.
+    """
+    path = Path(path)
+    if path.exists() and not path.is_file():
+        kind = "a directory" if path.is_dir() else "no regular file"
+        raise OSError(f"{path} is {kind} and cannot be replaced by a file. Name another one.")
+    parent = path.absolute().parent
+    while not parent.exists():
+        parent = parent.parent
+    if not parent.is_dir() or not os.access(parent, os.W_OK):
+        raise OSError(f"{path} cannot be made: {parent} is no directory one can write to. Name another one.")
+
+
 @contextmanager
 def replace_file(path: str | os.PathLike) -> Generator[Path]:
     """Yields a temporary path next to `path`. If the block succeeds, the file written there replaces `path`."""
     path = Path(path)
+    check_writable(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     # The suffix is kept, since some writers choose the format by it.
     prefix = f".{path.stem}.partial-"

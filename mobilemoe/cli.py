@@ -49,6 +49,7 @@ def run_command(argv: list[str]) -> None:
     # For the JSON files that a verb writes.
     arguments.command_line = shlex.join(["mobilemoe", *argv])
     try:
+        check_outputs(vars(arguments))
         with log_to_stderr(arguments.command):
             arguments.function(arguments)
     except BrokenPipeError:
@@ -59,6 +60,15 @@ def run_command(argv: list[str]) -> None:
     except ModuleNotFoundError as error:
         extra = EXTRAS.get(str(error.name).partition(".")[0], arguments.extra)
         sys.exit(f"mobilemoe {arguments.command}: {error.name} is not installed. pip install 'mobilemoe[{extra}]'")
+
+
+def check_outputs(options: dict[str, Any]) -> None:
+    """Before anything is measured, which would be lost."""
+    from .artifacts import check_writable
+
+    for name in ("json", "picture", "plot"):
+        if options.get(name) not in (None, "-"):
+            check_writable(options[name])
 
 
 def make_parser() -> argparse.ArgumentParser:
@@ -93,7 +103,12 @@ def write_result(result: dict[str, Any], file: str | None) -> bool:
     if file == "-":
         print(json.dumps(result, indent=2))
     elif file is not None:
-        write_json(file, result)
+        try:
+            write_json(file, result)
+        except OSError:
+            # It may have taken hours.
+            print(json.dumps(result, indent=2))
+            raise
     return file == "-"
 
 

@@ -3,17 +3,18 @@
 import json
 import os
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
-from pydantic import BaseModel
+from pydantic import Field
 
-from .artifacts import EXPORT_FILE, Artifact, Export, ModelDescription, is_pte
+from .artifacts import EXPORT_FILE, Artifact, Export, ModelDescription, Record, is_pte
 
 
 EVALUATION_FILE = "report.json"
+Metric = int | Annotated[float, Field(allow_inf_nan=True)]
 
 
-class Spread(BaseModel):
+class Spread(Record):
     """Spread of repeated measurements, in the unit of the field that holds it."""
 
     median: float
@@ -24,14 +25,14 @@ class Spread(BaseModel):
     repeats: int
 
 
-class Machine(BaseModel):
+class Machine(Record):
     processor: str
     cores: int | None
     threads: int
     gpu: str | None = None
 
 
-class Score(BaseModel):
+class Score(Record):
     """Fractions from 0 to 1, not percent."""
 
     score: float
@@ -56,8 +57,9 @@ class TaskResult(Artifact, Score):
     # `None` for a `.pte`, which runs one sequence at a time.
     tokens_per_batch: int | None
     seconds: float
-    all_metrics: dict[str, int | float]
-    subtasks: dict[str, dict[str, int | float]]
+    # Some, such as a perplexity, may overflow.
+    all_metrics: dict[str, Metric]
+    subtasks: dict[str, dict[str, Metric]]
     # Source of each setting, a key of `sources` in suites.yaml.
     sources: dict[str, str]
     # Hash of everything that determines the score.
@@ -65,7 +67,7 @@ class TaskResult(Artifact, Score):
     data_revision: str | None
 
 
-class EvaluationSettings(BaseModel):
+class EvaluationSettings(Record):
     suite: str
     # Maximum number of documents of each task.
     limit: int | None
@@ -112,7 +114,7 @@ class Evaluation(Artifact):
         return Score(score=self.mean, stderr=self.mean_stderr)
 
 
-class ComparisonRow(BaseModel):
+class ComparisonRow(Record):
     """Scores in percent and differences in percentage points, by model."""
 
     title: str
@@ -133,7 +135,7 @@ class Comparison(Artifact):
     rows: dict[str, ComparisonRow]
 
 
-class ExpertUse(BaseModel):
+class ExpertUse(Record):
     # Per layer, the share of the assignments that each expert gets.
     load: list[list[float]]
     # Per layer, shares of the number of experts, see `expert_utilisation` in eval/agreement.py.
@@ -141,7 +143,7 @@ class ExpertUse(BaseModel):
     effective: list[float]
 
 
-class TextAgreement(BaseModel):
+class TextAgreement(Record):
     """Bits per byte of a model on a text, and its agreement with a reference model if one is given."""
 
     bits_per_byte: float
@@ -185,19 +187,19 @@ class Check(Artifact):
         return self.description.is_of(directory)
 
 
-class BenchmarkMachine(BaseModel):
+class BenchmarkMachine(Record):
     # For a phone, its name and SoC.
     cpu: str
     cores: int | None
     threads: int
 
 
-class StartSeconds(BaseModel):
+class StartSeconds(Record):
     load: float
     first_token: float | None = None
 
 
-class LengthResult(BaseModel):
+class LengthResult(Record):
     """Speeds at one prompt length. ExecuTorch's benchmark app measures decoding only."""
 
     prefill_tokens_per_s: Spread | None = None
@@ -207,7 +209,7 @@ class LengthResult(BaseModel):
     decode_of_memory_limit: float | None = None
 
 
-class BenchmarkedModel(BaseModel):
+class BenchmarkedModel(Record):
     runtime: str
     # `None` for a model without files.
     file_bytes: int | None
@@ -235,7 +237,7 @@ class BenchmarkedModel(BaseModel):
     sustained: list[dict[str, Any]] | None = None
 
 
-class PhoneCondition(BaseModel):
+class PhoneCondition(Record):
     """Battery, temperature and clocks; `None` for what the phone does not report."""
 
     battery_percent: int | None
@@ -300,7 +302,7 @@ class Benchmark(Artifact):
         return [name for name in names if not is_pte(name)]
 
 
-class RuntimeTrial(BaseModel):
+class RuntimeTrial(Record):
     """One shape in one runtime at one prompt length. A spread is over invocations, unless it says otherwise."""
 
     shape: str
@@ -352,12 +354,12 @@ class RuntimeComparison(Artifact):
     trials: list[RuntimeTrial]
 
 
-class DecodeSpeed(BaseModel):
+class DecodeSpeed(Record):
     context: int
     tokens_per_second: float
 
 
-class PrefillSpeed(BaseModel):
+class PrefillSpeed(Record):
     tokens: int
     tokens_per_second: float
 
@@ -384,7 +386,7 @@ def result_kind(path: str | os.PathLike) -> type[Evaluation | Benchmark | Export
     """The kind of result in a file; `None` if it is not a result."""
     try:
         content = json.loads(Path(path).read_bytes())
-    except ValueError:
+    except (ValueError, RecursionError):
         return None
     kinds = (Evaluation, Benchmark, Export, Check)
     return next((kind for kind in kinds if isinstance(content, dict) and kind.mark in content), None)

@@ -5,13 +5,22 @@ from pathlib import Path
 from typing import cast
 
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoModelForCausalLM, DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging
 
 from modeling_mobilemoe.kernels import BuildError, load_executorch
 from modeling_mobilemoe.kernels.modules import MoEFFN
 
-from .artifacts import GATED, PROGRAM_FILE, check_model_files, find_gguf, is_gated, is_pte, local_checkpoint
+from .artifacts import (
+    GATED,
+    PROGRAM_FILE,
+    check_model_files,
+    find_gguf,
+    is_gated,
+    is_pte,
+    load_tokenizer,
+    local_checkpoint,
+)
 from .generation import MAX_DRAFT_TOKENS, LanguageModel
 from .integrity import check_program, explain
 from .machine import without_lines
@@ -37,7 +46,7 @@ class CheckpointModel(LanguageModel):
             check_model_files(path)
         try:
             self.model = AutoModelForCausalLM.from_pretrained(path, dtype=dtype).eval()
-            self.tokenizer = cast(PreTrainedTokenizerBase, AutoTokenizer.from_pretrained(path))
+            self.tokenizer = load_tokenizer(path)
         except OSError as error:
             if is_gated(error):
                 raise OSError(GATED.format(name=path)) from error
@@ -94,9 +103,7 @@ class PteModel(LanguageModel):
         self._path = path
         # A program with random weights, made for a benchmark, has none.
         has_tokenizer = (path / "tokenizer.json").is_file()
-        self._tokenizer: PreTrainedTokenizerBase | None = (
-            AutoTokenizer.from_pretrained(path) if has_tokenizer else None
-        )
+        self._tokenizer: PreTrainedTokenizerBase | None = load_tokenizer(path) if has_tokenizer else None
         data_path = path / report.experts_file if report.experts_file else None
         try:
             self._program = runtime.load_program(path / PROGRAM_FILE, data_path=data_path)

@@ -14,12 +14,15 @@ from mobilemoe.artifacts import (
     Artifact,
     Export,
     check_model_files,
+    check_writable,
     describe_model,
     is_checkpoint,
     is_pte,
     is_shape,
+    load_tokenizer,
     local_checkpoint,
     read_export,
+    write_json,
 )
 from mobilemoe.results import Benchmark, read_result
 from mobilemoe.runtime import CheckpointModel
@@ -45,6 +48,8 @@ def test_a_file_is_written_as_it_was_read(tmp_path):
         (lambda text: text[:-3], "does not hold a benchmark of models: it is not JSON .* Measure again"),
         (lambda text: "[]", r"its content is \[\], expected an object"),
         (lambda text: text.replace('"kv_bits"', '"bits"'), "the key models.S.kv_bits is missing"),
+        (lambda text: text.replace('"p10": 20.25', '"p10": NaN'),
+         "models.S.lengths.128.decode_tokens_per_s.p10 is nan, expected a finite number"),
         (lambda text: text.replace('"p10": 20.25', '"p10": "20.25"'),
          "models.S.lengths.128.decode_tokens_per_s.p10 is '20.25', expected a valid number"),
     ],
@@ -149,3 +154,40 @@ def test_importing_is_light():
     heavy = "{'torch', 'transformers', 'huggingface_hub', 'numpy'}"
     code = f"import sys, mobilemoe.results; print({heavy} & set(sys.modules))"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout == "set()\n"
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("directory", "directory is a directory and cannot be replaced"),
+        ("pipe", "pipe is no regular file and cannot be replaced"),
+        ("file/out.json", "out.json cannot be made: .*file is no directory one can write to. Name another one."),
+    ],
+)
+def test_what_is_no_file_is_not_replaced(name, message, tmp_path):
+    (tmp_path / "directory").mkdir()
+    (tmp_path / "file").touch()
+    os.mkfifo(tmp_path / "pipe")
+    before = sorted((path, path.stat().st_mode) for path in tmp_path.iterdir())
+    for write in (check_writable, lambda path: write_json(path, {})):
+        with pytest.raises(OSError, match=message):
+            write(tmp_path / name)
+    assert sorted((path, path.stat().st_mode) for path in tmp_path.iterdir()) == before
+    check_writable(tmp_path / "new/out.json")
+    assert not (tmp_path / "new").exists()
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (lambda content: content["model"].update(merges=[["no", "tokens"]]), "out of vocabulary"),
+        (lambda content: content["model"]["vocab"].update({"x": -1}), "invalid value"),
+    ],
+)
+def test_a_tokenizer_that_its_library_refuses_is_named(damage, message, text_checkpoint, tmp_path):
+    path = shutil.copytree(text_checkpoint, tmp_path / "model")
+    content = json.loads((path / "tokenizer.json").read_text())
+    damage(content)
+    (path / "tokenizer.json").write_text(json.dumps(content))
+    with pytest.raises(ValueError, match=f"The tokenizer of {path} cannot be read: .*{message}"):
+        load_tokenizer(path)

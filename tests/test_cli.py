@@ -1,5 +1,6 @@
 """The command itself: how little it imports, help, version, completion, exit codes, what it logs."""
 
+import json
 import logging
 import os
 import re
@@ -144,3 +145,20 @@ def test_what_the_package_logs_goes_to_stderr_while_a_verb_runs(monkeypatch, cap
         assert capsys.readouterr().err == "[plan] lower ...\n"
     logging.getLogger("mobilemoe.export.exporter").info("lower ...")
     assert capsys.readouterr().err == ""
+
+
+@pytest.mark.parametrize("option", ["--json", "--picture"])
+def test_a_result_that_could_not_be_written_is_not_measured(option, tmp_path, monkeypatch):
+    monkeypatch.setattr("mobilemoe.bench.host.bench", lambda *_: pytest.fail("it is measured"))
+    with pytest.raises(SystemExit, match=f"mobilemoe bench: {tmp_path} is a directory and cannot be replaced"):
+        cli.main(["bench", "--model", "S", option, str(tmp_path)])
+
+
+def test_a_result_that_cannot_be_written_is_printed(tmp_path, monkeypatch, capsys):
+    def fill(path, text):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("mobilemoe.artifacts.write_text", fill)
+    with pytest.raises(OSError, match="No space left"):
+        cli.write_result({"speed": 1.5}, str(tmp_path / "result.json"))
+    assert json.loads(capsys.readouterr().out) == {"speed": 1.5}

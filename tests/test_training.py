@@ -442,7 +442,12 @@ def test_scripts_without_lora_do_not_take_its_fields(recipe, tmp_path):
 
 def test_new_run_does_not_mix_with_an_old_one(recipe, tmp_path):
     saving = recipe | {"save_strategy": "steps", "save_steps": 1}
+    # What a run that was killed in its first checkpoint leaves.
+    cut_off = tmp_path / "out/checkpoint-1/left-over"
+    cut_off.parent.mkdir(parents=True)
+    cut_off.touch()
     run(saving, tmp_path)
+    assert not cut_off.exists()
     with pytest.raises(ValueError, match="holds checkpoints of another run.*Set resume_from_checkpoint to true"):
         run(saving, tmp_path)
     # From the first checkpoint again: the second one is written anew, not into the old one.

@@ -22,7 +22,7 @@ from pathlib import Path
 import torch
 import yaml
 
-from ..artifacts import describe_model, is_pte, local_checkpoint
+from ..artifacts import check_writable, describe_model, is_pte, local_checkpoint
 from ..machine import machine, package_versions
 from ..results import EVALUATION_FILE, Evaluation, EvaluationSettings, Machine, TaskResult
 from ..runtime import CheckpointModel, PteModel
@@ -81,6 +81,7 @@ def evaluate(
         name: fingerprint({"task": task, "data": revisions[task["dataset"]]} | identity)
         for name, task in selected.items()
     }
+    check_writable(task_file(output_dir, "task"))
     results = kept_results(output_dir, fingerprints)
     todo = {name: task for name, task in selected.items() if name not in results}
     if todo:

@@ -7,7 +7,6 @@ S up to 8 and `[1, 1, vocab]` above.
 """
 
 import logging
-import os
 import shutil
 import signal
 import threading
@@ -18,7 +17,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from modeling_mobilemoe.cache_mobilemoe import CACHE_BITS
 from modeling_mobilemoe.configuration_mobilemoe import MobileMoEConfig
@@ -29,7 +28,15 @@ from modeling_mobilemoe.modeling_mobilemoe import compute_rope
 from modeling_mobilemoe.quantization_mobilemoe import MobileMoEInt4Config, dequantize, quantize
 from modeling_mobilemoe.saving_mobilemoe import remove_remnants, replace_when_complete
 
-from ..artifacts import EXPORT_FILE, PROGRAM_FILE, Export, local_checkpoint, weights_sha256
+from ..artifacts import (
+    EXPORT_FILE,
+    PROGRAM_FILE,
+    Export,
+    check_writable,
+    load_tokenizer,
+    local_checkpoint,
+    weights_sha256,
+)
 from ..costs import kv_cache_bytes, parameter_counts, program_bytes
 from ..integrity import describe_files
 from ..machine import available_memory, package_versions, peak_memory
@@ -200,7 +207,7 @@ def load(
         from .parity import Reference, encode_prompts
     packed = config.quantization is not None
     with stages("load"):
-        tokenizer = AutoTokenizer.from_pretrained(checkpoint)
+        tokenizer = load_tokenizer(checkpoint)
         prompts = encode_prompts(tokenizer, config.vocab_size, options.max_seq_len)
         source = load_exact(checkpoint)
         eos_ids = end_of_sequence_ids(source, tokenizer)
@@ -341,7 +348,8 @@ def check_resources(
     States what the export needs and refuses what cannot end well.
 
     Raises:
-        ValueError: when the output cannot be made there, or the disk or the memory is too small.
+        OSError: when the output cannot be made there.
+        ValueError: when the disk or the memory is too small.
     """
     moe_op = moe_module.operator
     size = program_bytes(
@@ -379,13 +387,13 @@ def check_absent(output_dir: Path) -> None:
 def check_place(output_dir: Path, size: int) -> None:
     """
     Raises:
-        ValueError: when the output cannot be made there, or the disk is too small for so many bytes.
+        OSError: when the output cannot be made there.
+        ValueError: when the disk is too small for so many bytes.
     """
+    check_writable(output_dir)
     parent = output_dir.absolute()
     while not parent.exists():
         parent = parent.parent
-    if not parent.is_dir() or not os.access(parent, os.W_OK):
-        raise ValueError(f"{output_dir} cannot be made: {parent} is no directory one can write to. Name another one.")
     free = shutil.disk_usage(parent).free
     if free < 1.02 * size:
         raise ValueError(

@@ -13,7 +13,7 @@ from huggingface_hub import ModelCard
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from tqdm.auto import tqdm
-from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
+from transformers import AutoModelForCausalLM, GenerationConfig
 
 from modeling_mobilemoe.checkpoint_mobilemoe import EXPERT_SUFFIX, check_checkpoint, check_index
 from modeling_mobilemoe.configuration_mobilemoe import MobileMoEConfig
@@ -31,6 +31,7 @@ from ..artifacts import (
     LogitAgreement,
     RuntimeExport,
     is_pte,
+    load_tokenizer,
     local_checkpoint,
     weights_sha256,
 )
@@ -138,7 +139,7 @@ class Source:
                         dtypes.add(reader.get_slice(stored_name).get_dtype())
         # Of the matrices; the router is FP32 everywhere.
         self.dtype = torch.bfloat16 if dtypes == {"BF16"} else torch.float32
-        self.tokenizer = AutoTokenizer.from_pretrained(self.path)
+        self.tokenizer = load_tokenizer(self.path)
         # The released value drops spaces before punctuation from what was generated.
         self.tokenizer.clean_up_tokenization_spaces = False
         self.prompts = encode_prompts(self.tokenizer, self.config.vocab_size, self.config.max_position_embeddings)

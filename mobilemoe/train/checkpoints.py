@@ -241,7 +241,8 @@ def find_start(training_args: "SFTConfig") -> tuple[Path | None, int, dict | Non
                 "not load it. Restore it, run from the same working directory, or leave load_best_model_at_end out."
             )
         return checkpoint, state["global_step"], _mixture_state(checkpoint)
-    if saved_checkpoints(training_args.output_dir):
+    # One that a run left before its first was complete is written anew.
+    if last_checkpoint(training_args.output_dir):
         raise ValueError(
             f"output_dir={training_args.output_dir} holds checkpoints of another run, and a later resume could "
             "mistake them for this run's. Set resume_from_checkpoint to true, name another directory, or remove them."

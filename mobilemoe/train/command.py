@@ -18,13 +18,13 @@ from typing import Any
 
 import torch
 import yaml
-from transformers import AutoTokenizer, TrainerCallback
+from transformers import TrainerCallback
 from trl import SFTConfig
 
 from modeling_mobilemoe.configuration_mobilemoe import MobileMoEConfig
 from modeling_mobilemoe.modeling_mobilemoe import MobileMoEForCausalLM
 
-from ..artifacts import Artifact, is_checkpoint, is_pte, local_checkpoint, write_text
+from ..artifacts import Artifact, is_checkpoint, is_pte, load_tokenizer, local_checkpoint, write_text
 from ..display import picture
 from ..machine import available_memory
 from .checkpoints import check_output_dir, last_checkpoint, mark_output_dir, saved_checkpoints
@@ -310,7 +310,7 @@ def train_on_examples(
     first = str(output / "full-precision") if qat else model
     if before is None:
         check_output_dir(str(output), first, "QAT" if qat else fine_tuning_name(lora), overwrite=False)
-    tokenizer = AutoTokenizer.from_pretrained(directory)
+    tokenizer = load_tokenizer(directory)
     tokenizer.chat_template = tokenizer.chat_template or CHAT_TEMPLATE
     examples = read_examples(data, tokenizer, config.max_position_embeddings)
     settings = Settings(
@@ -376,9 +376,6 @@ def run_stage(stage: Stage) -> None:
     if checkpoint is not None:
         print(f"{stage.name}: resuming from {checkpoint}", flush=True)
         arguments += ["--resume_from_checkpoint", "true"]
-    else:
-        for incomplete in saved_checkpoints(str(stage.output)):
-            shutil.rmtree(incomplete)
     # Every name in the file is a path.
     function(*parse_arguments(stage.output, (RecipeArguments, part, SFTConfig), arguments), report=Report(stage.name))
     losses = losses_by_step(stage, "eval_loss")

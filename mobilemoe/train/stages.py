@@ -3,13 +3,14 @@
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from transformers import AutoTokenizer, PrinterCallback, TrainerCallback, set_seed
+from transformers import PrinterCallback, TrainerCallback, set_seed
 from trl import SFTConfig
 
 from modeling_mobilemoe.int4_mobilemoe import Int4Format
 from modeling_mobilemoe.quantization_mobilemoe import quantization_table
 from modeling_mobilemoe.saving_mobilemoe import replace_when_complete
 
+from ..artifacts import load_tokenizer
 from .checkpoints import check_output_dir, mark_output_dir
 from .checks import check_numbers
 from .lora import add_lora, trainable_table
@@ -59,7 +60,7 @@ def pretrain(recipe: RecipeArguments, training_args: SFTConfig) -> None:
     """Pre-training and mid-training on raw text."""
     stage = "pre-training"
     _begin(recipe, training_args, stage)
-    tokenizer = AutoTokenizer.from_pretrained(recipe.tokenizer or recipe.model)
+    tokenizer = load_tokenizer(recipe.tokenizer or recipe.model)
     model = load_model(recipe.model, recipe.attn_implementation)
     trainer = make_trainer(model, tokenizer, recipe, training_args)
     _train(trainer, recipe, training_args, stage)
@@ -101,7 +102,7 @@ def fine_tune(
     check_lora(lora, recipe, training_args)
     stage = fine_tuning_name(lora.lora_scope)
     _begin(recipe, training_args, stage)
-    tokenizer = AutoTokenizer.from_pretrained(recipe.tokenizer or recipe.model)
+    tokenizer = load_tokenizer(recipe.tokenizer or recipe.model)
     # Base checkpoints have no chat template; from here on the model has one.
     tokenizer.chat_template = tokenizer.chat_template or CHAT_TEMPLATE
     model = load_model(recipe.model, recipe.attn_implementation)
@@ -155,7 +156,7 @@ def quantize_aware(
     check_quantization(quantization, recipe, training_args)
     stage = "QAT"
     _begin(recipe, training_args, stage)
-    tokenizer = AutoTokenizer.from_pretrained(recipe.tokenizer or recipe.model)
+    tokenizer = load_tokenizer(recipe.tokenizer or recipe.model)
     int4_format = Int4Format(quantization.expert_axis)
     model = load_model(recipe.model, recipe.attn_implementation)
     model = prepare(model, int4_format, quantization.quantize_activations)
