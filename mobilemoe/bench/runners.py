@@ -8,10 +8,21 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Annotated, Literal
 
-from transformers import AutoConfig, AutoTokenizer
+from pydantic import (
+    ConfigDict,
+    Field,
+    NonNegativeFloat,
+    NonNegativeInt,
+    PositiveFloat,
+    PositiveInt,
+    TypeAdapter,
+    ValidationError,
+)
+from transformers import AutoConfig
 
-from ..artifacts import Export, is_pte, read_export
+from ..artifacts import Export, Record, first_problem, is_pte, load_tokenizer, read_export
 from ..costs import MOE_GROUP_BITS
 from ..device.bundle import runner_command
 from ..device.device import Device
@@ -22,6 +33,73 @@ from .worker import cache_bits, program_bytes_per_token, random_tokens
 
 
 APP = "org.pytorch.minibench"
+
+
+class Line(Record):
+    """A line of our runner's output, kernels/src/runner.cpp. Times are in seconds."""
+
+    model_config = ConfigDict(strict=True)
+
+
+class Loaded(Line):
+    event: Literal["loaded"]
+    isa: str
+    load_s: PositiveFloat
+
+
+class Measured(Line):
+    event: Literal["measure"]
+    # -1 for the pass after loading.
+    repeat: int
+    prompt_length: PositiveInt
+    first_token_s: PositiveFloat
+    decode_s: list[PositiveFloat] = Field(min_length=1)
+
+
+class Sustained(Line):
+    event: Literal["sustained"]
+    # Of the first one, 0 in milliseconds.
+    elapsed_s: NonNegativeFloat
+    prefill_tokens_per_s: PositiveFloat
+    decode_tokens_per_s: PositiveFloat
+
+
+class Done(Line):
+    event: Literal["done"]
+    operators: dict[str, PositiveInt]
+    cores: list[NonNegativeInt]
+    peak_rss_bytes: NonNegativeInt
+    pss_bytes: NonNegativeInt
+
+
+class Failed(Line):
+    event: Literal["error"]
+    message: str
+
+
+class Observer(Line):
+    """What `llama_main` prints at its end, in units of `SCALING_FACTOR_UNITS_PER_SECOND`."""
+
+    SCALING_FACTOR_UNITS_PER_SECOND: PositiveFloat
+    prompt_tokens: int
+    generated_tokens: int
+    model_load_start_ms: float
+    model_load_end_ms: float
+    inference_start_ms: float
+    first_token_ms: float
+    prompt_eval_end_ms: float
+    inference_end_ms: float
+
+
+class Metric(Line):
+    """An entry in the results of ExecuTorch's benchmark app."""
+
+    metric: str
+    actualValue: float
+
+
+LINE = TypeAdapter(Annotated[Loaded | Measured | Sustained | Done | Failed, Field(discriminator="event")])
+METRICS = TypeAdapter(list[Metric])
 
 
 @dataclass
@@ -180,7 +258,7 @@ def read_inputs(program: Program, options: PhoneOptions) -> list[int] | str:
         return random_tokens(AutoConfig.from_pretrained(program.path).vocab_size, wanted, 0)
     if not (program.path / "tokenizer.json").is_file():
         raise ValueError(f"{program.path} holds no tokenizer.json, so it cannot use a prompt file. Leave it out.")
-    tokenizer = AutoTokenizer.from_pretrained(program.path)
+    tokenizer = load_tokenizer(program.path)
     if options.prompt_file is None:
         raise ValueError(f"runner={options.runner!r} takes text. Give a prompt file.")
     tokens = tokenizer(Path(options.prompt_file).read_text()).input_ids
@@ -209,43 +287,44 @@ def run_own(device: Device, program: Program, options: PhoneOptions, tokens: lis
         if not line.startswith("{"):
             continue
         try:
-            event = json.loads(line)
-            if event["event"] == "error":
-                raise OSError(f"The runner failed on {program.name}: {event['message']}")
-            record(program, event, repeat)
-        except (ValueError, KeyError, TypeError, ZeroDivisionError) as error:
+            event = LINE.validate_json(line)
+        except ValidationError as error:
             if not device.is_connected():
                 raise device.lost("the runner's report") from error
-            raise OSError(f"The runner's output is truncated or garbled: {line[:300]}") from error
-        done = event["event"] == "done"
-    if not done:
+            raise OSError(
+                f"The runner's output is truncated or garbled: {first_problem(error)}, in {line[:300]}"
+            ) from error
+        if isinstance(event, Failed):
+            raise OSError(f"The runner failed on {program.name}: {event.message}")
+        record(program, event, repeat)
+        done = isinstance(event, Done)
+    if not done or (repeat >= 0 and not program.rows):
         raise OSError(f"The runner stopped before the end of {program.name}. Run it again.")
 
 
-def record(program: Program, event: dict, repeat: int) -> None:
+def record(program: Program, event: Loaded | Measured | Sustained | Done, repeat: int) -> None:
     """Adds what the runner reported in a line."""
     state = "cold" if repeat < 0 else "warm"
-    if event["event"] == "loaded":
-        program.isa = event["isa"]
-        program.starts.setdefault(state, StartSeconds(load=event["load_s"]))
-    elif event["event"] == "measure" and event["repeat"] < 0:
-        if program.starts[state].first_token is None:
-            program.starts[state].first_token = event["first_token_s"]
-    elif event["event"] == "measure" and repeat >= 0:
-        length, seconds = event["prompt_length"], event["first_token_s"]
+    if isinstance(event, Loaded):
+        program.isa = event.isa
+        program.starts.setdefault(state, StartSeconds(load=event.load_s))
+    elif isinstance(event, Measured) and event.repeat < 0:
+        if state in program.starts and program.starts[state].first_token is None:
+            program.starts[state].first_token = event.first_token_s
+    elif isinstance(event, Measured) and repeat >= 0:
         program.add(
-            length,
-            prefill_tokens_per_s=length / seconds,
-            first_token_ms=1e3 * seconds,
-            decode_tokens_per_s=len(event["decode_s"]) / sum(event["decode_s"]),
+            event.prompt_length,
+            prefill_tokens_per_s=event.prompt_length / event.first_token_s,
+            first_token_ms=1e3 * event.first_token_s,
+            decode_tokens_per_s=len(event.decode_s) / sum(event.decode_s),
         )
-    elif event["event"] == "sustained":
-        program.sustained.append({name: value for name, value in event.items() if name != "event"})
-    elif event["event"] == "done":
-        program.operators = event["operators"]
-        program.cores = sorted({*(program.cores or ()), *event["cores"]})
-        program.peak_memory_bytes = max(program.peak_memory_bytes or 0, event["peak_rss_bytes"])
-        program.pss_bytes = max(program.pss_bytes or 0, event["pss_bytes"])
+    elif isinstance(event, Sustained):
+        program.sustained.append(event.model_dump(exclude={"event"}))
+    elif isinstance(event, Done):
+        program.operators = event.operators
+        program.cores = sorted({*(program.cores or ()), *event.cores})
+        program.peak_memory_bytes = max(program.peak_memory_bytes or 0, event.peak_rss_bytes)
+        program.pss_bytes = max(program.pss_bytes or 0, event.pss_bytes)
 
 
 def run_llama_main(device: Device, program: Program, options: PhoneOptions, text: str, repeat: int) -> None:
@@ -340,21 +419,20 @@ def parse_observer(text: str) -> dict:
     if line is None:
         raise ValueError(f"llama_main printed no PyTorchObserver line; it ended with:\n{text[-1000:]}")
     try:
-        stats = json.loads(line.removeprefix("PyTorchObserver "))
-        second = stats["SCALING_FACTOR_UNITS_PER_SECOND"]
-        first, prefill_end, end = (
-            stats[name] for name in ("first_token_ms", "prompt_eval_end_ms", "inference_end_ms")
-        )
-        measured = {
-            "prompt_tokens": stats["prompt_tokens"],
-            "new_tokens": stats["generated_tokens"],
-            "load": (stats["model_load_end_ms"] - stats["model_load_start_ms"]) / second,
-            "first_token": (first - stats["inference_start_ms"]) / second,
-            "prefill": (prefill_end - stats["inference_start_ms"]) / second,
-            "decode": (end - prefill_end) / second,
-        }
-    except (json.JSONDecodeError, KeyError, TypeError, ZeroDivisionError) as error:
-        raise ValueError(f"The PyTorchObserver line of llama_main is damaged ({error!r}): {line[:300]}") from error
+        stats = Observer.model_validate_json(line.removeprefix("PyTorchObserver "))
+    except ValidationError as error:
+        raise ValueError(
+            f"The PyTorchObserver line of llama_main is damaged: {first_problem(error)}, in {line[:300]}"
+        ) from error
+    second = stats.SCALING_FACTOR_UNITS_PER_SECOND
+    measured = {
+        "prompt_tokens": stats.prompt_tokens,
+        "new_tokens": stats.generated_tokens,
+        "load": (stats.model_load_end_ms - stats.model_load_start_ms) / second,
+        "first_token": (stats.first_token_ms - stats.inference_start_ms) / second,
+        "prefill": (stats.prompt_eval_end_ms - stats.inference_start_ms) / second,
+        "decode": (stats.inference_end_ms - stats.prompt_eval_end_ms) / second,
+    }
     if min(measured["prompt_tokens"], measured["new_tokens"]) < 1 or min(measured["prefill"], measured["decode"]) <= 0:
         raise ValueError(f"llama_main measured nothing: {line[:300]} Give a longer prompt or more new tokens.")
     return measured
@@ -368,11 +446,10 @@ def parse_minibench(text: str) -> dict:
         ValueError: when the file is truncated or is not a list of metrics.
     """
     try:
-        rows = json.loads(text)
-        metrics = {row["metric"]: float(row["actualValue"]) for row in rows}
-    except (json.JSONDecodeError, KeyError, TypeError, ValueError) as error:
-        raise ValueError(f"benchmark_results.json is damaged ({error!r}): {text[:300]}") from error
-    if not metrics.get("token_per_sec"):
+        metrics = {row.metric: row.actualValue for row in METRICS.validate_json(text)}
+    except ValidationError as error:
+        raise ValueError(f"benchmark_results.json is damaged: {first_problem(error)}, in {text[:300]}") from error
+    if metrics.get("token_per_sec", 0) <= 0:
         raise ValueError(
             f"benchmark_results.json has no token_per_sec, so the app generated nothing: {sorted(metrics)}"
         )

@@ -23,7 +23,7 @@ def find_adb_device(serial: str | None = None) -> "AdbDevice":
             "adb is not on the PATH, and it is the only way to reach a phone. Install Android's platform tools "
             "(Debian: apt install adb)."
         )
-    listed = subprocess.run(["adb", "devices"], capture_output=True, text=True)
+    listed = subprocess.run(["adb", "devices"], capture_output=True, text=True, errors="replace")
     if listed.returncode:
         raise ValueError(f"`adb devices` failed: {listed.stderr.strip()} Run `adb kill-server` and try again.")
     rows = [line.split("\t") for line in listed.stdout.splitlines() if "\t" in line]
