@@ -14,6 +14,8 @@ import numpy as np
 from .law import COEFFICIENTS, COLUMNS, ScalingLaw, effective_experts
 
 
+# Above these, `COLUMNS` are of no run, and fits overflow.
+MOST = np.array([1e15, 1e18, 1e6, 1e6])
 # Indices of A, B and c, which are fitted as logarithms.
 LOGARITHMIC = [0, 4, 8]
 # Maximum solver iterations. Most starts need fewer than 50; those in flat valleys stop at the maximum.
@@ -150,10 +152,12 @@ def check_table(table: dict[str, np.ndarray]) -> None:
         ValueError: when it cannot. The message says which runs are missing.
     """
     values = np.stack([np.asarray(table[name], dtype=np.float64) for name in COLUMNS], axis=1)
-    if not (np.isfinite(values) & (values > 0)).all():
-        row = int(np.argmin((np.isfinite(values) & (values > 0)).all(axis=1)))
+    possible = ((values > 0) & (values <= MOST)).all(axis=1)
+    if not possible.all():
+        row = int(np.argmin(possible))
         raise ValueError(
-            f"Row {row} of the table is {dict(zip(COLUMNS, values[row], strict=True))}. Give positive numbers."
+            f"Row {row} of the table is {dict(zip(COLUMNS, values[row], strict=True))}. Give positive numbers, up to "
+            f"{', '.join(f'{most:g}' for most in MOST)}."
         )
     cells = len(np.unique(values[:, :3], axis=0))
     counts = {name: len(set(table[name])) for name in COLUMNS[:3]}
