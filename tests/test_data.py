@@ -415,6 +415,7 @@ WRONG = {
     ),
     "empty file": ("", {}, {}, ["a.jsonl has no examples", "Correct path, split or data_files"]),
     "empty streamed file": ("", {"streaming": True}, {}, ["a.jsonl has no examples", "Correct path"]),
+    "null": ("null\n", {}, {}, ["a.jsonl cannot be read", "begins with null", "Repair or replace it"]),
     "missing file": (None, {}, {}, ["a.jsonl cannot be read", "FileNotFoundError", "Repair or replace it"]),
     "missing streamed file": (
         None,

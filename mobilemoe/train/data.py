@@ -1,6 +1,7 @@
 """Weighted mixtures of text and chat: packed, sharded by process, and resumed at the exact sequence."""
 
 import dataclasses
+import glob
 import itertools
 import math
 import zlib
@@ -83,6 +84,17 @@ def padding_id(tokenizer: PreTrainedTokenizerBase) -> int:
     return tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
 
 
+def refuse_null(source: DataSource) -> None:
+    """
+    Raises:
+        ValueError: for a JSON file whose first row is `null`, at which pyarrow ends the process.
+    """
+    for file in glob.glob(source.data_files or "", recursive=True) if source.path == "json" else ():
+        with open(file, "rb") as opened:
+            if opened.read(4096).lstrip().startswith(b"null"):
+                raise ValueError(f"{file} begins with null, and a row is an object")
+
+
 class Source:
     """A `DataSource` opened for a mixture: its data set, what kind of examples it has, and how they are encoded."""
 
@@ -95,6 +107,7 @@ class Source:
         rows = []
         # StopIteration is what `datasets` raises for an empty JSON file.
         with self._readable(), suppress(StopIteration):
+            refuse_null(source)
             self.dataset = load_dataset(source.path, **arguments, streaming=source.streaming)
             if not source.streaming:
                 self.dataset = self.dataset.shuffle(seed=mixture_seed)
