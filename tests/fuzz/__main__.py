@@ -36,7 +36,7 @@ def run_numbers(inputs, seed: int, numbers: range) -> list[tuple[int, Case, Outc
     for number in numbers:
         with tempfile.TemporaryDirectory(prefix="fuzz-") as directory:
             case = make_case(seed, number, inputs, Path(directory))
-            results.append((number, case, run_case(case)))
+            results.append((number, case, run_case(case, Path(directory))))
     return results
 
 
@@ -81,7 +81,7 @@ def run_all(seed: int, num_cases: int, num_processes: int = 1) -> list[dict]:
 def prepare(directory: Path):
     """Imports what the cases need and makes the good inputs."""
     warm_up()
-    from .families import Inputs, make_inputs
+    from .inputs import Inputs, make_inputs
 
     join(fork(lambda: make_inputs(directory)))
     return Inputs(directory)

@@ -62,14 +62,15 @@ class Outcome:
     place: str = ""
 
 
-def run_case(case: Case) -> Outcome:
-    """In a forked child."""
+def run_case(case: Case, directory: Path) -> Outcome:
+    """In a forked child, in this directory."""
     read_end, write_end = os.pipe()
     with tempfile.TemporaryFile() as errors:
         child = os.fork()
         if child == 0:
             os.close(read_end)
             os.setpgid(0, 0)
+            os.chdir(directory)
             _run_in_child(case, write_end, errors.fileno())
         os.close(write_end)
         reported, status = _wait(child, read_end)
