@@ -112,6 +112,8 @@ def test_check_from_the_command_line(base_checkpoint, text_checkpoint, tmp_path,
     # The same, printed.
     main([*arguments[:-1], "-", "--text", f"code={tmp_path / 'code.py'}"])
     assert json.loads(capsys.readouterr().out)["domains"]["code"]["bits_per_byte"] > 0
+    with pytest.raises(SystemExit, match="--max-tokens -1 leaves nothing to predict"):
+        main([*arguments, "--text", f"code={tmp_path / 'code.py'}", "--max-tokens", "-1"])
     with pytest.raises(SystemExit, match="Give DOMAIN=FILE"):
         main([*arguments, "--text", str(tmp_path / "code.py")])
     (tmp_path / "empty").write_text("")

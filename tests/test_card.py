@@ -239,6 +239,7 @@ def test_results_of_another_model_are_refused(results, text_checkpoint, float_te
     assert "S is only a shape. Leave it out" in failure(output, "--model", "S", "--results", tmp_path / "export.json")
     two = [results["eval"], tmp_path / "export.json"]
     assert "Say with --model which one" in failure(output, "--license", "mit", "--results", *two)
+    assert "holds no config.json with weights" in failure(output, "--license", "mit", "--model", "")
     assert not output.exists()
 
 

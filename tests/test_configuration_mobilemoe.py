@@ -141,6 +141,7 @@ def rope_scaling_without(field: str) -> dict:
         ({"rope_theta": 0.0}, "rope_theta"),
         ({"rope_scaling": rope_scaling_without("rope_type")}, "rope_type=None"),
         ({"rope_scaling": ROPE_SCALING | {"rope_type": "axial"}}, "rope_type='axial'"),
+        ({"rope_scaling": ROPE_SCALING | {"rope_type": ["llama3"]}}, r"rope_type=\['llama3'\]"),
         ({"rope_scaling": ROPE_SCALING | {"rope_type": "yarn"}}, "'high_freq_factor', which rope_type='yarn'"),
         ({"rope_scaling": ROPE_SCALING | {"factor": math.nan}}, r"\['factor'\] is nan"),
         *(

@@ -120,7 +120,7 @@ def write_card(
     if model is None and len(sources) != 1:
         of = ", ".join(sources) or "no model"
         raise ValueError(f"The results are of {of}. Say with --model which one the card is of.")
-    subject = read_subject(model or sources[0], name)
+    subject = read_subject(sources[0] if model is None else model, name)
     training = read_recipe(recipe)
     if not base_model and str(training.get("model", "")).startswith(META_MODELS):
         base_model = [training["model"]]

@@ -139,9 +139,11 @@ def check_models(
     Runs the checks on texts given as `DOMAIN=FILE`. Expert utilisation is measured for checkpoints only.
 
     Raises:
-        ValueError: for a text that is not `DOMAIN=FILE`, or models that cannot be compared.
+        ValueError: for a text that is not `DOMAIN=FILE`, models that cannot be compared, or fewer than 2 tokens.
         OSError: when a file cannot be read.
     """
+    if max_tokens < 2:
+        raise ValueError(f"--max-tokens {max_tokens} leaves nothing to predict. Set 2 or more.")
     files = {}
     for text in texts:
         domain, separator, file = text.partition("=")
