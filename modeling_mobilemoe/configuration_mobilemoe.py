@@ -272,8 +272,7 @@ class MobileMoEConfig(PreTrainedConfig):
         """
         scaling = self.rope_scaling or {}
         rope_type = scaling.get("rope_type")
-        # Of another type, it may have no hash.
-        if str(rope_type) not in ROPE_FIELDS:
+        if not isinstance(rope_type, str) or rope_type not in ROPE_FIELDS:
             raise ValueError(
                 f"rope_scaling has rope_type={rope_type!r}, which is not implemented. Set one of "
                 f"{', '.join(ROPE_FIELDS)}."

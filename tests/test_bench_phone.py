@@ -205,7 +205,10 @@ LOADED = '{"event":"loaded","load_s":0.1,"context":64,"threads":2,"isa":"neon","
         (f"echo '{LOADED}'; echo '{{\"event\":\"meas'", "output is truncated or garbled"),
         (f"echo '{LOADED.replace('0.1', 'NaN')}'", "garbled: loaded.load_s is nan, expected a finite number"),
         ("""echo '{"event":"measure","repeat":0}'""", "garbled: the key measure.prompt_length is missing"),
-        ("""echo '{"event":"done","operators":{},"peak_rss_bytes":1,"pss_bytes":1}'""", "stopped before the end of"),
+        (
+            """echo '{"event":"done","operators":{},"cores":[],"peak_rss_bytes":1,"pss_bytes":1}'""",
+            "stopped before the end of",
+        ),
         (f"echo '{LOADED}'", "stopped before the end of"),
         (
             """echo '{"event":"error","message":"no such operator"}'; exit 1""",

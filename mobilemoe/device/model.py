@@ -8,11 +8,8 @@ import weakref
 from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
-from typing import cast
 
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
-
-from ..artifacts import is_pte
+from ..artifacts import is_pte, load_tokenizer
 from ..generation import TextModel, check_sampling, common_length
 from ..integrity import check_program
 from .bundle import build_bundle, bundle_files, runner_command
@@ -47,7 +44,7 @@ class DeviceModel(TextModel):
             )
         if not (path / "tokenizer.json").is_file():
             raise ValueError(f"{path} has no tokenizer.json. Copy the tokenizer files of its checkpoint there.")
-        self.tokenizer = cast(PreTrainedTokenizerBase, AutoTokenizer.from_pretrained(path))
+        self.tokenizer = load_tokenizer(path)
         self.max_seq_len, self.eos_ids = report.max_seq_len, report.eos_ids
         self._cached: list[int] = []
         device = find_device(name)
