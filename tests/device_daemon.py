@@ -87,6 +87,8 @@ class Transport(threading.Thread):
     def __init__(self, device: Device, connection: socket.socket):
         super().__init__(daemon=True)
         self.device, self.connection = device, connection
+        # Short messages would wait for one another.
+        connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         device.transports.append(self)
         self.lock = threading.Lock()
         self.streams: dict[int, Stream] = {}

@@ -100,7 +100,7 @@ def test_an_answer_that_is_not_wanted_to_its_end(model: DeviceModel, program: Pa
 def test_sampled_tokens_follow_the_probabilities(model: DeviceModel, program: Path):
     prompt = model.encode("import os\n")
     probabilities = (PteModel(program).forward(prompt, 0).double() / 1.5).softmax(dim=-1)
-    draws = 300
+    draws = 600
 
     def drawn(count: int, **options: float) -> Counter:
         """`None` is the end of the text."""

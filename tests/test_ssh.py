@@ -70,6 +70,15 @@ def test_a_board_is_measured_and_left_clean(board: Path, stub_bundle: Path, kern
     assert sorted(path.name for path in board.iterdir()) == [".cache", "up"] and not list((board / ".cache").iterdir())
 
 
+def test_an_answer_from_a_board_is_that_of_this_machine(board: Path, stub_bundle: Path, kernel_pte: Path, capsys):
+    arguments = ["run", "--model", str(kernel_pte), "--prompt", "import os", "--max-new-tokens", "12"]
+    main(arguments)
+    here = capsys.readouterr().out
+    main([*arguments, "--device", "ssh:board"])
+    assert capsys.readouterr().out == here and here.strip()
+    assert not (board / SshDevice.directory).exists()
+
+
 def test_a_lost_board_and_a_failing_command(board: Path, tmp_path: Path, monkeypatch):
     device = find_ssh_device("board")
     assert device.shell("echo", "a b  c") == "a b  c\n"
