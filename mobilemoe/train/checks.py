@@ -23,6 +23,8 @@ RANGES: dict[str, tuple[float, float]] = {
     "lora_rank": (1, 1e6),
     "lora_budget": (1, 1e15),
     "quantize_from_step": (0, 1e12),
+    "distill": (0, 1),
+    "distill_temperature": (1e-2, 1e2),
     "seed": (0, 2**32 - 1),
     "learning_rate": (0, 10),
     "weight_decay": (0, 10),

@@ -229,7 +229,9 @@ def plan_text(examples: Examples, config: MobileMoEConfig, settings: Settings, s
     """
     recipe = stages[0].recipe
     trained = trained_parameters(config, settings.lora)
-    needed = trained * TRAINED_BYTES + (0 if settings.lora is None else config.num_total_parameters * FROZEN_BYTES)
+    # LoRA keeps the weights below its adapters, and QAT the model that it starts from.
+    frozen = settings.lora is not None or settings.qat
+    needed = trained * TRAINED_BYTES + frozen * config.num_total_parameters * FROZEN_BYTES
     free = torch.cuda.mem_get_info()[0] if torch.cuda.is_available() else available_memory()
     if free is not None and needed > free:
         advice = "Add --lora attention, or use" if settings.lora is None else "Use"

@@ -1,5 +1,6 @@
 """The training stages, which are what the recipe scripts and `mobilemoe train` run."""
 
+import copy
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -13,6 +14,7 @@ from modeling_mobilemoe.saving_mobilemoe import replace_when_complete
 from ..artifacts import load_tokenizer
 from .checkpoints import check_output_dir, mark_output_dir
 from .checks import check_numbers
+from .distillation import Distillation
 from .lora import add_lora, trainable_table
 from .qat import FakeQuantizationStart, convert, preparation_table, prepare
 from .recipe import CHAT_TEMPLATE, RecipeArguments, load_model, make_trainer, refuse_fsdp, train
@@ -36,6 +38,11 @@ class QATArguments:
         default=True, metadata={"help": "Round inputs to INT8 per token, coarser than our kernels."}
     )
     quantize_from_step: int = field(default=0, metadata={"help": "Optimizer steps in full precision before QAT."})
+    distill: float = field(
+        default=1.0,
+        metadata={"help": "Weight of the divergence from the model before QAT; the rest is cross-entropy."},
+    )
+    distill_temperature: float = field(default=1.0, metadata={"help": "By which logits are divided for it."})
 
 
 def _begin(recipe: RecipeArguments, training_args: SFTConfig, stage: str) -> None:
@@ -150,8 +157,11 @@ def quantize_aware(
     report: TrainerCallback | None = None,
 ) -> None:
     """
-    INT4 quantization-aware training of a fine-tuned checkpoint; ends in a packed checkpoint. A `report` prints in
-    place of the trainer, and of the tables.
+    INT4 quantization-aware training of a fine-tuned checkpoint; ends in a packed checkpoint.
+
+    The model learns to be what it was before its weights were rounded: the loss is the divergence from the predictions
+    of the checkpoint. With `distill: 0` it learns from the data. A `report` prints in place of the trainer, and of the
+    tables.
     """
     check_quantization(quantization, recipe, training_args)
     stage = "QAT"
@@ -159,11 +169,14 @@ def quantize_aware(
     tokenizer = load_tokenizer(recipe.tokenizer or recipe.model)
     int4_format = Int4Format(quantization.expert_axis)
     model = load_model(recipe.model, recipe.attn_implementation)
+    teacher = copy.deepcopy(model) if quantization.distill else None
     model = prepare(model, int4_format, quantization.quantize_activations)
     if training_args.process_index == 0 and report is None:
         print(preparation_table(model))
     trainer = make_trainer(model, tokenizer, recipe, training_args)
     check_quantized_steps(quantization, training_args)
+    if teacher is not None:
+        trainer.distillation = Distillation(model, teacher, quantization.distill, quantization.distill_temperature)
     trainer.add_callback(FakeQuantizationStart(quantization.quantize_from_step))
     _train(trainer, recipe, training_args, stage, report)
     if trainer.state.global_step <= quantization.quantize_from_step:

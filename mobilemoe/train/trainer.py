@@ -1,11 +1,13 @@
-"""TRL's trainer, stopped before a step that would spoil the weights."""
+"""TRL's trainer, with a teacher, and stopped before a step that would spoil the weights."""
 
 import math
 from pathlib import Path
 
+import torch
 from trl import SFTTrainer
 
 from .checkpoints import MixtureCallback
+from .distillation import Distillation
 
 
 class RecipeTrainer(SFTTrainer):
@@ -14,6 +16,22 @@ class RecipeTrainer(SFTTrainer):
 
     The weights are still those of the step before, and are saved as a checkpoint unless one was just saved.
     """
+
+    distillation: Distillation | None = None
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        found = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+        if self.distillation is None:
+            return found
+        divergence, count = self.distillation.divergence(inputs)
+        # As TRL: the number is that of all processes, and DDP averages their gradients.
+        count = count if num_items_in_batch is None else num_items_in_batch
+        divergence = divergence / torch.as_tensor(count).clamp(min=1)
+        if num_items_in_batch is not None and self.args.average_tokens_across_devices:
+            divergence = divergence * self.accelerator.num_processes
+        if return_outputs:
+            return self.distillation.mix(found[0], divergence), found[1]
+        return self.distillation.mix(found, divergence)
 
     def _get_grad_norm(self, model, grad_norm=None):
         # Private, but the only place between the gradients, reduced over all processes, and the optimizer step:
