@@ -33,7 +33,11 @@ from modeling_mobilemoe.int4_mobilemoe import Int4Format
 AXES = ("output", "input")
 # By name of the cell: the recipe and its overrides.
 TRAINING = {"bf16": ("sft", [])} | {
-    f"qat-{axis}-{inputs}": ("qat", ["--expert_axis", axis, "--quantize_activations", str(inputs == "int8")])
+    f"qat-{axis}-{inputs}": (
+        "qat",
+        # Cross-entropy, as in the other cells, which go on with the fine-tuning.
+        ["--distill", "0", "--expert_axis", axis, "--quantize_activations", str(inputs == "int8")],
+    )
     for axis in AXES
     for inputs in ("plain", "int8")
 }
