@@ -77,6 +77,11 @@ class Stage:
     def output(self) -> Path:
         return Path(self.recipe["output_dir"])
 
+    @property
+    def measure(self) -> str:
+        """What its loss is. QAT learns to be the model before it."""
+        return "divergence" if self.name == "QAT" else "loss"
+
 
 def learning_rate(config: MobileMoEConfig, lora: str | None) -> float:
     """
@@ -97,8 +102,8 @@ def sequence_length(examples: Examples, context: int) -> int:
 class Report(TrainerCallback):
     """Prints a line per evaluation, in place of the trainer's log."""
 
-    def __init__(self, name: str):
-        self.name, self.loss, self.started, self.first_step = name, None, time.perf_counter(), 0
+    def __init__(self, stage: Stage):
+        self.stage, self.loss, self.started, self.first_step = stage, None, time.perf_counter(), 0
 
     def on_train_begin(self, args, state, control, **kwargs) -> None:
         self.started, self.first_step = time.perf_counter(), state.global_step
@@ -109,11 +114,12 @@ class Report(TrainerCallback):
             return
         seconds, steps = time.perf_counter() - self.started, state.global_step - self.first_step
         left = seconds / steps * (state.max_steps - state.global_step) if steps else None
-        trained = "" if self.loss is None else f"  training loss {self.loss:.3f}"
+        name, measure = self.stage.name, self.stage.measure
+        trained = "" if self.loss is None else f"  training {measure} {self.loss:.3f}"
         remaining = "" if left is None else f"  {seconds:.0f} s, about {left:.0f} s left"
         print(
-            f"{self.name}: step {state.global_step}/{state.max_steps}{trained}  "
-            f"validation loss {logs['eval_loss']:.3f}{remaining}",
+            f"{name}: step {state.global_step}/{state.max_steps}{trained}  "
+            f"validation {measure} {logs['eval_loss']:.3f}{remaining}",
             flush=True,
         )
 
@@ -379,12 +385,13 @@ def run_stage(stage: Stage) -> None:
         print(f"{stage.name}: resuming from {checkpoint}", flush=True)
         arguments += ["--resume_from_checkpoint", "true"]
     # Every name in the file is a path.
-    function(*parse_arguments(stage.output, (RecipeArguments, part, SFTConfig), arguments), report=Report(stage.name))
+    function(*parse_arguments(stage.output, (RecipeArguments, part, SFTConfig), arguments), report=Report(stage))
     losses = losses_by_step(stage, "eval_loss")
     before = losses.pop(0)
     best = min(losses, key=losses.__getitem__)
     print(
-        f"{stage.name}: kept step {best}, with a validation loss of {losses[best]:.3f}; before training {before:.3f}"
+        f"{stage.name}: kept step {best}, with a validation {stage.measure} of {losses[best]:.3f}; before training "
+        f"{before:.3f}"
     )
     if losses[best] >= before:
         print(f"{stage.name}: it did not fall. Add examples, or lower --learning-rate.")
@@ -403,5 +410,5 @@ def draw_losses(stages: list[Stage], path: Path) -> None:
             for key, label, style in (("loss", "training", "-"), ("eval_loss", "validation", "o-")):
                 losses = losses_by_step(stage, key)
                 axis.plot(list(losses), list(losses.values()), style, label=label)
-            axis.set(xlabel="optimizer step", ylabel="loss (nats per token)", title=stage.name)
+            axis.set(xlabel="optimizer step", ylabel=f"{stage.measure} (nats per token)", title=stage.name)
             axis.legend()
