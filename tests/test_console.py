@@ -42,7 +42,10 @@ def test_a_pipe_to_another_process_is_an_error():
         os.write(write, b"x")
 
 
-def test_an_interrupt_is_one_line(monkeypatch, capsys):
+def test_an_interrupt_is_one_line(monkeypatch, capsys, request):
+    # Test processes of pytest-xdist ignore the signal.
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    request.addfinalizer(lambda: signal.signal(signal.SIGINT, before))
     monkeypatch.setattr(cli, "run_generation", lambda arguments: signal.raise_signal(signal.SIGINT))
     with pytest.raises(SystemExit) as ended:
         cli.main(["run", "--model", "x", "--prompt", "x"])

@@ -155,7 +155,7 @@ def larger_route_scale(program, experts):
 
 def gate_for_up(program, experts):
     moe = program.layers[1].moe
-    moe.packed_gate_up = moe.packed_gate_up.flip(2)
+    moe.packed_gate_up = moe.packed_gate_up.unflatten(2, (2, -1)).flip(2).flatten(2)
 
 
 def swapped_nibbles(program, experts):

@@ -118,9 +118,11 @@ def as_messages(value: Any, role: str | None = None) -> list[dict[str, Any]]:
     for message in value:
         if "from" in message and "value" in message:
             message = {"role": SHAREGPT_ROLES.get(message["from"], message["from"]), "content": message["value"]}
-        message = without_nulls(message)
+        message = {
+            key: without_nulls(inner) for key, inner in message.items() if inner is not None or key == "content"
+        }
         if "tool_calls" in message:
-            message.setdefault("content", "")
+            message["content"] = message.get("content") or ""
         if not {"role", "content"} <= set(message):
             raise UnreadableExample(f"a message has the keys {sorted(message)} and lacks role or content")
         if not isinstance(message["content"], str):
