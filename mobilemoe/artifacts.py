@@ -451,6 +451,14 @@ def describe_model(model: str | os.PathLike) -> ModelDescription:
     return description
 
 
+def nearest_existing(path: str | os.PathLike) -> Path:
+    """The path, or of what is above it the lowest that exists."""
+    path = Path(path).absolute()
+    while not path.exists():
+        path = path.parent
+    return path
+
+
 def check_writable(path: str | os.PathLike) -> None:
     """
     Raises:
@@ -460,9 +468,7 @@ def check_writable(path: str | os.PathLike) -> None:
     if path.exists() and not path.is_file():
         kind = "a directory" if path.is_dir() else "no regular file"
         raise OSError(f"{path} is {kind} and cannot be replaced by a file. Name another one.")
-    parent = path.absolute().parent
-    while not parent.exists():
-        parent = parent.parent
+    parent = nearest_existing(path.absolute().parent)
     if not parent.is_dir() or not os.access(parent, os.W_OK):
         raise OSError(f"{path} cannot be made: {parent} is no directory one can write to. Name another one.")
 

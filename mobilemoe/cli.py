@@ -406,7 +406,9 @@ def add_bench(commands) -> None:
 
 
 def bench_device(name: str) -> str:
-    if name not in ("host", "adb") and not name.startswith("ssh:"):
+    from .device.find import is_device
+
+    if name != "host" and not is_device(name):
         raise argparse.ArgumentTypeError(f"{name!r} is none of host, adb and ssh:HOST")
     return name
 

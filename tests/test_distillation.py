@@ -15,7 +15,7 @@ from trl import SFTConfig
 from mobilemoe.train import distillation, stages
 from mobilemoe.train.data import DataSource, Source, collate, padding_id
 from mobilemoe.train.epochs import packed_sequences, read_documents
-from mobilemoe.train.qat import prepare
+from mobilemoe.train.qat import Int4FakeQuantizer, prepare
 from mobilemoe.train.recipe import RecipeArguments, parse_arguments
 from modeling_mobilemoe import dequantize
 
@@ -97,9 +97,9 @@ def test_qat_ends_nearer_to_the_model_it_began_from(recipe, tmp_path):
     packed = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype=torch.float32)
     student = prepare(dequantize(packed))
     for module in student.modules():
-        if hasattr(module, "weight_fake_quantizer"):
-            # They are rounded already.
-            module.weight_fake_quantizer.enabled = False
+        if isinstance(module, Int4FakeQuantizer):
+            # The weights are rounded already.
+            module.enabled = False
     after = mean_divergence(student, teacher, answers)
     # The first loss is that of rounding alone.
     assert losses[0] == pytest.approx(before, rel=0.3)

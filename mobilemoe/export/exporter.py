@@ -35,6 +35,7 @@ from ..artifacts import (
     check_writable,
     load_tokenizer,
     local_checkpoint,
+    nearest_existing,
     weights_sha256,
 )
 from ..costs import kv_cache_bytes, parameter_counts, program_bytes
@@ -391,9 +392,7 @@ def check_place(output_dir: Path, size: int) -> None:
         ValueError: when the disk is too small for so many bytes.
     """
     check_writable(output_dir)
-    parent = output_dir.absolute()
-    while not parent.exists():
-        parent = parent.parent
+    parent = nearest_existing(output_dir)
     free = shutil.disk_usage(parent).free
     if free < 1.02 * size:
         raise ValueError(

@@ -54,7 +54,8 @@ class Distillation:
 
     Args:
         student (`PreTrainedModel`): the model that trains.
-        teacher (`PreTrainedModel`): of the same architecture and vocabulary; it does not train.
+        teacher (`PreTrainedModel`): of the same architecture and vocabulary, on the device that trains; it does not
+            train.
         weight (`float`): of the divergence; the rest is the loss without a teacher.
         temperature (`float`): of both distributions.
     """
@@ -82,7 +83,6 @@ class Distillation:
         """
         states, self._states = self._states, None
         assert states is not None
-        self.teacher.to(states.device)
         with torch.no_grad():
             others = {name: value for name, value in inputs.items() if name not in ("labels", "use_cache")}
             wanted = self.teacher.base_model(**others, use_cache=False).last_hidden_state

@@ -176,6 +176,7 @@ def quantize_aware(
     trainer = make_trainer(model, tokenizer, recipe, training_args)
     check_quantized_steps(quantization, training_args)
     if teacher is not None:
+        teacher.to(training_args.device)
         trainer.distillation = Distillation(model, teacher, quantization.distill, quantization.distill_temperature)
     trainer.add_callback(FakeQuantizationStart(quantization.quantize_from_step))
     _train(trainer, recipe, training_args, stage, report)
