@@ -256,8 +256,7 @@ def stub_bundle(tmp_path: Path, monkeypatch) -> Path:
     bundle.mkdir()
     shutil.copy2(build_runner(), bundle / RUNNER)
     (bundle / LOADER).write_text('#!/bin/sh\n[ "$1" = --library-path ] && shift 2 && chmod 755 "$1" && exec "$@"\n')
-    for module in ("bench.phone", "device.model"):
-        monkeypatch.setattr(f"mobilemoe.{module}.build_bundle", lambda: bundle)
+    monkeypatch.setattr("mobilemoe.device.runner.build_bundle", lambda: bundle)
     return bundle
 
 

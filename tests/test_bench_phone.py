@@ -195,7 +195,7 @@ def test_a_full_device_is_an_error(phone: Device, kernel_pte: Path):
     assert phone.pushed == []
 
 
-LOADED = '{"event":"loaded","load_s":0.1,"context":64,"threads":2,"isa":"neon","rss_bytes":1,"pss_bytes":1}'
+LOADED = '{"event":"loaded","load_s":0.1,"isa":"neon","num_rows":8,"rss_bytes":1,"pss_bytes":1}'
 
 
 @pytest.mark.parametrize(
@@ -403,12 +403,12 @@ def test_bad_requests_need_no_device(arguments: list[str], message: str):
 
 def test_requests_that_a_program_cannot_meet(phone: Device, kernel_pte: Path, text_checkpoint: Path):
     runner = ("--runner-binary", __file__)
-    with pytest.raises(SystemExit, match="holds no program: a phone runs a .pte. Export one: mobilemoe export"):
+    with pytest.raises(SystemExit, match="holds no program: a device runs a .pte. Export one: mobilemoe export"):
         bench("--model", text_checkpoint, *runner)
     with pytest.raises(SystemExit, match="has a context of 64 tokens and 68 are needed. Give shorter prompt lengths"):
         bench("--model", kernel_pte, *runner, "--prompt-lengths", 64)
-    for name in ("runner", "bundle"):
-        with pytest.raises(SystemExit, match="is named 'runner' or 'bundle'. Rename the model"):
+    for name in ("runner", "bundle", "kept"):
+        with pytest.raises(SystemExit, match=f"elsewhere/{name}: on the device, .* has the name '{name}'. Rename"):
             bench("--model", f"elsewhere/{name}", *runner)
     with pytest.raises(SystemExit, match="two have the same name"):
         bench("--model", kernel_pte, kernel_pte, *runner)

@@ -126,7 +126,7 @@ def test_what_cannot_be_answered(model: DeviceModel):
             next(model.generate(tokens, 1))
     with pytest.raises(ValueError, match="cannot be sampled with"):
         next(model.generate([3], 1, top_p=0.0))
-    with pytest.raises(ValueError, match="The runner failed on .*: token 99999 is not in the vocabulary"):
+    with pytest.raises(OSError, match="The runner failed on .*: token 99999 is not in the vocabulary"):
         next(model.generate([99999], 1))
     with pytest.raises(OSError, match="the conversation failed on .* with status 1"):
         next(model.generate([3], 1))
@@ -169,6 +169,6 @@ def test_requests_that_need_no_device(text_checkpoint: Path, pte_directory: Path
             main(["run", "--prompt", "a", "--device", "adb", "--model", str(model), *arguments])
         return str(ended.value)
 
-    assert "adb runs a .pte. Export one: mobilemoe export" in refused(text_checkpoint)
+    assert "holds no program: a device runs a .pte. Export one: mobilemoe export" in refused(text_checkpoint)
     assert "which our runner lacks. Export it again with --moe-op mobilemoe" in refused(pte_directory)
     assert "need the probabilities of all tokens, which adb does not send" in refused(program, "--regex", "a+")

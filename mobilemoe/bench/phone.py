@@ -18,10 +18,10 @@ from pathlib import Path
 from tqdm import tqdm
 
 from ..artifacts import is_shape
-from ..device.bundle import build_bundle, bundle_files
 from ..device.cores import fast_cores
 from ..device.device import Device, DeviceLost
 from ..device.find import find_device
+from ..device.runner import BINARY, LOADER_PATH, bundle_files
 from ..export.random_program import write_random_program
 from ..results import Benchmark, BenchmarkMachine, Phone, PhoneCondition, PhoneFingerprint, PhoneSample
 from ..shapes import shapes
@@ -49,10 +49,6 @@ def bench_phone(models: Sequence[str], options: PhoneOptions, command: str | Non
     names = [Path(model).resolve().name for model in models]
     if len(set(names)) < len(names):
         raise ValueError(f"models={list(models)}: two have the same name. Rename a directory.")
-    if {"runner", "bundle"} & set(names):
-        raise ValueError(
-            f"models={list(models)}: on the device, what runs them is named 'runner' or 'bundle'. Rename the model."
-        )
     device = find_device(options.device, options.serial)
     with tempfile.TemporaryDirectory() as scratch:
         paths = {
@@ -69,7 +65,7 @@ def bench_phone(models: Sequence[str], options: PhoneOptions, command: str | Non
             options = dataclasses.replace(options, num_threads=len(cores), cores=cores)
         if options.uses_bundle:
             device.check_runs_arm64()
-            build_bundle()
+            bundle_files()
         for name in made:
             write_random_program(shapes()[name], paths[name], options.context)
             programs[name] = Program(name, paths[name])
@@ -129,18 +125,18 @@ def copy_files(
 ) -> list[str]:
     """Copies programs, inputs and the runner to the device; returns the names of the copied files."""
     files = {name: path for program in programs for name, path in program.files.items()}
+    start = None
     if options.uses_bundle:
-        files |= {f"bundle/{name}": path for name, path in bundle_files(build_bundle()).items()}
+        files |= bundle_files()
+        start = LOADER_PATH
     elif options.runner_binary is not None:
-        files["runner"] = Path(options.runner_binary)
+        files[BINARY] = Path(options.runner_binary)
+        start = BINARY
     with tempfile.TemporaryDirectory() as scratch:
         for name, tokens in inputs.items() if options.runner == "own" else ():
             path = files[f"{name}/tokens.txt"] = Path(scratch, name)
             path.write_text(" ".join(map(str, tokens)))
-        copied = device.push(files)
-    if (start := options.command[0].removeprefix("../")) in files:
-        device.shell("chmod", "755", device.path(start))
-    return copied
+        return device.push(files, start)
 
 
 def condition_after(device: Device, samples: list[PhoneSample]) -> PhoneCondition:

@@ -8,24 +8,26 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Literal
 
-from pydantic import (
-    ConfigDict,
-    Field,
-    NonNegativeFloat,
-    NonNegativeInt,
-    PositiveFloat,
-    PositiveInt,
-    TypeAdapter,
-    ValidationError,
-)
+from pydantic import ConfigDict, PositiveFloat, TypeAdapter, ValidationError
 from transformers import AutoConfig
 
-from ..artifacts import Export, Record, first_problem, is_pte, load_tokenizer, read_export
+from ..artifacts import Export, Record, first_problem, load_tokenizer, read_export
 from ..costs import MOE_GROUP_BITS
-from ..device.bundle import runner_command
 from ..device.device import Device
+from ..device.runner import (
+    BINARY,
+    START,
+    Done,
+    Event,
+    Loaded,
+    Measured,
+    Sustained,
+    check_program_name,
+    program_files,
+    program_options,
+    read_events,
+)
 from ..machine import spread
 from ..results import BenchmarkedModel, LengthResult, Spread, StartSeconds
 from .host import check_counts
@@ -35,50 +37,10 @@ from .worker import cache_bits, program_bytes_per_token, random_tokens
 APP = "org.pytorch.minibench"
 
 
-class Line(Record):
-    """A line of our runner's output, kernels/src/runner.cpp. Times are in seconds."""
+class Observer(Record):
+    """What `llama_main` prints at its end, in units of `SCALING_FACTOR_UNITS_PER_SECOND`."""
 
     model_config = ConfigDict(strict=True)
-
-
-class Loaded(Line):
-    event: Literal["loaded"]
-    isa: str
-    load_s: PositiveFloat
-
-
-class Measured(Line):
-    event: Literal["measure"]
-    # -1 for the pass after loading.
-    repeat: int
-    prompt_length: PositiveInt
-    first_token_s: PositiveFloat
-    decode_s: list[PositiveFloat] = Field(min_length=1)
-
-
-class Sustained(Line):
-    event: Literal["sustained"]
-    # Of the first one, 0 in milliseconds.
-    elapsed_s: NonNegativeFloat
-    prefill_tokens_per_s: PositiveFloat
-    decode_tokens_per_s: PositiveFloat
-
-
-class Done(Line):
-    event: Literal["done"]
-    operators: dict[str, PositiveInt]
-    cores: list[NonNegativeInt]
-    peak_rss_bytes: NonNegativeInt
-    pss_bytes: NonNegativeInt
-
-
-class Failed(Line):
-    event: Literal["error"]
-    message: str
-
-
-class Observer(Line):
-    """What `llama_main` prints at its end, in units of `SCALING_FACTOR_UNITS_PER_SECOND`."""
 
     SCALING_FACTOR_UNITS_PER_SECOND: PositiveFloat
     prompt_tokens: int
@@ -91,14 +53,15 @@ class Observer(Line):
     inference_end_ms: float
 
 
-class Metric(Line):
+class Metric(Record):
     """An entry in the results of ExecuTorch's benchmark app."""
+
+    model_config = ConfigDict(strict=True)
 
     metric: str
     actualValue: float
 
 
-LINE = TypeAdapter(Annotated[Loaded | Measured | Sustained | Done | Failed, Field(discriminator="event")])
 METRICS = TypeAdapter(list[Metric])
 
 
@@ -181,7 +144,7 @@ class PhoneOptions:
     @property
     def command(self) -> list[str]:
         """The command that starts the runner in a program's directory."""
-        return runner_command("../bundle") if self.uses_bundle else ["../runner"]
+        return START if self.uses_bundle else [f"../{BINARY}"]
 
 
 @dataclass
@@ -201,18 +164,13 @@ class Program:
     sustained: list[dict] = field(default_factory=list)
 
     def __post_init__(self) -> None:
-        if not is_pte(self.path):
-            raise ValueError(
-                f"{self.path} holds no program: a phone runs a .pte. Export one: mobilemoe export --model CHECKPOINT "
-                "--output DIR"
-            )
+        check_program_name(self.path)
         self.report = read_export(self.path)
 
     @property
     def files(self) -> dict[str, Path]:
-        names = [path.name for path in sorted(self.path.iterdir()) if path.suffix in (".pte", ".ptd")]
-        names += [name for name in ("tokenizer.json",) if (self.path / name).is_file()]
-        return {f"{self.name}/{name}": self.path / name for name in names}
+        tokenizer = self.path / "tokenizer.json"
+        return program_files(self.path) | ({f"{self.name}/{tokenizer.name}": tokenizer} if tokenizer.is_file() else {})
 
     def add(self, length: int, **measured: float) -> None:
         for name, value in measured.items():
@@ -229,7 +187,7 @@ class Program:
         config = AutoConfig.from_pretrained(self.path)
         return BenchmarkedModel(
             runtime="executorch",
-            file_bytes=sum(path.stat().st_size for name, path in self.files.items() if not name.endswith(".json")),
+            file_bytes=sum(path.stat().st_size for path in program_files(self.path).values()),
             start_seconds=self.starts,
             weight_bytes_per_token=program_bytes_per_token(str(self.path), config),
             kv_bits=cache_bits(str(self.path)),
@@ -274,35 +232,22 @@ def read_inputs(program: Program, options: PhoneOptions) -> list[int] | str:
 def run_own(device: Device, program: Program, options: PhoneOptions, tokens: list[int], repeat: int) -> None:
     """Runs our runner once on `tokens.txt` and parses its JSON lines as they are printed."""
     lengths = options.prompt_lengths if repeat >= 0 else options.prompt_lengths[:1]
-    command = [*options.command, "--model", "model.pte", "--tokens", "tokens.txt"]
-    command += ["--new-tokens", str(options.new_tokens), "--prompt-lengths", ",".join(map(str, lengths))]
-    command += ["--threads", str(options.num_threads), "--repeats", "1", "--first-repeat", str(max(repeat, 0))]
-    command += ["--cores", ",".join(map(str, options.cores))] if options.cores else []
-    command += ["--data", program.report.experts_file] if program.report.experts_file else []
+    command = [*options.command, *program_options(program.report, int(options.num_threads), options.cores)]
+    command += ["--tokens", "tokens.txt", "--prompt-lengths", ",".join(map(str, lengths))]
+    command += ["--new-tokens", str(options.new_tokens), "--repeats", "1", "--first-repeat", str(max(repeat, 0))]
     command += ["--cold"] if repeat < 0 else []
     if repeat == options.repeats - 1 and options.sustained_seconds:
         command += ["--sustained", str(options.sustained_seconds)]
     done = False
-    for line in device.lines(*command, directory=device.path(program.name)):
-        if not line.startswith("{"):
-            continue
-        try:
-            event = LINE.validate_json(line)
-        except ValidationError as error:
-            if not device.is_connected():
-                raise device.lost("the runner's report") from error
-            raise OSError(
-                f"The runner's output is truncated or garbled: {first_problem(error)}, in {line[:300]}"
-            ) from error
-        if isinstance(event, Failed):
-            raise OSError(f"The runner failed on {program.name}: {event.message}")
+    lines = device.lines(*command, directory=device.path(program.name))
+    for event in read_events(device, lines, program.name):
         record(program, event, repeat)
         done = isinstance(event, Done)
     if not done or (repeat >= 0 and not program.rows):
         raise OSError(f"The runner stopped before the end of {program.name}. Run it again.")
 
 
-def record(program: Program, event: Loaded | Measured | Sustained | Done, repeat: int) -> None:
+def record(program: Program, event: Event, repeat: int) -> None:
     """Adds what the runner reported in a line."""
     state = "cold" if repeat < 0 else "warm"
     if isinstance(event, Loaded):

@@ -36,10 +36,6 @@ def runner_command(directory: str) -> list[str]:
     return [f"{directory}/{LOADER}", "--library-path", directory, f"{directory}/{RUNNER}"]
 
 
-def bundle_files(bundle: Path) -> dict[str, Path]:
-    return {path.name: path for path in sorted(bundle.iterdir())}
-
-
 def build_bundle() -> Path:
     """
     The directory, built on first use. It stays in the user's cache, under a hash of its sources and one of its files.
@@ -84,9 +80,9 @@ def build_bundle() -> Path:
 
 def hash_files(bundle: Path) -> str:
     digest = hashlib.sha256()
-    for name, path in bundle_files(bundle).items():
+    for path in sorted(bundle.iterdir()):
         content = path.read_bytes()
-        digest.update(f"{name} {len(content)}\n".encode() + content)
+        digest.update(f"{path.name} {len(content)}\n".encode() + content)
     return digest.hexdigest()[:16]
 
 

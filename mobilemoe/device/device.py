@@ -179,12 +179,13 @@ class Device(ABC):
         rows = (line.split(maxsplit=1) for line in listing.splitlines() if re.match(r"[0-9a-f]{64}\s", line))
         return {path.removeprefix(f"{directory}/"): digest for digest, path in rows}
 
-    def push(self, files: dict[str, Path]) -> list[str]:
+    def push(self, files: dict[str, Path], start: str | None = None) -> list[str]:
         """
         Copies the files that the device does not have yet. A file has a temporary name until its copy is complete.
 
         Args:
             files (`dict[str, Path]`): local files by their path in `directory`, which is created if missing.
+            start (`str`, *optional*): the one of them that is started there.
 
         Returns:
             `list[str]`: names of the copied files.
@@ -212,6 +213,8 @@ class Device(ABC):
                     self.shell("rm", "-f", f"{target}.partial", check=False)
                 raise error
             self.shell("mv", f"{target}.partial", target)
+        if start is not None:
+            self.shell("chmod", "755", self.path(start))
         return list(missing)
 
     def keep(self) -> None:

@@ -1,6 +1,5 @@
 """A program on a phone or a board as a model: text becomes tokens here; they are computed, and cached, there."""
 
-import json
 import secrets
 import subprocess
 import tempfile
@@ -8,14 +7,29 @@ import weakref
 from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
+from typing import TypeVar
 
-from ..artifacts import is_pte, load_tokenizer
+from ..artifacts import load_tokenizer
 from ..generation import TextModel, check_sampling, common_length
 from ..integrity import check_program
-from .bundle import build_bundle, bundle_files, runner_command
 from .cores import fast_cores
-from .device import Device
+from .device import Device, DeviceError
 from .find import find_device
+from .runner import (
+    LOADER_PATH,
+    START,
+    Answered,
+    Loaded,
+    Token,
+    bundle_files,
+    check_program_name,
+    program_files,
+    program_options,
+    read_events,
+)
+
+
+Kind = TypeVar("Kind", Loaded, Token, Answered, Token | Answered)
 
 
 class DeviceModel(TextModel):
@@ -31,11 +45,7 @@ class DeviceModel(TextModel):
 
     def __init__(self, path: str | Path, name: str):
         path = Path(path)
-        if not is_pte(path):
-            raise ValueError(
-                f"{path} holds no program: {name} runs a .pte. Export one: mobilemoe export --model CHECKPOINT "
-                "--output DIR"
-            )
+        check_program_name(path)
         report = check_program(path)
         foreign = [operator for operator in report.operators if operator.startswith("llama::")]
         if foreign:
@@ -50,23 +60,15 @@ class DeviceModel(TextModel):
         device = find_device(name)
         device.check_runs_arm64()
         cores = device.cores()
-        files = {f"bundle/{file}": source for file, source in bundle_files(build_bundle()).items()}
-        directory = path.resolve().name
-        programs = [file.name for file in sorted(path.iterdir()) if file.suffix in (".pte", ".ptd")]
-        files |= {f"{directory}/{file}": path / file for file in programs}
+        chosen = fast_cores(cores) if cores else []
         # What `bench --keep` left stays.
-        copied = device.push(files)
-        command = [*runner_command("../bundle"), "--serve", "--model", "model.pte"]
-        command += ["--data", report.experts_file] if report.experts_file else []
-        if cores:
-            chosen = fast_cores(cores)
-            command += ["--threads", str(len(chosen)), "--cores", ",".join(map(str, chosen))]
-        device.shell("chmod", "755", device.path(command[0].removeprefix("../")))
-        self._device = device
+        copied = device.push(bundle_files() | program_files(path), LOADER_PATH)
+        command = [*START, "--serve", *program_options(report, len(chosen), chosen)]
+        self._device, self._name = device, path.resolve().name
         self._log = tempfile.TemporaryFile("w+", errors="replace")
-        self._process = device.start(*command, directory=device.path(directory), log=self._log)
+        self._process = device.start(*command, directory=device.path(self._name), log=self._log)
         self._finish = weakref.finalize(self, finish, device, self._process, copied)
-        self._num_rows = self._next()["num_rows"]
+        self._num_rows = self._next(Loaded).num_rows
 
     def num_cached(self, tokens: list[int]) -> int:
         return min(common_length(tokens, self._cached), len(tokens) - 1)
@@ -93,20 +95,26 @@ class DeviceModel(TextModel):
         words = [max_new_tokens, temperature, top_p, seed, lookup, len(self.eos_ids), *self.eos_ids, *tokens]
         text = list(tokens)
         self._send(f"answer {' '.join(map(str, words))}")
-        event = {}
+        # After an error, nothing is known to be cached.
+        self._cached = []
         try:
-            while (event := self._next())["event"] == "token":
-                text.append(event["id"])
-                yield event["id"]
+            while (token := self._next_token(text)) is not None:
+                yield token
         except GeneratorExit:
             # The answer is not wanted to its end.
             self._send("stop")
-            while (event := self._next())["event"] == "token":
-                text.append(event["id"])
+            while self._next_token(text) is not None:
+                pass
             raise
-        finally:
-            # After an error, nothing is known to be cached.
-            self._cached = text[: event.get("cached", 0)]
+
+    def _next_token(self, text: list[int]) -> int | None:
+        """Of the answer, which is added to the text; `None` at its end."""
+        event = self._next(Token, Answered)
+        if isinstance(event, Token):
+            text.append(event.id)
+            return event.id
+        self._cached = text[: event.cached]
+        return None
 
     def _send(self, line: str) -> None:
         # Where the process has ended, the next line that is read says why.
@@ -114,18 +122,12 @@ class DeviceModel(TextModel):
             self._process.stdin.write(line + "\n")
             self._process.stdin.flush()
 
-    def _next(self) -> dict:
-        """The next event of the runner."""
-        for line in self._process.stdout:
-            if not line.startswith("{"):
-                continue
-            try:
-                event = json.loads(line)
-            except json.JSONDecodeError as error:
-                raise OSError(f"The runner's output is truncated or garbled: {line[:300]}") from error
-            if event["event"] == "error":
-                raise ValueError(f"The runner failed on {self._device.name}: {event['message']}")
-            return event
+    def _next(self, *kinds: type[Kind]) -> Kind:
+        """The next event of the runner, which has to be one of these."""
+        for event in read_events(self._device, self._process.stdout, self._name):
+            if isinstance(event, kinds):
+                return event
+            raise DeviceError(f"The runner on {self._device.name} sent '{event.event}' out of turn.")
         self._log.seek(0)
         said = subprocess.CompletedProcess("", self._process.wait(), "", self._log.read())
         raise self._device.failure("the conversation", said)

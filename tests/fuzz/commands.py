@@ -49,7 +49,7 @@ def command_line(rng: random.Random, inputs: Inputs, directory: Path) -> Case:
 
 
 RUNNER_LINES = (
-    {"event": "loaded", "isa": "neon", "load_s": 0.5},
+    {"event": "loaded", "isa": "neon", "load_s": 0.5, "num_rows": 8},
     {"event": "measure", "repeat": 0, "prompt_length": 16, "first_token_s": 0.1, "decode_s": [0.02, 0.02]},
     {
         "event": "done",
