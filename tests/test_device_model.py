@@ -2,6 +2,9 @@
 
 import io
 import math
+import os
+import socket
+import subprocess
 from collections import Counter
 from pathlib import Path
 
@@ -161,6 +164,38 @@ def test_kept_models_stay_and_the_rest_goes(phone: Device, program: Path, stub_b
     assert phone.pushed == [] and left_behind(phone) == kept
     main(bench)
     assert left_behind(phone) == []
+
+
+def test_one_command_at_a_time(phone: Device, model: DeviceModel, program: Path):
+    """A conversation holds the phone; what ended holds it no longer, whether or not it could say so."""
+    bench = ["bench", "--device", "adb", "--model", str(program), "--prompt-lengths", "8", "--repeats", "1", "--json"]
+    before, used = (
+        left_behind(phone),
+        rf"is in use by process {os.getpid()} on \S+, since 20\S+Z. Wait for its end, or",
+    )
+    with pytest.raises(SystemExit, match=used):
+        main(bench)
+    with pytest.raises(ValueError, match=used):
+        DeviceModel(program, "adb")
+    assert left_behind(phone) == before and next(model.generate(model.encode("import os"), 1)) is not None
+    model._finish()
+    lock = phone.root / f"{PLACE}.lock"
+    assert not lock.is_symlink() and left_behind(phone) == []
+    with subprocess.Popen(["true"]) as ended:
+        ended.wait()
+    for owner, why in (
+        (f"elsewhere {ended.pid} 2026-01-01T00:00:00Z 0", f"process {ended.pid} on elsewhere, since 2026"),
+        (f"{socket.gethostname()} {os.getppid()} 2026-01-01T00:00:00Z 0", f"process {os.getppid()} on"),
+        ("something", "by something. Wait"),
+    ):
+        lock.symlink_to(owner)
+        with pytest.raises(SystemExit, match=f"in use by .*{why}|in use {why}"):
+            main(bench)
+        assert os.readlink(lock) == owner
+        lock.unlink()
+    lock.symlink_to(f"{socket.gethostname()} {ended.pid} 2026-01-01T00:00:00Z 0")
+    main(bench)
+    assert not lock.is_symlink() and left_behind(phone) == []
 
 
 def test_requests_that_need_no_device(text_checkpoint: Path, pte_directory: Path, program: Path, tmp_path: Path):

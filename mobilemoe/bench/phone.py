@@ -42,7 +42,7 @@ def bench_phone(models: Sequence[str], options: PhoneOptions, command: str | Non
         `Benchmark`: as from [`~bench.host.run_benchmark`], with `phone` set.
 
     Raises:
-        ValueError: for invalid requests, before anything is copied.
+        ValueError: for invalid requests, and when another command uses the device, before anything is copied.
         OSError: when the device is lost or full, or a program fails on it. Completely copied files stay for the next
             run; everything else is removed.
     """
@@ -50,7 +50,7 @@ def bench_phone(models: Sequence[str], options: PhoneOptions, command: str | Non
     if len(set(names)) < len(names):
         raise ValueError(f"models={list(models)}: two have the same name. Rename a directory.")
     device = find_device(options.device, options.serial)
-    with tempfile.TemporaryDirectory() as scratch:
+    with device.lock(), tempfile.TemporaryDirectory() as scratch:
         paths = {
             name: Path(scratch, name) if is_shape(model) else Path(model)
             for name, model in zip(names, models, strict=True)

@@ -4,14 +4,19 @@ A phone or a board: runs commands, copies changed files, reads hardware, clocks 
 Commands are lists of words, quoted for the device's shell. No shell runs on this machine.
 """
 
+import os
 import re
+import secrets
 import shlex
+import socket
 import subprocess
 import tempfile
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Iterator
+from collections.abc import Generator, Iterable, Iterator
+from contextlib import contextmanager, suppress
+from datetime import UTC, datetime
 from pathlib import Path
-from typing import IO
+from typing import IO, ClassVar
 
 from tqdm import tqdm
 
@@ -23,6 +28,9 @@ from .cores import Core
 # A file beside ours.
 KEPT = "kept"
 CPU = "/sys/devices/system/cpu"
+# Removes the lock of an owner that ended, takes it if it is free, and prints its owner. A symbolic link is made with
+# what it holds in one step, and not where one is.
+LOCK = 'test "$(readlink "$1")" != "$3" || rm -f "$1"; mkdir -p "${1%/*}"; ln -s "$2" "$1"; readlink "$1"'
 
 
 class DeviceLost(OSError):
@@ -41,6 +49,8 @@ class Device(ABC):
 
     # Of our files on the device.
     directory: str
+    # Owners of the locks that this process holds.
+    locks: ClassVar[set[str]] = set()
 
     def __init__(self, name: str):
         self.name = name
@@ -217,6 +227,44 @@ class Device(ABC):
             self.shell("chmod", "755", self.path(start))
         return list(missing)
 
+    @contextmanager
+    def lock(self) -> Generator[None]:
+        """
+        Keeps other commands from the files on the device, which each removes at its end.
+
+        Raises:
+            ValueError: when another command is running there. The lock of a process of this computer that ended is
+                taken over.
+        """
+        path = f"{self.directory}.lock"
+        host = re.sub(r"\s", "-", socket.gethostname())
+        owner = f"{host} {os.getpid()} {datetime.now(UTC):%Y-%m-%dT%H:%M:%SZ} {secrets.token_hex(4)}"
+        ended = ""
+        while (found := self.shell("sh", "-c", LOCK, "sh", path, owner, ended).strip().splitlines()[-1]) != owner:
+            if found == ended or not self.has_ended(found, host):
+                who = re.match(r"(\S+) (\d+) (\S+)", found)
+                by = f"process {who[2]} on {who[1]}, since {who[3]}" if who else found
+                raise ValueError(
+                    f"{self.name} is in use by {by}. Wait for its end, or remove {path} from the device if it has "
+                    "ended."
+                )
+            ended = found
+        self.locks.add(owner)
+        try:
+            yield
+        finally:
+            self.locks.remove(owner)
+            with suppress(OSError):
+                self.shell("rm", "-f", path)
+
+    def has_ended(self, owner: str, host: str) -> bool:
+        """Whether the owner of a lock is a process of this computer that ended, or this one, which lost the device."""
+        match = re.match(rf"{re.escape(host)} (\d+) ", owner)
+        if match is None or owner in self.locks:
+            return False
+        number = int(match[1])
+        return number == os.getpid() or not is_running(number)
+
     def keep(self) -> None:
         """Marks our files as ones that later runs leave on the device."""
         self.shell("touch", self.path(KEPT))
@@ -247,3 +295,15 @@ class Device(ABC):
     def memory_bytes(self) -> int | None:
         memory = re.search(r"MemTotal:\s+(\d+)", self.shell("cat", "/proc/meminfo"))
         return 1024 * int(memory[1]) if memory else None
+
+
+def is_running(number: int) -> bool:
+    """Whether there is a process with this number."""
+    try:
+        os.kill(number, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        # Of another user.
+        return True
+    return True

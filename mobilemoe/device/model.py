@@ -5,7 +5,7 @@ import subprocess
 import tempfile
 import weakref
 from collections.abc import Iterator
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import TypeVar
 
@@ -61,13 +61,15 @@ class DeviceModel(TextModel):
         device.check_runs_arm64()
         cores = device.cores()
         chosen = fast_cores(cores) if cores else []
-        # What `bench --keep` left stays.
-        copied = device.push(bundle_files() | program_files(path), LOADER_PATH)
-        command = [*START, "--serve", *program_options(report, len(chosen), chosen)]
-        self._device, self._name = device, path.resolve().name
-        self._log = tempfile.TemporaryFile("w+", errors="replace")
-        self._process = device.start(*command, directory=device.path(self._name), log=self._log)
-        self._finish = weakref.finalize(self, finish, device, self._process, copied)
+        with ExitStack() as stack:
+            stack.enter_context(device.lock())
+            # What `bench --keep` left stays.
+            copied = device.push(bundle_files() | program_files(path), LOADER_PATH)
+            command = [*START, "--serve", *program_options(report, len(chosen), chosen)]
+            self._device, self._name = device, path.resolve().name
+            self._log = tempfile.TemporaryFile("w+", errors="replace")
+            self._process = device.start(*command, directory=device.path(self._name), log=self._log)
+            self._finish = weakref.finalize(self, finish, device, self._process, copied, stack.pop_all())
         self._num_rows = self._next(Loaded).num_rows
 
     def num_cached(self, tokens: list[int]) -> int:
@@ -133,7 +135,7 @@ class DeviceModel(TextModel):
         raise self._device.failure("the conversation", said)
 
 
-def finish(device: Device, process: subprocess.Popen, copied: list[str]) -> None:
+def finish(device: Device, process: subprocess.Popen, copied: list[str], lock: ExitStack) -> None:
     """Ends the runner, which its input does, and removes what was copied for it."""
     with suppress(OSError):
         process.stdin.close()
@@ -145,3 +147,4 @@ def finish(device: Device, process: subprocess.Popen, copied: list[str]) -> None
     process.stdout.close()
     with suppress(OSError):
         device.remove(copied)
+    lock.close()
