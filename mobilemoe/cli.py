@@ -396,7 +396,7 @@ def add_bench(commands) -> None:
     phone.add_argument("--runner", choices=("own", "llama_main", "minibench"), help="what runs there (default: own)")
     phone.add_argument("--runner-binary", metavar="FILE", help="a runner for the device (default: ours, built here)")
     phone.add_argument("--build-runner", metavar="DIR", help="only write our runner for 64-bit Arm to this directory")
-    phone.add_argument("--max-celsius", type=float, help="first wait until the battery is this cool (default: 35)")
+    phone.add_argument("--max-celsius", type=float, help="first wait until it is this cool (default of a phone: 35)")
     phone.add_argument("--sustained-seconds", type=int, help="then decode for so long, to measure a hot phone")
     phone.add_argument(
         "--submit-row", action="store_true", help="also print the rows for the table of results; nothing is sent"
@@ -440,7 +440,7 @@ def run_bench(arguments: argparse.Namespace) -> None:
                 verify_model(model)
     values = vars(arguments)
     phone_names = ("serial", "runner", "runner_binary", "max_celsius", "sustained_seconds", "keep")
-    phone = {name: value for name in phone_names if (value := values[name])}
+    phone = {name: value for name in phone_names if (value := values[name]) is not None and value is not False}
     if arguments.device != "host":
         from .bench.phone import bench_phone
         from .bench.runners import PhoneOptions

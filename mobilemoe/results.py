@@ -242,6 +242,8 @@ class PhoneCondition(Record):
 
     battery_percent: int | None
     battery_celsius: float | None
+    # Of a board, by the kernel's name of the sensor.
+    zones_celsius: dict[str, float] = {}
     # 0 (none) to 6.
     thermal_status: int | None
     # Clock of every core.

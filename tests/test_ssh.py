@@ -3,6 +3,7 @@
 import getpass
 import json
 import os
+import re
 import shutil
 import socket
 import subprocess
@@ -12,6 +13,8 @@ from pathlib import Path
 
 import pytest
 
+from mobilemoe.bench.phone import cool_down
+from mobilemoe.bench.runners import PhoneOptions
 from mobilemoe.cli import main
 from mobilemoe.device.device import DeviceError, DeviceLost
 from mobilemoe.device.ssh import SshDevice, find_ssh_device
@@ -49,9 +52,16 @@ def board(programs: Path, home: Path) -> Path:
     script(
         programs / "ssh",
         f'cd {home} && test -e up || {{ echo "ssh: connect to host: No route to host" >&2; exit 255; }}\n'
-        'for last; do :; done\nexec sh -c "$last"',
+        f'for last; do :; done\nexec sh -c "$(printf %s "$last" | sed "s#/sys/class/thermal#{home}/thermal#g")"',
     )
     return home
+
+
+def sensor(board: Path, number: int, name: str, celsius: str) -> None:
+    zone = board / f"thermal/thermal_zone{number}"
+    zone.mkdir(parents=True, exist_ok=True)
+    (zone / "type").write_text(f"{name}\n")
+    (zone / "temp").write_text(f"{celsius}\n")
 
 
 def bench(host: str, *arguments: object) -> None:
@@ -72,6 +82,28 @@ def test_a_board_is_measured_and_left_clean(board: Path, stub_bundle: Path, kern
     bench("pi@board", "--model", kernel_pte, "--repeats", 1, "--json", tmp_path / "board.json")
     check_result(json.loads((tmp_path / "board.json").read_text()), kernel_pte.name)
     assert sorted(path.name for path in board.iterdir()) == [".cache", "up"] and not list((board / ".cache").iterdir())
+
+
+def test_temperatures_of_a_board(board: Path, stub_bundle: Path, kernel_pte: Path, tmp_path: Path, capsys):
+    for number, (name, value) in enumerate(
+        (("cpu-thermal", "48312"), ("gpu", "41000"), ("gpu", "52500"), ("off", "-274000"), ("none", ""), ("odd", "x"))
+    ):
+        sensor(board, number, name, value)
+    device = find_ssh_device("board")
+    assert device.condition().zones_celsius == {"cpu-thermal": 48.312, "gpu": 52.5}
+    # In the result, and waited for on request: a board that idles at 50 degrees is not too hot by itself.
+    arguments = ("--model", kernel_pte, "--repeats", 1)
+    bench("board", *arguments)
+    assert re.search(r"^warmest sensor C +52.5 +52.5 +52.5$", capsys.readouterr().out, re.MULTILINE)
+    bench("board", *arguments, "--json", tmp_path / "board.json")
+    samples = json.loads((tmp_path / "board.json").read_text())["phone"]["samples"]
+    assert samples[0]["zones_celsius"] == {"cpu-thermal": 48.312, "gpu": 52.5}
+    for limit, waits in ((None, False), (60.0, False), (52.0, True)):
+        started = time.monotonic()
+        cool_down(device, PhoneOptions([8], device="ssh:board", max_celsius=limit, cool_seconds=1.5))
+        assert (time.monotonic() - started >= 1.5) == waits
+    with pytest.raises(SystemExit, match="max_celsius=0.0 is never reached. Set degrees above 0"):
+        bench("board", *arguments, "--max-celsius", 0)
 
 
 def test_an_answer_from_a_board_is_that_of_this_machine(board: Path, stub_bundle: Path, kernel_pte: Path, capsys):

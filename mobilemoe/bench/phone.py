@@ -164,15 +164,16 @@ def run_rounds(
 
 
 def cool_down(device: Device, options: PhoneOptions) -> None:
-    """Waits until the phone has cooled down, at most `options.cool_seconds`."""
+    """Waits until the device has cooled down, at most `options.cool_seconds`."""
     deadline = time.monotonic() + options.cool_seconds
     with tqdm(desc="cooling down", unit=" checks", leave=False, delay=2) as bar:
         while time.monotonic() < deadline:
             condition = device.condition()
-            celsius, status = condition.battery_celsius, condition.thermal_status
+            battery, status = condition.battery_celsius, condition.thermal_status
+            celsius = max(condition.zones_celsius.values(), default=None) if battery is None else battery
             if (celsius is None or celsius <= options.max_celsius) and not status:
                 return
-            bar.set_postfix_str(f"battery {celsius} C, thermal status {status}")
+            bar.set_postfix_str(f"{celsius} C, thermal status {status}")
             bar.update()
             time.sleep(min(5.0, max(0.0, deadline - time.monotonic())))
 

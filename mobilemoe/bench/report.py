@@ -87,6 +87,7 @@ def phone_table(result: Benchmark, phone: Phone) -> "Group":
     during = [phone, *phone.samples, phone.after]
     values = {
         "battery C": [condition.battery_celsius for condition in during],
+        "warmest sensor C": [max(condition.zones_celsius.values(), default=None) for condition in during],
         "thermal status, 0 is none": [condition.thermal_status for condition in during],
         "highest clock MHz": [max(condition.mhz, default=None) for condition in during],
     }

@@ -4,6 +4,7 @@ The runners of programs on a phone or a board: our own (kernels/README.md), whic
 """
 
 import json
+import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -34,6 +35,8 @@ from .host import check_counts
 from .worker import cache_bits, program_bytes_per_token, random_tokens
 
 
+# Batteries are below it while a phone is idle in a room, and above it after minutes of work.
+BATTERY_CELSIUS = 35.0
 APP = "org.pytorch.minibench"
 
 
@@ -79,7 +82,8 @@ class PhoneOptions:
         runner_binary (`str` or `Path`, *optional*): runner built for the device; our own is built where it is left
             out (device/bundle.py), and "minibench" is installed instead.
         serial (`str`, *optional*): serial number of the device, needed when adb has several.
-        max_celsius (`float`): before every run, wait until the battery has cooled down to this temperature.
+        max_celsius (`float`, *optional*): before every run, wait until the battery of a phone, or the warmest sensor
+            of a board, has cooled down to this temperature. 35 for a phone; a board's idle temperature is not known.
         cool_seconds (`float`): maximum time of this wait.
         sustained_seconds (`int`): after the rounds, decode for this long to measure the speed of a hot phone.
         prompt_file (`str` or `Path`, *optional*): text for the prompts; random tokens by default.
@@ -94,7 +98,7 @@ class PhoneOptions:
     runner: str = "own"
     runner_binary: str | Path | None = None
     serial: str | None = None
-    max_celsius: float = 35.0
+    max_celsius: float | None = None
     cool_seconds: float = 600.0
     sustained_seconds: int = 0
     prompt_file: str | Path | None = None
@@ -109,6 +113,10 @@ class PhoneOptions:
         elif self.num_threads != "auto":
             raise ValueError(f"num_threads={self.num_threads!r} is no number. Set 1 or more, or auto.")
         check_counts(self.prompt_lengths, counts)
+        if self.max_celsius is None:
+            self.max_celsius = BATTERY_CELSIUS if self.device == "adb" else math.inf
+        if not self.max_celsius > 0:
+            raise ValueError(f"max_celsius={self.max_celsius} is never reached. Set degrees above 0.")
         if self.runner not in ("own", "llama_main", "minibench"):
             raise ValueError(f"runner={self.runner!r} is not known. Set own, llama_main or minibench.")
         if self.runner == "minibench":

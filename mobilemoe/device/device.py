@@ -276,9 +276,13 @@ class Device(ABC):
         else:
             self.shell("rm", "-rf", self.directory)
 
+    def sysfs(self, pattern: str) -> str:
+        """Lines `PATH:CONTENT` of the files that can be read and whose paths match."""
+        return self.shell("sh", "-c", f"grep -s . {pattern} /dev/null || true")
+
     def of_cores(self, file: str) -> dict[int, int]:
         """A number of every core that is online, in a file of its directory in sysfs. Empty if there is none."""
-        rows = self.shell("sh", "-c", f"grep -s . {CPU}/cpu[0-9]*/{file} /dev/null || true")
+        rows = self.sysfs(f"{CPU}/cpu[0-9]*/{file}")
         return {int(core): int(value) for core, value in re.findall(r"/cpu(\d+)/\S+?:(\d+)$", rows, re.MULTILINE)}
 
     def cores(self) -> list[Core]:

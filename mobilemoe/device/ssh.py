@@ -11,6 +11,7 @@ from ..results import PhoneCondition, PhoneFingerprint
 from .device import Device, DeviceLost
 
 
+ZONES = "/sys/class/thermal/thermal_zone*"
 # [USER@]HOST as in OpenSSH. A name that begins with a dash would be an option of it.
 HOST = re.compile(r"(\w[\w.+-]*@)?[\w:\[][\w.:%\]-]*", re.ASCII)
 
@@ -79,4 +80,24 @@ class SshDevice(Device):
         )
 
     def condition(self) -> PhoneCondition:
-        return PhoneCondition(battery_percent=None, battery_celsius=None, thermal_status=None, mhz=self.mhz())
+        return PhoneCondition(
+            battery_percent=None,
+            battery_celsius=None,
+            zones_celsius=self.zones_celsius(),
+            thermal_status=None,
+            mhz=self.mhz(),
+        )
+
+    def zones_celsius(self) -> dict[str, float]:
+        """Temperatures by sensor. Of several with one name, the warmest."""
+        rows = re.findall(
+            r"/thermal_zone(\d+)/(type|temp):(.+)$", self.sysfs(f"{ZONES}/type {ZONES}/temp"), re.MULTILINE
+        )
+        names = {number: text for number, file, text in rows if file == "type"}
+        zones: dict[str, float] = {}
+        for number, file, text in rows:
+            # Thousandths. Some sensors report no number, or an impossible one while they are off.
+            if file == "temp" and re.fullmatch(r"-?[0-9]{1,6}", text) and -40 < (celsius := int(text) / 1000) < 150:
+                name = names.get(number, number)
+                zones[name] = max(celsius, zones.get(name, celsius))
+        return zones
