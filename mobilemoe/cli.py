@@ -118,7 +118,7 @@ def add_plan(commands) -> None:
     limits.add_argument("--memory-gb", type=float, required=True, help="for weights and key-value cache, 1e9 bytes")
     limits.add_argument("--context", type=int, default=8192, help="tokens in the key-value cache (default: 8192)")
     limits.add_argument("--inference-gflops", type=float, help="largest GFLOPs per token, 2 x active parameters")
-    limits.add_argument("--tokens-per-second", type=float, help="lowest decode speed at the full context")
+    limits.add_argument("--tokens-per-second", type=float, help="lowest decode speed at the full context (default: 8)")
     limits.add_argument(
         "--kv-bits", type=int, choices=(8, 16, 32), help="bits of a cache entry (default: 8, as the paper)"
     )
@@ -130,13 +130,14 @@ def add_plan(commands) -> None:
     device.add_argument(
         "--device",
         metavar="NAME_OR_FILE",
-        help="a known device, such as galaxy-s25, or a JSON of `mobilemoe bench --json`",
+        help="a known device (default: galaxy-s25), or a JSON of `mobilemoe bench --json`",
     )
     device.add_argument("--bandwidth", type=float, help="memory bandwidth in GB/s")
     device.add_argument("--rate", type=float, help="prefill rate in GFLOP/s, with --bandwidth")
     law = plan.add_argument_group("scaling law, of your runs in place of the paper's")
     law.add_argument("--law", metavar="FILE", help="table of runs to fit, .jsonl or .csv")
     law.add_argument("--where", nargs="*", default=[], metavar="COLUMN=VALUE", help="use these rows of the table")
+    law.add_argument("--extrapolate", action="store_true", help="also for sizes and tokens outside those of its runs")
     output = plan.add_argument_group("output")
     output.add_argument("--output", metavar="DIR", help="write config.json and plan.json there")
     output.add_argument("--plot", metavar="FILE", help="draw predicted loss over memory")
@@ -147,36 +148,38 @@ def add_plan(commands) -> None:
 def run_plan(arguments: argparse.Namespace) -> None:
     from .costs import PROGRAM_KV_BITS, Device, read_device
     from .display import show
-    from .plan import planner, report
+    from .plan import planner, report, search
     from .plan.fit import fit_law, read_table
-    from .plan.law import PAPER_LAW
 
     if arguments.device and (arguments.bandwidth or arguments.rate):
         raise ValueError("--device and --bandwidth or --rate both say how fast the device is. Give one of them.")
     if arguments.rate is not None and arguments.bandwidth is None:
         raise ValueError("--rate alone says nothing about decoding. Give --bandwidth as well.")
-    device = read_device(arguments.device) if arguments.device else None
+    device = read_device(arguments.device or search.DEVICE)
     if arguments.bandwidth is not None:
         rate = None if arguments.rate is None else arguments.rate * 1e9
         device = Device(arguments.bandwidth * 1e9, rate, kv_bits=arguments.kv_bits or PROGRAM_KV_BITS)
-    law, parts = PAPER_LAW, []
+    fit, parts = None, []
     if arguments.law:
         conditions = dict(condition.partition("=")[::2] for condition in arguments.where)
         runs = read_table(arguments.law, **conditions)
-        law = fit_law(runs)
-        parts.append(report.fit_table(law, runs))
-    request = planner.Request(
+        fit = fit_law(runs)
+        parts.append(report.fit_table(fit, runs))
+    request = search.Request(
         memory=arguments.memory_gb * 1e9,
         context=arguments.context,
         tokens=arguments.tokens,
         flops=arguments.flops,
         inference_flops=None if arguments.inference_gflops is None else arguments.inference_gflops * 1e9,
-        tokens_per_second=arguments.tokens_per_second,
+        tokens_per_second=search.TOKENS_PER_SECOND
+        if arguments.tokens_per_second is None
+        else arguments.tokens_per_second,
         device=device,
         kv_bits=arguments.kv_bits or PROGRAM_KV_BITS,
         vocab_size=arguments.vocab_size,
+        extrapolate=arguments.extrapolate,
     )
-    result = planner.plan(request, law)
+    result = planner.plan(request, fit)
     if not write_result(result.as_json, arguments.json):
         show(*parts, *report.plan_report(result))
     if arguments.plot:

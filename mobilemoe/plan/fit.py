@@ -2,6 +2,7 @@
 
 import csv
 import dataclasses
+import functools
 import itertools
 import json
 import math
@@ -11,7 +12,7 @@ from statistics import NormalDist
 
 import numpy as np
 
-from .law import COEFFICIENTS, COLUMNS, ScalingLaw, effective_experts
+from .law import COEFFICIENTS, COLUMNS, PAPER_GRID, PAPER_LAW, ScalingLaw, effective_experts
 
 
 # Above these, `COLUMNS` are of no run, and fits overflow.
@@ -83,13 +84,26 @@ class LawFit:
         self, active_parameters, tokens, expansion, level: float = 0.95
     ) -> tuple[np.ndarray, np.ndarray]:
         """Interval of the expected loss, without the noise of a single run. Broadcasts as `ScalingLaw.loss`."""
-        named = [dict(zip(COEFFICIENTS, sample, strict=True)) for sample in self.samples]
-        laws = [dataclasses.replace(self.law, **coefficients) for coefficients in named]
+        losses = self.losses(active_parameters, tokens, expansion)
+        return tuple(np.quantile(losses, [(1 - level) / 2, (1 + level) / 2], axis=0, method="nearest"))
+
+    def losses(self, active_parameters, tokens, expansion) -> np.ndarray:
+        """
+        Losses by every resampled fit, `(bootstrap, *shape)`, infinite where one overflows. Differences between points
+        within a fit are paired, so their spread is smaller than that of the losses.
+
+        Raises:
+            ValueError: for a fit without resampling.
+        """
+        if not len(self.samples):
+            raise ValueError("This law was fitted with bootstrap=0, so it has no uncertainty to use. Set 200, say.")
+        rank = np.broadcast(active_parameters, tokens, expansion).ndim
+        columns = self.samples.T.reshape(len(COEFFICIENTS), -1, *[1] * rank)
+        law = dataclasses.replace(self.law, **dict(zip(COEFFICIENTS, columns, strict=True)))
         # Undetermined coefficients may overflow: such a loss is unbounded.
         with np.errstate(over="ignore", invalid="ignore"):
-            losses = np.array([law.loss(active_parameters, tokens, expansion) for law in laws])
-        losses = np.where(np.isnan(losses), np.inf, losses)
-        return tuple(np.quantile(losses, [(1 - level) / 2, (1 + level) / 2], axis=0, method="nearest"))
+            losses = law.loss(active_parameters, tokens, expansion)
+        return np.where(np.isnan(losses), np.inf, losses)
 
 
 def _crossing(values: np.ndarray, statistics: np.ndarray, limit: float) -> float:
@@ -245,6 +259,29 @@ def fit_law(
         ranges={name: (float(min(table[name])), float(max(table[name]))) for name in COLUMNS[:3]},
     )
     return LawFit(law, _exponentiate(samples @ to_units.T), residuals, profile, 2 * scale * excess)
+
+
+@functools.cache
+def published_fit(bootstrap: int = 400, seed: int = 0) -> LawFit:
+    """
+    The published law with the uncertainty that its grid and its RMSE imply: refits to tables of the 90 runs, drawn
+    from the law with normal noise. The paper publishes no errors of the coefficients. If the form is wrong, or runs
+    share their noise, the real uncertainty is larger.
+    """
+    cells = np.array(list(itertools.product(*(PAPER_GRID[name] for name in COLUMNS[:3]))))  # (90, 3)
+    expected = PAPER_LAW.loss(*cells.T)
+    log_n, log_d = np.log(cells[:, :2]).T
+    middle = np.exp([log_n.mean(), log_d.mean()])
+    log_e = np.log(effective_experts(cells[:, 2], PAPER_LAW.e_start, PAPER_LAW.e_max))
+    design = _Design(log_e, log_n - log_n.mean(), log_d - log_d.mean())
+    to_units = _unit_map(middle / PAPER_LAW.unit)
+    published = np.array([PAPER_LAW.__dict__[name] for name in COEFFICIENTS])
+    published[LOGARITHMIC] = np.log(published[LOGARITHMIC])
+    start = np.broadcast_to(np.linalg.solve(to_units, published), (bootstrap, len(COEFFICIENTS)))
+    noise = np.random.default_rng(seed).normal(0, PAPER_LAW.rmse, (bootstrap, len(cells)))
+    # Squared loss: the noise has no outliers.
+    samples, _ = design.minimize(start, np.log(expected + noise), delta=1.0)
+    return LawFit(PAPER_LAW, _exponentiate(samples @ to_units.T), np.zeros(len(cells)), None, np.zeros(0))
 
 
 def _unit_map(middle: np.ndarray) -> np.ndarray:

@@ -5,120 +5,50 @@ paper's values (8 and 1), since the law has no term for them. The plan shows wha
 """
 
 import dataclasses
-import functools
 import json
 import math
 from dataclasses import dataclass
 from pathlib import Path
 
-from modeling_mobilemoe.configuration_mobilemoe import MobileMoEConfig
+import numpy as np
+
 from modeling_mobilemoe.saving_mobilemoe import replace_when_complete
 
-from ..costs import (
-    PROGRAM_KV_BITS,
-    Device,
-    expected_experts,
-    inference_flops,
-    kv_cache_bytes,
-    memory_bytes,
-    program_bytes,
-    training_flops,
-)
-from .fit import LawFit
-from .law import PAPER_GRID, PAPER_LAW, ScalingLaw
+from ..costs import expected_experts, inference_flops, program_bytes
+from .fit import LawFit, published_fit
+from .law import ScalingLaw
+from .search import PAPER_EXPANSION, Candidate, Request, explain_nothing_fits, search
 
 
-# The paper's choice of E, among values that the law cannot distinguish, and of the granularity.
-PAPER_EXPANSION, PAPER_GRANULARITY = 8, 8
-# Of the 8 active units per token, the number that the shared expert replaces (paper).
-SHARED_UNITS = 4
 # "d_model / n_l about 40" (paper): 38.4, 39.4 and 40 in S, M and L.
-PAPER_ASPECT, ASPECTS = 40, (32, 48)
-WIDTHS = (64, 96, 128, 192, *range(256, 2049, 128))
+PAPER_ASPECT = 40
 # Prompt length of the prefill time.
 PROMPT_TOKENS = 512
+# Speeds, as multiples of the requested one, of which a plan shows the cost.
+SPEEDS = (1, 2, 3, 4)
+# Losses of undetermined fits are infinite. Below this, their differences are numbers.
+MAX_LOSS = 1e9
 
 
 @dataclass(frozen=True)
-class Request:
+class Choice:
     """
-    The limits and budgets of a plan. Exactly one of `tokens` and `flops` must be set.
+    The best of some shapes, and what the law cannot tell from it.
 
     Args:
-        memory (`float`): limit in bytes for the weights and the key-value cache of the exported program.
-        context (`int`, defaults to 8192): tokens that the cache holds.
-        tokens (`float`, *optional*): training tokens.
-        flops (`float`, *optional*): training FLOPs, `6 N_act D`.
-        inference_flops (`float`, *optional*): maximum FLOPs per token, `2 N_act`.
-        tokens_per_second (`float`, *optional*): minimum decode speed at the full context; needs `device`.
-        device (`Device`, *optional*): the device for which speeds are predicted.
-        kv_bits (`int`, defaults to 8): bits of a cache entry, 8 in the programs of this package and in the paper.
-        vocab_size (`int`, defaults to 128256): vocabulary size of the tokenizer.
-
-    Raises:
-        ValueError: for a value that is not positive, or a combination that is incomplete or contradictory.
+        best (`Candidate`): the chosen shape.
+        per_expansion (`list[Candidate]`): the best shape of every E, sorted by E.
+        excess (`list[tuple[float, float, float]]`): for each of them, its loss minus that of the chosen one, and the
+            95 % interval of that difference over the resampled fits.
+        equivalent (`list[int]`): every E whose best shape is within the law's RMSE of the lowest loss.
+        expansion_interval (`tuple[int, int]`): 95 % interval, over the resampled fits, of the E with the lowest loss.
     """
 
-    memory: float
-    context: int = 8192
-    tokens: float | None = None
-    flops: float | None = None
-    inference_flops: float | None = None
-    tokens_per_second: float | None = None
-    device: Device | None = None
-    kv_bits: int = PROGRAM_KV_BITS
-    vocab_size: int = 128256
-
-    def __post_init__(self) -> None:
-        for name, value in self.__dict__.items():
-            if value is not None and name != "device" and not 0 < value < math.inf:
-                raise ValueError(f"{name}={value} cannot be met by any model. Set a positive number.")
-        if (self.tokens is None) == (self.flops is None):
-            raise ValueError(
-                f"tokens={self.tokens} and flops={self.flops}: the training budget is one of the two, and the other "
-                "follows from the size. Set exactly one."
-            )
-        if self.tokens_per_second is not None and self.device is None:
-            raise ValueError(
-                f"tokens_per_second={self.tokens_per_second} needs a device. Give its bandwidth, or "
-                "measurements of it."
-            )
-
-
-@dataclass(frozen=True)
-class Candidate:
-    """A shape with its costs, its predicted loss, the limits that it exceeds, and the verdict on it."""
-
-    config: MobileMoEConfig
-    expansion: int
-    memory: int
-    tokens: float
-    loss: float
-    decode_speed: float | None
-    broken: tuple[str, ...] = ()
-    verdict: str = ""
-
-    @property
-    def row(self) -> dict:
-        """The candidate as plain numbers, for tables and JSON."""
-        config = self.config
-        return {
-            "hidden_size": config.hidden_size,
-            "num_hidden_layers": config.num_hidden_layers,
-            "expansion": self.expansion,
-            "num_local_experts": config.num_local_experts,
-            "num_experts_per_tok": config.num_experts_per_tok,
-            "intermediate_size": config.intermediate_size,
-            "intermediate_size_mlp": config.intermediate_size_mlp,
-            "active_parameters": config.num_active_parameters,
-            "total_parameters": config.num_total_parameters,
-            "memory_bytes": self.memory,
-            "training_tokens": self.tokens,
-            "training_flops": training_flops(config, self.tokens),
-            "loss": self.loss,
-            "decode_tokens_per_second": self.decode_speed,
-            "verdict": self.verdict,
-        }
+    best: Candidate
+    per_expansion: list[Candidate]
+    excess: list[tuple[float, float, float]]
+    equivalent: list[int]
+    expansion_interval: tuple[int, int]
 
 
 @dataclass(frozen=True)
@@ -128,27 +58,35 @@ class Plan:
 
     Args:
         request (`Request`): the limits and budgets.
-        law (`ScalingLaw`): the law that predicted the losses.
-        fit (`LawFit`, *optional*): set if the law was fitted to the user's own runs.
-        best (`Candidate`): the chosen shape.
-        loss_interval (`tuple[float, float]`): 95 % interval. With a fitted law it is the interval of the expected loss
-            from the resampled fits. The published law has no errors of its coefficients, so there it is the interval
-            of a single run from the law's RMSE.
-        per_expansion (`list[Candidate]`): the best shape within the limits for every E, sorted by E.
+        fit (`LawFit`): the law that predicted the losses, with its uncertainty.
+        choice (`Choice`): the best shape within the limits.
+        loss_interval (`tuple[float, float]`): 95 % interval of its expected loss, over the resampled fits.
+        speeds (`dict[float, Choice]`): the best shape at this and, where others are needed, at higher speeds.
         runners_up (`list[Candidate]`): the next best shapes of the chosen E, sorted by loss.
         candidates (`list[Candidate]`): all shapes of the search.
-        warnings (`list[str]`): quantities in which the law extrapolates.
+        warnings (`list[str]`): quantities in which the law extrapolates, or its range instead of a limit was met.
     """
 
     request: Request
-    law: ScalingLaw
-    fit: LawFit | None
-    best: Candidate
+    fit: LawFit
+    choice: Choice
     loss_interval: tuple[float, float]
-    per_expansion: list[Candidate]
+    speeds: dict[float, Choice]
     runners_up: list[Candidate]
     candidates: list[Candidate]
     warnings: list[str]
+
+    @property
+    def law(self) -> ScalingLaw:
+        return self.fit.law
+
+    @property
+    def best(self) -> Candidate:
+        return self.choice.best
+
+    @property
+    def per_expansion(self) -> list[Candidate]:
+        return self.choice.per_expansion
 
     @property
     def granularities(self) -> list[dict]:
@@ -176,8 +114,7 @@ class Plan:
     def as_json(self) -> dict:
         parts = program_bytes(self.best.config, self.request.context)
         request = {name: value for name, value in self.request.__dict__.items() if value is not None}
-        if self.request.device is not None:
-            request["device"] = dataclasses.asdict(self.request.device)
+        request["device"] = dataclasses.asdict(self.request.device)
         return {
             "request": request,
             "law": dataclasses.asdict(self.law) | self.intervals,
@@ -189,7 +126,18 @@ class Plan:
                 "prefill_seconds": self.prefill_seconds,
             },
             "config": json.loads(self.best.config.to_json_string()),
-            "per_expansion": [candidate.row for candidate in self.per_expansion],
+            "expansion_interval": list(self.choice.expansion_interval),
+            "equivalent_expansions": self.choice.equivalent,
+            "per_expansion": [
+                shape.row | {"excess_loss": excess[0], "excess_loss_interval": list(excess[1:])}
+                for shape, excess in zip(self.per_expansion, self.choice.excess, strict=True)
+            ],
+            "speeds": [
+                choice.best.row
+                | {"tokens_per_second": speed, "expansion_interval": list(choice.expansion_interval)}
+                | {"equivalent_expansions": choice.equivalent}
+                for speed, choice in self.speeds.items()
+            ],
             "runners_up": [candidate.row for candidate in self.runners_up],
             "granularities": self.granularities,
             "warnings": self.warnings,
@@ -199,7 +147,7 @@ class Plan:
     @property
     def intervals(self) -> dict:
         """95 % intervals of a fitted law's coefficients; `None` for an end that the runs do not determine."""
-        if self.fit is None:
+        if self.fit.profile is None:
             return {}
         finite = {name: [e if math.isfinite(e) else None for e in ends] for name, ends in self.fit.intervals().items()}
         return {"intervals": finite}
@@ -207,8 +155,7 @@ class Plan:
     @property
     def prefill_seconds(self) -> float | None:
         """Seconds to process a prompt of 512 tokens, or of the context length if that is shorter."""
-        device = self.request.device
-        return device and device.prefill_seconds(self.best.config, min(PROMPT_TOKENS, self.request.context))
+        return self.request.device.prefill_seconds(self.best.config, min(PROMPT_TOKENS, self.request.context))
 
     def save(self, directory: str | Path) -> None:
         """Writes `config.json`, which the recipes can train from, and `plan.json`."""
@@ -225,115 +172,97 @@ GRANULARITY_FINDINGS = {
 }
 
 
-# Cached, so do not modify the result: a plan needs about a thousand configs, and validating one takes 2 ms.
-@functools.cache
-def shape_config(
-    hidden_size: int, num_hidden_layers: int, expansion: int, vocab_size: int = 128256, context: int = 8192
-) -> MobileMoEConfig:
+def plan(request: Request, fit: LawFit | None = None) -> Plan:
     """
-    The config for a width, a depth and an E, with granularity 8 and one shared expert as in S, M and L (paper, 2.4).
-
-    There are 8E units, each an eighth of the dense width `4 hidden_size`, and 8 are active per token. A shared expert
-    of four units' width replaces four of them. The head size is as close to 64 as the width allows, with four
-    key-value heads.
-    """
-    unit = 4 * hidden_size // PAPER_GRANULARITY
-    # A multiple of the four key-value heads that gives an even head size, as close to 64 as possible.
-    heads = min(
-        (count for count in range(4, hidden_size // 8, 4) if hidden_size % (2 * count) == 0),
-        key=lambda count: abs(math.log(hidden_size / count / 64)),
-        default=4,
-    )
-    return MobileMoEConfig(
-        architectures=["MobileMoEForCausalLM"],
-        vocab_size=vocab_size,
-        hidden_size=hidden_size,
-        intermediate_size=unit,
-        intermediate_size_mlp=SHARED_UNITS * unit,
-        num_hidden_layers=num_hidden_layers,
-        num_attention_heads=heads,
-        num_key_value_heads=4,
-        head_dim=hidden_size // heads,
-        num_local_experts=PAPER_GRANULARITY * expansion - SHARED_UNITS,
-        num_experts_per_tok=PAPER_GRANULARITY - SHARED_UNITS,
-        max_position_embeddings=max(8192, context),
-        bos_token_id=128000 if vocab_size == 128256 else None,
-    )
-
-
-def plan(request: Request, law: ScalingLaw | LawFit = PAPER_LAW) -> Plan:
-    """
-    Chooses width, depth and E.
-
-    The shape with the lowest predicted loss within the limits is chosen, with two tie-breaks for differences below the
-    law's error. First, if the best shapes of several E are within the law's RMSE, E = 8 is preferred, since the paper
-    calls 4 to 8 the sweet spot and trained S, M and L with 8; if 8 is not among them, the one with the least memory.
-    Second, among shapes within a tenth of the RMSE, the one with width / depth closest to the paper's 40 is chosen.
+    Chooses width, depth and E; see [`choose`].
 
     Args:
         request (`Request`): limits and budgets.
-        law (`ScalingLaw` or `LawFit`, defaults to the paper's): predicts the losses; a fit also gives intervals.
+        fit (`LawFit`, defaults to [`published_fit`]): predicts the losses.
 
     Raises:
-        ValueError: when no shape is within the limits. The message says what would fit.
+        ValueError: when no shape is within the limits, or the law does not reach to the budget. The message says what
+            would fit.
     """
-    fit = law if isinstance(law, LawFit) else None
-    law = fit.law if fit else law
-    shapes = [
-        evaluate(shape_config(width, depth, expansion, request.vocab_size, request.context), expansion, request, law)
-        for width in WIDTHS
-        for depth in range(math.ceil(width / ASPECTS[1]), width // ASPECTS[0] + 1)
-        for expansion in PAPER_GRID["expansion"]
-    ]
+    fit = published_fit() if fit is None else fit
+    shapes = search(request, fit.law)
     feasible = [shape for shape in shapes if not shape.broken]
     if not feasible:
         raise ValueError(explain_nothing_fits(shapes, request))
-
-    by_expansion = {}
-    for shape in sorted(feasible, key=lambda shape: shape.loss):
-        by_expansion.setdefault(shape.expansion, []).append(shape)
-    lowest = min(members[0].loss for members in by_expansion.values())
-    tied = [members[0] for members in by_expansion.values() if members[0].loss <= lowest + law.rmse]
-    chosen = min(tied, key=lambda shape: (shape.expansion != PAPER_EXPANSION, shape.memory)).expansion
-    near = [shape for shape in by_expansion[chosen] if shape.loss <= by_expansion[chosen][0].loss + law.rmse / 10]
-    best = min(near, key=lambda shape: (abs(math.log(aspect(shape) / PAPER_ASPECT)), shape.loss))
+    speeds: dict[float, Choice] = {}
+    for multiple in SPEEDS:
+        speed, met = multiple * request.tokens_per_second, [known.best.decode_speed for known in speeds.values()]
+        fast = [shape for shape in feasible if shape.decode_speed >= speed]
+        if fast and speed > max(met, default=0):
+            speeds[speed] = choose(fast, fit)
+    choice = speeds[request.tokens_per_second]
+    best, lowest, rmse = choice.best, min(shape.loss for shape in choice.per_expansion), fit.law.rmse
 
     def judged(shape: Candidate) -> Candidate:
-        return dataclasses.replace(shape, verdict="; ".join(shape.broken) or verdict(shape, best, lowest, law.rmse))
+        return dataclasses.replace(shape, verdict="; ".join(shape.broken) or verdict(shape, best, lowest, rmse))
 
     numbers = (best.config.num_active_parameters, best.tokens, best.expansion)
-    if fit:
-        interval = tuple(map(float, fit.loss_interval(*numbers)))
-    else:
-        interval = (best.loss - 1.96 * law.rmse, best.loss + 1.96 * law.rmse)
+    warnings = fit.law.outside(*numbers)
+    largest = fit.law.ranges.get("active_parameters", (0, math.inf))[1]
+    if not request.extrapolate and numbers[0] > largest:
+        warnings.append(
+            f"sizes end at the {largest / 1e6:,.0f}M active parameters (+ 10 %) that the law was fitted to, "
+            "before the limits do"
+        )
+    runners_up = sorted(
+        (shape for shape in feasible if shape.expansion == best.expansion and shape is not best),
+        key=lambda shape: shape.loss,
+    )
+    low, high = fit.loss_interval(*numbers)
     return Plan(
         request,
-        law,
         fit,
-        judged(best),
-        interval,
-        [judged(best if expansion == chosen else by_expansion[expansion][0]) for expansion in sorted(by_expansion)],
-        [judged(shape) for shape in by_expansion[chosen] if shape is not best][:5],
+        dataclasses.replace(
+            choice, best=judged(best), per_expansion=[judged(shape) for shape in choice.per_expansion]
+        ),
+        (float(low), float(high)),
+        speeds,
+        [judged(shape) for shape in runners_up[:5]],
         [judged(shape) for shape in shapes],
-        law.outside(*numbers),
+        warnings,
     )
 
 
-def evaluate(config: MobileMoEConfig, expansion: int, request: Request, law: ScalingLaw) -> Candidate:
-    """Computes the costs and the predicted loss of a shape, and the limits that it exceeds."""
-    active = config.num_active_parameters
-    memory = memory_bytes(config, request.context, request.kv_bits)
-    tokens = request.tokens if request.flops is None else request.flops / (6 * active)
-    speed = request.device and request.device.decode_tokens_per_second(config, request.context)
-    broken = []
-    if memory > request.memory:
-        broken.append(f"needs {memory / 1e9:.3g} GB of {request.memory / 1e9:.3g}")
-    if request.inference_flops is not None and inference_flops(config) > request.inference_flops:
-        broken.append(f"{inference_flops(config) / 1e9:.3g} GFLOPs per token of {request.inference_flops / 1e9:.3g}")
-    if request.tokens_per_second is not None and speed < request.tokens_per_second:
-        broken.append(f"decodes {speed:.3g} tokens/s of {request.tokens_per_second:.3g}")
-    loss = float(law.loss(active, tokens, expansion))
-    return Candidate(config, expansion, memory, tokens, loss, speed, tuple(broken))
+def choose(shapes: list[Candidate], fit: LawFit) -> Choice:
+    """
+    The shape with the lowest predicted loss, up to differences that the law cannot resolve.
+
+    E = 8, which the paper chose for S, M and L, is preferred if it is within the law's RMSE of the lowest loss. Of the
+    shapes of the chosen E within a tenth of the RMSE, the one with width / depth closest to the paper's 40 is chosen.
+    """
+    by_expansion: dict[int, list[Candidate]] = {}
+    for shape in sorted(shapes, key=lambda shape: (shape.expansion, shape.loss)):
+        by_expansion.setdefault(shape.expansion, []).append(shape)
+    leaders = [members[0] for members in by_expansion.values()]
+    lowest = min(leaders, key=lambda shape: shape.loss)
+    equivalent = [shape.expansion for shape in leaders if shape.loss <= lowest.loss + fit.law.rmse]
+    chosen = PAPER_EXPANSION if PAPER_EXPANSION in equivalent else lowest.expansion
+    members = by_expansion[chosen]
+    near = [shape for shape in members if shape.loss <= members[0].loss + fit.law.rmse / 10]
+    best = min(near, key=lambda shape: (abs(math.log(aspect(shape) / PAPER_ASPECT)), shape.loss))
+    per_expansion = [best if shape.expansion == chosen else shape for shape in leaders]
+
+    # By every resampled fit, the lowest loss of each E: (bootstrap, expansions).
+    refitted = np.stack([sample_losses(group, fit).min(axis=1) for group in by_expansion.values()], axis=1)
+    expansions = np.array(list(by_expansion))
+    low, high = np.quantile(expansions[refitted.argmin(axis=1)], [0.025, 0.975], method="nearest")
+    differences = sample_losses(per_expansion, fit) - sample_losses([best], fit)
+    ends = np.quantile(differences, [0.025, 0.975], axis=0)
+    excess = [
+        (shape.loss - best.loss, float(one), float(two)) for shape, one, two in zip(per_expansion, *ends, strict=True)
+    ]
+    return Choice(best, per_expansion, excess, equivalent, (int(low), int(high)))
+
+
+def sample_losses(shapes: list[Candidate], fit: LawFit) -> np.ndarray:
+    """Losses by every resampled fit, `(bootstrap, shapes)`."""
+    points = np.array([(shape.config.num_active_parameters, shape.tokens, shape.expansion) for shape in shapes])
+    return np.minimum(fit.losses(*points.T), MAX_LOSS)
 
 
 def aspect(shape: Candidate) -> float:
@@ -344,7 +273,7 @@ def verdict(shape: Candidate, best: Candidate, lowest: float, rmse: float) -> st
     """Explains why a shape within all limits was chosen or not."""
     if shape.config is best.config:
         if best.loss > lowest + rmse / 10:
-            return f"chosen: E = {best.expansion}, within the law's error ({rmse:.2g}) of the lowest loss"
+            return f"chosen: the paper's E = {best.expansion}, within the law's error ({rmse:.2g}) of the lowest loss"
         return "chosen: lowest predicted loss"
     difference = shape.loss - best.loss
     if shape.expansion == best.expansion:
@@ -356,50 +285,3 @@ def verdict(shape: Candidate, best: Candidate, lowest: float, rmse: float) -> st
     if abs(difference) <= rmse:
         return f"loss {difference:+.4f}, within the law's error; {memory}"
     return f"loss {difference:+.4f}; {memory}"
-
-
-def explain_nothing_fits(shapes: list[Candidate], request: Request) -> str:
-    """Explains which limit, or combination of limits, excludes every shape, and what would fit."""
-    smallest = min(shapes, key=lambda shape: shape.memory)
-    if smallest.memory > request.memory:
-        cache = kv_cache_bytes(smallest.config, request.context, request.kv_bits)
-        return (
-            f"memory={request.memory / 1e9:.3g} GB holds no model: the smallest one ({describe(smallest)}) needs "
-            f"{smallest.memory / 1e9:.3g} GB, {cache / 1e9:.2g} GB of it for a context of {request.context} tokens. "
-            "Give more memory, a shorter context, or a smaller vocabulary."
-        )
-    if request.inference_flops is not None:
-        least = min(shapes, key=lambda shape: shape.config.num_active_parameters)
-        if inference_flops(least.config) > request.inference_flops:
-            return (
-                f"inference_flops={request.inference_flops:.3g} per token is less than the smallest model needs: "
-                f"{inference_flops(least.config):.3g} ({describe(least)}). Set that or more, or a smaller vocabulary."
-            )
-    if request.tokens_per_second is not None:
-        fitting = [shape for shape in shapes if shape.memory <= request.memory]
-        fastest = max(fitting, key=lambda shape: shape.decode_speed)
-        if fastest.decode_speed < request.tokens_per_second:
-            return (
-                f"tokens_per_second={request.tokens_per_second:.3g} is above what {request.device.name} can read: at "
-                f"{request.device.bandwidth / 1e9:.3g} GB/s the fastest model that fits ({describe(fastest)}) decodes "
-                f"{fastest.decode_speed:.3g} tokens per second at a context of {request.context} tokens. Set that or "
-                "less, or a shorter context."
-            )
-    nearest = min(shapes, key=lambda shape: (len(shape.broken), shape.memory))
-    return (
-        f"Each limit can be met, but not all by one model: {describe(nearest)}, which breaks the fewest, "
-        f"{'; '.join(nearest.broken)}. Loosen that limit."
-    )
-
-
-def describe(shape: Candidate) -> str:
-    config = shape.config
-    return (
-        f"width {config.hidden_size}, {config.num_hidden_layers} layers, E = {shape.expansion}, "
-        f"{millions(config.num_active_parameters)} of {millions(config.num_total_parameters)} parameters active"
-    )
-
-
-def millions(count: float) -> str:
-    """Parameters in millions: whole ones for large models, with digits for small ones."""
-    return f"{count / 1e6:,.0f}M" if count >= 1e8 else f"{count / 1e6:.3g}M"

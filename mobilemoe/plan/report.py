@@ -5,114 +5,130 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from ..costs import read_device
 from ..display import markdown, picture, table
 from .fit import LawFit, heldout_error
-from .law import PAPER_GRID
-from .planner import PROMPT_TOKENS, Candidate, Plan, describe, millions
+from .planner import PROMPT_TOKENS, Choice, Plan
+from .search import EXPANSIONS, describe, millions
 
 
 if TYPE_CHECKING:
     from rich.console import Group
 
-# Tokens per second below which an answer takes longer than people like to wait: about twice the speed of reading.
-SLOW = 10.0
-# For a request without a device.
-EXAMPLE_DEVICE = "galaxy-s25"
-
 
 def plan_report(result: Plan) -> "list[str | Group]":
-    """A sentence on why this shape was chosen, a table of the best shape of every E, and extrapolation warnings."""
+    """What was chosen and how certain that is, the best shape of every E, what speed costs, and warnings."""
     parts = [why(result), plan_table(result)]
-    if note := slowness(result):
-        parts.append(note)
+    if len(result.speeds) > 1:
+        parts.append(speed_table(result))
     if result.warnings:
-        parts.append(f"The law extrapolates: {'; '.join(result.warnings)}.")
+        parts.append(
+            f"The law extrapolates: {'; '.join(result.warnings)}."
+            if result.request.extrapolate
+            else f"Note: {'; '.join(result.warnings)}."
+        )
     return parts
 
 
 def why(result: Plan) -> str:
-    best, (low, high) = result.best, result.loss_interval
-    shape, reason = describe(best), best.verdict.removeprefix("chosen: ")
+    best, choice, (low, high) = result.best, result.choice, result.loss_interval
+    shape, lowest = describe(best), min(choice.per_expansion, key=lambda shape: shape.loss)
     within = sum(not candidate.broken for candidate in result.candidates)
-    return (
-        f"{shape[0].upper()}{shape[1:]}: {reason} among the {within} of {len(result.candidates)} shapes that are "
-        f"within the limits; {best.loss:.4f} nats per token, 95 % interval {low:.4f} to {high:.4f}."
-    )
+    sentences = [
+        f"{shape[0].upper()}{shape[1:]}; {best.loss:.4f} nats per token, 95 % interval {low:.4f} to {high:.4f}.",
+        f"Of the {within} of {len(result.candidates)} shapes within the limits, the law gives the lowest loss to E = "
+        f"{lowest.expansion}, 95 % interval {expansions(choice)}.",
+    ]
+    if len(choice.equivalent) > 1:
+        equivalent = [shape for shape in choice.per_expansion if shape.expansion in choice.equivalent]
+        smallest = min(equivalent, key=lambda shape: shape.memory)
+        sentences.append(
+            f"E = {choice.equivalent[0]} to {choice.equivalent[-1]} are within its error of {result.law.rmse:.2g}"
+            + (", and of these 8 is the paper's choice." if best.expansion != lowest.expansion else ".")
+        )
+        if smallest.expansion != best.expansion:
+            sentences.append(f"E = {smallest.expansion} needs the least memory, {smallest.memory / 1e9:.3g} GB.")
+    return " ".join(sentences)
 
 
-def slowness(result: Plan) -> str | None:
-    """A sentence on a shape that is slow because no speed was asked for; `None` for another."""
-    request, config = result.request, result.best.config
-    if request.inference_flops is not None or request.tokens_per_second is not None:
-        return None
-    device = request.device or read_device(EXAMPLE_DEVICE)
-    speed = device.decode_tokens_per_second(config, request.context)
-    if speed >= SLOW:
-        return None
-    option = "--tokens-per-second 20" if request.device else f"--device {EXAMPLE_DEVICE} --tokens-per-second 20"
-    return (
-        f"Slow: {speed:.1f} tokens/s at a context of {request.context} on {device.name}, because no speed was asked "
-        f"for. For a faster model, set {option} or --inference-gflops 0.5."
-    )
+def expansions(choice: Choice) -> str:
+    """The interval of the E with the lowest loss."""
+    low, high = choice.expansion_interval
+    return f"{low}" if low == high else f"{low} to {high}"
 
 
 def plan_table(result: Plan) -> "Group":
     """The best shape of every E within the limits."""
-    best, request, device = result.best, result.request, result.request.device
-
-    def verdict(shape: Candidate) -> str:
-        if shape.config is best.config:
-            return "chosen"
-        difference = shape.loss - best.loss
-        return "tied" if abs(difference) <= result.law.rmse else f"{difference:+.4f}"
-
-    columns = ["E", "width", "layers", "experts", "active", "total", "GB", "loss", "verdict"]
-    rows = [
-        [
-            shape.expansion,
-            shape.config.hidden_size,
-            shape.config.num_hidden_layers,
-            f"{shape.config.num_local_experts} x {shape.config.intermediate_size}",
-            millions(shape.config.num_active_parameters),
-            millions(shape.config.num_total_parameters),
-            f"{shape.memory / 1e9:.3g}",
-            f"{shape.loss:.4f}",
-            verdict(shape),
-        ]
-        for shape in result.per_expansion
+    best, request = result.best, result.request
+    rows = []
+    for shape, (excess, low, high) in zip(result.per_expansion, result.choice.excess, strict=True):
+        equivalent = "equivalent" if shape.expansion in result.choice.equivalent else ""
+        chosen = shape.config is best.config
+        rows.append(
+            [
+                shape.expansion,
+                shape.config.hidden_size,
+                shape.config.num_hidden_layers,
+                millions(shape.config.num_active_parameters),
+                millions(shape.config.num_total_parameters),
+                f"{shape.memory / 1e9:.3g}",
+                f"{shape.decode_speed:.1f}",
+                "0" if chosen else f"{excess:+.4f} ± {(high - low) / 2:.4f}",
+                "chosen" if chosen else equivalent,
+            ]
+        )
+    columns = ["E", "width", "layers", "active", "total", "GB", "tok/s", "loss", "verdict"]
+    notes = [
+        f"GB: weights and a cache of {request.context} tokens at {request.kv_bits} bits.",
+        f"tok/s: decoding at that context on {request.device.name}.",
+        "Loss: over that of the chosen one, 95 % interval.",
+        f"Equivalent: within the law's error ({result.law.rmse:.2g}) of the lowest.",
     ]
-    notes = [f"GB: weights and a cache of {request.context} tokens at {request.kv_bits} bits."]
-    if device is not None:
-        columns.insert(-1, "tok/s")
-        for row, shape in zip(rows, result.per_expansion, strict=True):
-            row.insert(-1, f"{shape.decode_speed:.1f}")
-        notes.append(f"tok/s: decoding at that context on {device.name}.")
-        if result.prefill_seconds is not None:
-            prompt = min(PROMPT_TOKENS, request.context)
-            notes.append(f"First token of a {prompt}-token prompt after {result.prefill_seconds:.2f} s.")
-    if any(row[-1] == "tied" for row in rows):
-        notes.append(f"Tied: within the law's error ({result.law.rmse:.2g}).")
+    if result.prefill_seconds is not None:
+        prompt = min(PROMPT_TOKENS, request.context)
+        notes.append(f"First token of a {prompt}-token prompt after {result.prefill_seconds:.2f} s.")
     return table(
         columns, rows, "Best shape of every E within the limits", " ".join(notes), result.per_expansion.index(best)
     )
 
 
+def speed_table(result: Plan) -> "Group":
+    """The best shape at higher speeds."""
+    rows = [
+        [
+            f"{speed:g}",
+            choice.best.expansion,
+            expansions(choice),
+            choice.best.config.hidden_size,
+            choice.best.config.num_hidden_layers,
+            millions(choice.best.config.num_active_parameters),
+            f"{choice.best.memory / 1e9:.3g}",
+            f"{choice.best.decode_speed:.1f}",
+            f"{choice.best.loss:.4f}",
+        ]
+        for speed, choice in result.speeds.items()
+    ]
+    columns = ["tok/s wanted", "E", "lowest", "width", "layers", "active", "GB", "tok/s", "loss"]
+    return table(columns, rows, "What speed costs", "Lowest: 95 % interval of the E with the lowest loss.")
+
+
 def plot_plan(result: Plan, path: str | Path) -> None:
     """Plots predicted loss over memory for all shapes, coloured by E, with the memory limit and the chosen shape."""
+    import matplotlib.pyplot as plt
+
     best, (low, high) = result.best, result.loss_interval
     with picture(path, (7.5, 4.5)) as (axis,):
-        for color, expansion in enumerate(PAPER_GRID["expansion"]):
+        colors = plt.get_cmap("viridis_r")(np.linspace(0.05, 1, len(EXPANSIONS)))
+        for color, expansion in zip(colors, EXPANSIONS, strict=True):
             members = [shape for shape in result.candidates if shape.expansion == expansion]
             within = [shape for shape in members if not shape.broken]
-            for shapes, alpha in ((members, 0.15), (within, 1.0)):
+            for shapes, alpha in ((members, 0.12), (within, 1.0)):
                 axis.scatter(
                     [shape.memory / 1e9 for shape in shapes],
                     [shape.loss for shape in shapes],
                     s=12,
-                    color=f"C{color}",
+                    color=color,
                     alpha=alpha,
-                    label=f"E = {expansion}" if alpha == 1 else None,
+                    label=f"E = {expansion}" if shapes and shapes is members else None,
                 )
         axis.axvline(result.request.memory / 1e9, color="grey", linestyle="--", linewidth=1)
         axis.errorbar(
@@ -120,7 +136,9 @@ def plot_plan(result: Plan, path: str | Path) -> None:
         )
         axis.set(xscale="log", xlabel="memory (GB)", ylabel="predicted loss (nats per token)", title=describe(best))
         axis.set_xlim(best.memory / 1e9 / 20, max(result.request.memory, best.memory) / 1e9 * 4)
-        axis.legend()
+        for handle in axis.legend().legend_handles:
+            if handle is not None:
+                handle.set_alpha(1)
 
 
 def fit_rows(fit: LawFit) -> list[tuple[str, str, str]]:

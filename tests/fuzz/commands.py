@@ -19,7 +19,7 @@ def command_line(rng: random.Random, inputs: Inputs, directory: Path) -> Case:
     parsers = cli.make_parser()._subparsers._group_actions[0].choices
     verb = rng.choice(("plan", "run", "run", "card", "eval", "bench", "export"))
     required = {
-        "plan": ["--memory-gb", "0.05", "--tokens", "1e9", "--context", "512"],
+        "plan": ["--memory-gb", "0.05", "--tokens", "1e9", "--context", "512", "--extrapolate"],
         "run": ["--model", inputs.packed, "--prompt", "import os", "--max-new-tokens", "3"],
         "card": ["--model", inputs.packed, "--license", "mit", "--output", directory / "README.md"],
         "eval": ["check", "--model", inputs.packed, "--text", f"code={inputs.packed / 'config.json'}"],

@@ -72,7 +72,7 @@ def result_file(rng: random.Random, inputs: Inputs, directory: Path) -> Case:
     """Results of evaluations and benchmarks, devices and tables of runs, in the commands that read them."""
     card = ["card", "--model", inputs.packed, "--license", "apache-2.0", "--output", directory / "README.md"]
     shape = ["card", "--model", "S", "--output", directory / "README.md"]
-    plan = ["plan", "--memory-gb", 0.05, "--tokens", 1e9, "--context", 512, "--vocab-size", 4096]
+    plan = ["plan", "--memory-gb", 0.05, "--tokens", 1e9, "--context", 512, "--vocab-size", 4096, "--extrapolate"]
     file = directory / "result.json"
     source, words = rng.choice(
         (
@@ -114,5 +114,6 @@ def runs_table(rng: random.Random, inputs: Inputs, directory: Path) -> Case:
         content, damage = damage_text(rng, content)
     file.write_bytes(content)
     # An end of an interval that the table does not determine is infinite.
-    plan = command("plan", "--memory-gb", 0.05, "--tokens", 1e9, "--context", 512, "--law", file, may_print=("inf",))
+    limits = ("--memory-gb", 0.05, "--tokens", 1e9, "--context", 512, "--extrapolate")
+    plan = command("plan", *limits, "--law", file, may_print=("inf",))
     return Case("results", f"plan --law {file.name}: {damage}", plan)
