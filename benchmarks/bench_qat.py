@@ -28,9 +28,10 @@ from modeling_mobilemoe.int4_mobilemoe import Int4Format
 
 VARIANTS = {
     "plain": None,
-    "qat": ("output", True),
-    "qat, experts along the input": ("input", True),
-    "qat, weights only": ("output", False),
+    "qat": ("output", "mobilemoe"),
+    "qat, inputs per token": ("output", "per_token"),
+    "qat, experts along the input": ("input", "per_token"),
+    "qat, weights only": ("output", "none"),
 }
 
 

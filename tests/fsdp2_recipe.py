@@ -4,7 +4,8 @@ A recipe under an accelerate configuration with FSDP2, on CPU processes, for `te
     torchrun --nproc_per_node 2 tests/fsdp2_recipe.py CONFIG SCRIPT [ARGUMENT ...]
 
 accelerate takes FSDP up on accelerators only and makes CPU processes plain DDP. Here they become FSDP after all; the
-rest, from wrapping to saving, is accelerate's and the trainer's own. Computes in FP32.
+rest, from wrapping to saving, is accelerate's and the trainer's own. Computes in FP32, or with PRECISION=bf16 as the
+configuration says.
 """
 
 import os
@@ -27,7 +28,7 @@ def main(config: str, script: str, *arguments: str) -> None:
     os.environ |= {
         name: value for name, value in environment.items() if name.startswith(("FSDP", "ACCELERATE_USE_FSDP"))
     }
-    os.environ["ACCELERATE_MIXED_PRECISION"] = "no"
+    os.environ["ACCELERATE_MIXED_PRECISION"] = os.environ.get("PRECISION", "no")
     initialize = state.AcceleratorState.__init__
 
     def initialize_sharded(self, *args, fsdp_plugin=None, **kwargs) -> None:

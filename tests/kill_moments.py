@@ -1,10 +1,10 @@
 """
 Kills training stages, a save, a quantisation and exports at random moments, and runs them again until they end.
 
-    PYTHONPATH=. python tests/kill_moments.py DIRECTORY [--kills 200] [--seed 0]
+    PYTHONPATH=. python tests/kill_moments.py DIRECTORY [--kills 200] [--seed 0] [--jobs pretrain ...]
 
 What comes out is compared with an undisturbed run: losses, and every file bit for bit. Prints a table, and one JSON
-line last.
+line last. What differed is kept in DIRECTORY/different.
 """
 
 import argparse
@@ -233,7 +233,9 @@ def run_job(name: str, root: Path, num_kills: int, generator: random.Random) -> 
         different = sorted(key for key in wanted.keys() | found.keys() if wanted.get(key) != found.get(key))
         different += [str(path) for path in output.parent.iterdir() if path != output]
         if different:
-            result["problems"].append({"moments": moments, "different": different})
+            kept = root / "different" / f"{expected.name}-{len(result['problems'])}"
+            shutil.copytree(output, kept)
+            result["problems"].append({"moments": moments, "different": different, "kept": str(kept)})
     return result
 
 
@@ -242,6 +244,9 @@ def main() -> None:
     parser.add_argument("directory", type=Path)
     parser.add_argument("--kills", type=int, default=200)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument(
+        "--jobs", nargs="+", default=list(JOBS), choices=JOBS, help="in order: each needs those before"
+    )
     arguments = parser.parse_args()
     root = arguments.directory.absolute()
     temporary = root / "tmp"
@@ -256,8 +261,9 @@ def main() -> None:
     import mobilemoe.train.stages  # noqa: F401
 
     Child(lambda: make_inputs(root), root / "log").finish()
-    results, left, shares = [], arguments.kills, sum(share for _, share in JOBS.values())
-    for name, (_, weight) in JOBS.items():
+    results, left, shares = [], arguments.kills, sum(JOBS[name][1] for name in arguments.jobs)
+    for name in arguments.jobs:
+        weight = JOBS[name][1]
         share = left * weight // shares
         left, shares = left - share, shares - weight
         result = run_job(name, root, share, random.Random(f"{arguments.seed} {name}"))

@@ -18,8 +18,12 @@ ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1"}
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--standalone"]
 
 
-def run(command, cwd):
-    result = subprocess.run(list(map(str, command)), cwd=cwd, env=ENVIRONMENT, capture_output=True, text=True)
+FSDP2 = [ROOT / "tests/fsdp2_recipe.py", ROOT / "recipes/accelerate/fsdp2.yaml"]
+
+
+def run(command, cwd, **environment):
+    command, environment = list(map(str, command)), ENVIRONMENT | environment
+    result = subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True)
     assert result.returncode == 0, result.stderr[-3000:]
 
 
@@ -79,8 +83,7 @@ def test_two_processes_equal_one_with_two_micro_batches(ddp_runs, name):
 def fsdp2_runs(ddp_runs):
     """Output directories of two processes under the shipped `fsdp2.yaml`, and of two that were resumed."""
     root = ddp_runs["one"].parent
-    config = ROOT / "recipes/accelerate/fsdp2.yaml"
-    recipe = [ROOT / "tests/fsdp2_recipe.py", config, ROOT / "recipes/pretrain.py", "--config", root / "recipe.json"]
+    recipe = [*FSDP2, ROOT / "recipes/pretrain.py", "--config", root / "recipe.json"]
     run([*TORCHRUN, *recipe, "--output_dir", "sharded"], root)
     (root / "sharded-resumed").mkdir()
     (root / "sharded/checkpoint-9").rename(root / "sharded-resumed/checkpoint-9")
@@ -99,3 +102,70 @@ def test_fsdp2_equals_one_process_with_two_micro_batches(ddp_runs, fsdp2_runs, n
     for key, tensor in expected.items():
         torch.testing.assert_close(actual[key], tensor, rtol=0, atol=0 if "expert_bias" in key else 1e-5, msg=key)
     assert AutoModelForCausalLM.from_pretrained(other).num_parameters() > 0
+
+
+def compare(one: Path, other: Path, atol: float) -> None:
+    torch.testing.assert_close(losses(other), losses(one), rtol=0, atol=atol)
+    assert losses(one).numel() == 6
+    assert (other / "config.json").read_text() == (one / "config.json").read_text()
+    expected, actual = load_file(one / "model.safetensors"), load_file(other / "model.safetensors")
+    assert actual.keys() == expected.keys()
+    for key, tensor in expected.items():
+        if tensor.dtype == torch.uint8:
+            # A weight beside a tie is rounded to its other neighbour.
+            assert (actual[key] != tensor).float().mean() < 0.002, key
+        else:
+            torch.testing.assert_close(actual[key], tensor, rtol=2e-3, atol=1e-5, msg=key)
+
+
+@pytest.fixture(scope="module")
+def answers(base_checkpoint, tmp_path_factory):
+    """A directory with a recipe of fine-tuning and QAT."""
+    root = tmp_path_factory.mktemp("answers")
+    rows = [{"prompt": f"What is {i} plus {i + 1}?", "completion": f"It is {2 * i + 1}."} for i in range(60)]
+    (root / "answers.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    recipe = {
+        "model": str(base_checkpoint),
+        "data": [{"path": "json", "data_files": str(root / "answers.jsonl")}],
+        "num_data_readers": 2,
+        "max_length": 64,
+        "max_steps": 6,
+        "per_device_train_batch_size": 2,
+        "learning_rate": 1e-3,
+        "bf16": False,
+        "activation_checkpointing": False,
+        "logging_steps": 1,
+        "save_strategy": "no",
+        "report_to": "none",
+        "use_cpu": True,
+    }
+    (root / "recipe.json").write_text(json.dumps(recipe))
+    return root
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("script", "options"),
+    [
+        ("qat", []),
+        ("qat", ["--distill", "0.5", "--activation_grid", "per_token"]),
+        ("sft", ["--lora_scope", "dense", "--lora_rank", "4"]),
+        ("sft", ["--lora_scope", "all", "--lora_rank", "4"]),
+    ],
+)
+def test_qat_and_lora_are_the_same_under_ddp_and_fsdp2(answers, tmp_path, script, options):
+    recipe = [ROOT / f"recipes/{script}.py", "--config", answers / "recipe.json", *options]
+    run([sys.executable, *recipe, "--output_dir", "one", "--gradient_accumulation_steps", "2"], tmp_path)
+    run([*TORCHRUN, *recipe, "--output_dir", "ddp"], tmp_path)
+    run([*TORCHRUN, *FSDP2, *recipe, "--output_dir", "fsdp2"], tmp_path)
+    for other in ("ddp", "fsdp2"):
+        compare(tmp_path / "one", tmp_path / other, 1e-5)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("script", ["sft", "qat"])
+def test_fsdp2_in_bf16_has_the_losses_of_one_process(answers, tmp_path, script):
+    recipe = [ROOT / f"recipes/{script}.py", "--config", answers / "recipe.json", "--bf16", "true"]
+    run([sys.executable, *recipe, "--output_dir", "one", "--gradient_accumulation_steps", "2"], tmp_path)
+    run([*TORCHRUN, *FSDP2, *recipe, "--output_dir", "fsdp2"], tmp_path, PRECISION="bf16")
+    torch.testing.assert_close(losses(tmp_path / "fsdp2"), losses(tmp_path / "one"), rtol=0, atol=1e-3)

@@ -15,14 +15,14 @@ from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
 from trl.trainer.utils import add_fused_lm_head
 
 from mobilemoe.export.program import int8_values
-from mobilemoe.train import qat
+from mobilemoe.export.roundings import rounded_as
+from mobilemoe.train import fake_quantization
 from mobilemoe.train import recipe as training
+from mobilemoe.train.fake_quantization import GRIDS, Int8BlockFakeQuantizer, Int8FakeQuantizer, int4_values
 from mobilemoe.train.qat import (
     FakeQuantizationStart,
-    Int8FakeQuantizer,
     convert,
     enable_fake_quantization,
-    int4_values,
     preparation_table,
     prepare,
 )
@@ -30,6 +30,7 @@ from mobilemoe.train.recipe import load_model
 from mobilemoe.train.routing import set_capacity_factor
 from modeling_mobilemoe import MobileMoEConfig, MobileMoEForCausalLM, dequantize, quantize
 from modeling_mobilemoe.int4_mobilemoe import Int4Format, dequantize_tensor, pack_int4, quantize_tensor
+from modeling_mobilemoe.kernels import reference
 
 
 AXES = ["output", "input"]
@@ -71,7 +72,7 @@ def awkward_weight(*shape: int) -> torch.Tensor:
 @pytest.mark.parametrize("seen", [torch.float32, torch.bfloat16])
 def test_training_sees_the_values_of_packing(dim, dtype, seen, monkeypatch):
     # Not a divisor of anything: the last part is smaller.
-    monkeypatch.setattr(qat, "CPU_CHUNK", 32 * 96 * 5)
+    monkeypatch.setattr(fake_quantization, "CPU_CHUNK", 32 * 96 * 5)
     weight = awkward_weight(7, 64, 96).to(dtype)
     assert torch.equal(int4_values(weight, dim, seen), packed_values(weight, dim, seen))
     transposed = weight.mT
@@ -103,8 +104,9 @@ def test_activations_round_as_the_exported_linear_does(dtype):
     assert torch.equal(int8_values(hidden_states), expected.to(dtype))
 
 
-def test_gradient_of_a_linear_is_the_one_by_hand(tiny_model):
-    prepare(tiny_model)
+@pytest.mark.parametrize(("grid", "int8"), [("mobilemoe", Int8BlockFakeQuantizer), ("per_token", Int8FakeQuantizer)])
+def test_gradient_of_a_linear_is_the_one_by_hand(tiny_model, grid, int8):
+    prepare(tiny_model, activations=grid)
     linear = tiny_model.model.layers[0].self_attn.q_proj
     assert isinstance(linear, FakeQuantizedLinear)
     # One value of each group is clipped from 7.5 to 7: it gets its gradient too.
@@ -113,7 +115,7 @@ def test_gradient_of_a_linear_is_the_one_by_hand(tiny_model):
     inputs = torch.randn(10, 64, generator=torch.Generator().manual_seed(0)).requires_grad_()
     upstream = torch.randn(10, 64, generator=torch.Generator().manual_seed(1))
     linear(inputs).backward(upstream)
-    assert torch.equal(linear.weight.grad, upstream.T @ Int8FakeQuantizer()(inputs.detach()))
+    assert torch.equal(linear.weight.grad, upstream.T @ int8()(inputs.detach()))
     assert torch.equal(inputs.grad, upstream @ packed_values(linear.weight))
 
 
@@ -134,7 +136,7 @@ def rounded_twin(model: MobileMoEForCausalLM, axis: str) -> MobileMoEForCausalLM
 def test_gradients_are_those_at_the_rounded_weights(tiny_model, input_ids, axis, implementation):
     set_implementation(tiny_model.train(), implementation)
     twin = rounded_twin(tiny_model, axis)
-    prepare(tiny_model, Int4Format(axis), activations=False)
+    prepare(tiny_model, Int4Format(axis), activations="none")
     losses = [model(input_ids, labels=input_ids).loss for model in (tiny_model, twin)]
     for loss in losses:
         loss.backward()
@@ -150,7 +152,7 @@ def prepared_experts(model, axis):
     expected = [
         packed_values(weight, Int4Format(axis).expert_dim) for weight in (experts.gate_up_proj, experts.down_proj)
     ]
-    prepare(model, Int4Format(axis))
+    prepare(model, Int4Format(axis), "per_token")
     return model.model.layers[0].feed_forward.experts, *expected
 
 
@@ -218,6 +220,77 @@ def test_gradients_of_experts_are_those_by_hand(tiny_model, axis, implementation
         assert (found - expected).abs().max() <= 1e-5 * expected.abs().max(), name
 
 
+def test_inputs_round_as_the_operators_do():
+    """Groups of zeros, of values that count as zero, of ties, and experts whose last block is not full."""
+    x = torch.randn(9, 160, generator=torch.Generator().manual_seed(0))
+    x[0, :32], x[1, :32], x[2, :32] = 0, 2.0**-101, torch.arange(-16, 16) * 127 / 32
+    quantized, scale = quantize_tensor(awkward_weight(64, 160))
+    expected = reference.int4_linear(x, pack_int4(quantized), scale)
+    found = Int8BlockFakeQuantizer()(x) @ packed_values(awkward_weight(64, 160)).T
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-4)
+    weight = awkward_weight(160, 64)
+    quantized, scale = quantize_tensor(weight)
+    expected = reference.expert_linear(x, pack_int4(quantized), scale)
+    torch.testing.assert_close(fake_quantization.expert_linear(x, weight), expected, rtol=1e-5, atol=1e-4)
+    # Per token, or not at all, is another grid.
+    for other in (Int8FakeQuantizer()(x), x):
+        assert (other @ packed_values(weight) - expected).abs().max() > 1e-2
+
+
+@torch.no_grad()
+def test_prepared_model_computes_what_the_operators_compute(tiny_config, input_ids):
+    """Sums have another order, so a value at a tie may round to its other neighbour: most logits are equal."""
+    model = MobileMoEForCausalLM(tiny_config).eval()
+    packed = quantize(copy.deepcopy(model))
+    with rounded_as(packed, {"INT8 activations", "INT8 expert activations"}, 4, on_kernels=True):
+        expected = packed(input_ids, use_cache=False).logits
+    difference = {
+        grid: (prepare(copy.deepcopy(model), activations=grid)(input_ids, use_cache=False).logits - expected).abs()
+        for grid in GRIDS
+    }
+    largest = expected.abs().max()
+    assert difference["mobilemoe"].median() < 1e-5 * largest
+    assert difference["per_token"].median() > 1e-3 * largest
+    assert difference["none"].median() > 1e-3 * largest
+
+
+def test_gradients_of_experts_on_the_grid_of_the_operators(tiny_model):
+    """Those of the products with the INT4 values, as if inputs had not been rounded."""
+    layer = tiny_model.train().model.layers[0].feed_forward
+    prepare(tiny_model)
+    experts = layer.experts
+    tokens, index, weights = routed_tokens()
+    # Two experts get no token.
+    index = index % 6
+    upstream = torch.randn(6, 64, generator=torch.Generator().manual_seed(1))
+    inputs = tokens.clone().requires_grad_()
+    experts(inputs, index, weights).backward(upstream)
+    gate_up, down = (packed_values(w.detach()).requires_grad_() for w in (experts.gate_up_proj, experts.down_proj))
+    plain = tokens.clone().requires_grad_()
+    total = torch.zeros(6, 64)
+    for token in range(6):
+        for expert, weight in zip(index[token].tolist(), weights[token], strict=True):
+            gate, up = (plain[token] @ gate_up[expert]).chunk(2)
+            total[token] = total[token] + weight * ((F.silu(gate) * up) @ down[expert])
+    total.backward(upstream)
+    # The gradient of the gate is taken at rounded products.
+    for found, expected in ((inputs, plain), (experts.gate_up_proj, gate_up), (experts.down_proj, down)):
+        assert (found.grad - expected.grad).norm() < 0.03 * expected.grad.norm()
+    assert not experts.gate_up_proj.grad[6:].any() and not experts.down_proj.grad[6:].any()
+
+
+@pytest.mark.parametrize(
+    ("grid", "axis", "message"),
+    [
+        ("int8", "output", "activation_grid=int8 is no grid of activations. Set one of mobilemoe, per_token, none"),
+        ("mobilemoe", "input", "activation_grid=mobilemoe with expert_axis=input: .* Set per_token"),
+    ],
+)
+def test_grids_that_no_program_has_are_refused(tiny_model, grid, axis, message):
+    with pytest.raises(ValueError, match=message):
+        prepare(tiny_model, Int4Format(axis), grid)
+
+
 @torch.no_grad()
 def test_loss_of_trl_sees_the_rounded_head_and_its_rounded_input(tiny_model, input_ids):
     table, norm = tiny_model.lm_head.weight.clone(), copy.deepcopy(tiny_model.model.norm)
@@ -227,7 +300,7 @@ def test_loss_of_trl_sees_the_rounded_head_and_its_rounded_input(tiny_model, inp
     tiny_model.model.norm.register_forward_pre_hook(lambda module, args: last_layer_output.append(args[0]))
     add_fused_lm_head(tiny_model)
     loss = tiny_model(input_ids, labels=input_ids, fused_lm_head=True).loss
-    hidden_states = Int8FakeQuantizer()(norm(last_layer_output[0]))
+    hidden_states = Int8BlockFakeQuantizer()(norm(last_layer_output[0]))
     logits = hidden_states @ packed_values(table).T
     expected = F.cross_entropy(logits[:, :-1].flatten(0, 1), input_ids[:, 1:].flatten())
     torch.testing.assert_close(loss, expected)
@@ -319,7 +392,7 @@ def test_one_step_moves_every_parameter_and_keeps_the_tie(tiny_model):
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 def test_converted_model_computes_what_training_saw(tiny_model, input_ids, tmp_path, axis, implementation):
     set_implementation(tiny_model, implementation)
-    prepare(tiny_model, Int4Format(axis), activations=False)
+    prepare(tiny_model, Int4Format(axis), activations="none")
     with torch.no_grad():
         seen = tiny_model(input_ids).logits
         convert(tiny_model).save_pretrained(tmp_path)
@@ -354,18 +427,21 @@ def test_converted_model_is_an_ordinary_packed_one(tiny_model, input_ids, tmp_pa
     assert [type(module) for module in dequantize(convert(prepare(tiny_model))).modules()] == plain_types
 
 
-@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
-def test_bf16_autocast_trains_fp32_weights(tiny_model, input_ids, implementation):
+@pytest.mark.parametrize(
+    ("implementation", "grid"), [("eager", "mobilemoe"), *((name, "per_token") for name in IMPLEMENTATIONS)]
+)
+def test_bf16_autocast_trains_fp32_weights(tiny_model, input_ids, implementation, grid):
     set_implementation(tiny_model.train(), implementation)
     with torch.autocast("cpu", torch.bfloat16):
-        prepare(tiny_model)
+        prepare(tiny_model, activations=grid)
         experts, seen = tiny_model.model.layers[0].feed_forward.experts, []
         hook = experts.weight_fake_quantizer.register_forward_hook(lambda module, args, output: seen.append(output))
         loss = tiny_model(input_ids, labels=input_ids).loss
     loss.backward()
     hook.remove()
     # Once per forward pass, however many experts are used.
-    for weight, parameter in zip(seen, (experts.gate_up_proj, experts.down_proj), strict=True):
+    assert len(seen) == (0 if grid == "mobilemoe" else 2)
+    for weight, parameter in zip(seen, (experts.gate_up_proj, experts.down_proj), strict=False):
         assert torch.equal(weight, packed_values(parameter, dtype=torch.bfloat16))
     reference = copy.deepcopy(tiny_model)
     reference.zero_grad()
@@ -381,7 +457,7 @@ def test_bf16_autocast_trains_fp32_weights(tiny_model, input_ids, implementation
 def test_compiled_training_equals_eager(tiny_model, input_ids, axis, implementation):
     """`torch_compile` of the recipes, without the code generator; in one graph where the implementation allows it."""
     set_implementation(tiny_model.train(), implementation)
-    prepare(tiny_model, Int4Format(axis))
+    prepare(tiny_model, Int4Format(axis), "per_token")
     twin = copy.deepcopy(tiny_model)
     torch._dynamo.reset()
     compiled = torch.compile(twin, backend="aot_eager", fullgraph=implementation != "eager")
@@ -475,7 +551,7 @@ def test_merged_lora_is_accepted_and_adapters_are_refused(tiny_model, input_ids)
         # The adapters are also in the model itself.
         with pytest.raises(ValueError, match=r"(q_proj|experts).* left out of the INT4 checkpoint. Merge LoRA"):
             prepare(adapted.get_base_model())
-        merged = prepare(adapted.merge_and_unload(), activations=False)
+        merged = prepare(adapted.merge_and_unload(), activations="none")
         with torch.no_grad():
             seen = merged(input_ids).logits
             torch.testing.assert_close(convert(merged)(input_ids).logits, seen, rtol=1e-5, atol=1e-5)
@@ -517,7 +593,7 @@ def test_incomplete_models_are_refused(tiny_model, tiny_config):
         prepare(nn.Linear(32, 32))
 
 
-@pytest.mark.parametrize("activations", [True, False])
+@pytest.mark.parametrize("activations", ["per_token", "none"])
 def test_table_has_every_parameter(tiny_model, capsys, activations):
     num_values = tiny_model.num_parameters() + 2 * 8
     prepare(tiny_model, Int4Format("input"), activations)
@@ -527,7 +603,7 @@ def test_table_has_every_parameter(tiny_model, capsys, activations):
     rows = [line.split(maxsplit=3) for line in table.splitlines()[1:]]
     assert sum(int(row[2].replace(",", "")) for row in rows) == num_values
     assert sum("INT4" in row[3] for row in rows) == 10
-    assert sum("INT8" in row[3] for row in rows) == (10 if activations else 0)
+    assert sum("INT8" in row[3] for row in rows) == (10 if activations == "per_token" else 0)
     (router,) = [row for row in rows if row[0].endswith("router.weight")]
     assert "FP32" in router[3]
 
@@ -535,7 +611,7 @@ def test_table_has_every_parameter(tiny_model, capsys, activations):
 def test_base_model_has_no_head_to_round_for(tiny_model, input_ids):
     base = prepare(tiny_model.model)
     hidden_states = base(input_ids).last_hidden_state
-    assert not torch.equal(Int8FakeQuantizer()(hidden_states), hidden_states)
+    assert not torch.equal(Int8BlockFakeQuantizer()(hidden_states), hidden_states)
     assert "head" not in preparation_table(base)
 
 

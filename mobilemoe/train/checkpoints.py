@@ -121,6 +121,12 @@ class MixtureCallback(TrainerCallback, ExportableState):
         for name in {"num_tokens", "eval_num_tokens"} & logs.keys():
             tokens = state.global_step * self.sequences_per_step * args.world_size * self.mixture.max_length
             logs[name] = state.log_history[-1][name] = tokens
+        rows = [row for row in state.log_history if "loss" in row]
+        if "train_loss" in logs and rows:
+            # The mean of a whole run; the trainer adds up the steps since it was resumed.
+            steps = [0, *(row["step"] for row in rows)]
+            total = sum(row["loss"] * (end - start) for row, start, end in zip(rows, steps, steps[1:], strict=False))
+            logs["train_loss"] = state.log_history[-1]["train_loss"] = total / steps[-1]
 
     def on_step_end(self, args, state, control, model=None, **kwargs) -> None:
         # As it is in a run that never stopped; the trainer counts from the step where this one began.

@@ -1,5 +1,7 @@
 """The divergence of a student's predictions from a teacher's, as a loss (Hinton et al., arXiv 1503.02531)."""
 
+from functools import partial
+
 import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
@@ -63,13 +65,14 @@ class Distillation:
     def __init__(self, student: PreTrainedModel, teacher: PreTrainedModel, weight: float, temperature: float):
         self.student, self.teacher = student, teacher.eval().requires_grad_(False)
         self.weight, self.temperature = weight, temperature
-        # What the head gets, in the last forward pass. The hook stays: with another one, a compiled model would be
+        # What the heads get, in the last forward passes. The hooks stay: with others, a compiled model would be
         # compiled again.
-        self._states: torch.Tensor | None = None
-        student.base_model.norm.register_forward_hook(self._keep)
+        self._states: dict[nn.Module, torch.Tensor] = {}
+        for model in (student, self.teacher):
+            model.base_model.norm.register_forward_hook(partial(self._keep, model))
 
-    def _keep(self, module: nn.Module, args: tuple, output: torch.Tensor) -> None:
-        self._states = output
+    def _keep(self, model: PreTrainedModel, module: nn.Module, args: tuple, output: torch.Tensor) -> None:
+        self._states[model] = output
 
     def mix(self, loss: torch.Tensor, divergence: torch.Tensor) -> torch.Tensor:
         return divergence if self.weight == 1 else self.weight * divergence + (1 - self.weight) * loss
@@ -81,13 +84,12 @@ class Distillation:
         Args:
             inputs (`dict[str, torch.Tensor]`): of that pass, with `labels` of shape `(B, T)`.
         """
-        states, self._states = self._states, None
-        assert states is not None
         with torch.no_grad():
             others = {name: value for name, value in inputs.items() if name not in ("labels", "use_cache")}
-            wanted = self.teacher.base_model(**others, use_cache=False).last_hidden_state
+            # Under FSDP2 only the whole model gathers its weights. One logit is as good as none.
+            self.teacher(**others, use_cache=False, logits_to_keep=1)
         # The state at a position predicts the next token.
         is_learnt = inputs["labels"][:, 1:] != IGNORED
-        own, other = states[:, :-1][is_learnt], wanted[:, :-1][is_learnt]
+        own, other = (self._states.pop(model)[:, :-1][is_learnt] for model in (self.student, self.teacher))
         heads = [model.get_output_embeddings().weight for model in (self.student, self.teacher)]
         return divergence(own, other, *heads, self.temperature), is_learnt.sum()

@@ -5,23 +5,14 @@ INT4 quantization-aware training in two steps around any trainer, as in torchao:
     trainer.train()                     # its checkpoints are ordinary full-precision ones
     convert(model).save_pretrained(directory)
 
-Inputs are rounded per token, asymmetric, as XNNPACK and `llama::quantized_moe_ffn` (`--moe-op llama`) round them. The
-package's own operators use finer blocks: symmetric per 32 inputs in linears, per 32 outputs x 128 inputs in experts.
-Training uses the coarser rounding of the two.
+Training sees the numbers of the program that will run: fake_quantization.py has them.
 """
 
 import re
-from collections.abc import Callable
-from functools import partial
 
 import torch
 from torch import nn
-from torchao.quantization.qat import (
-    FakeQuantizedLinear,
-    FakeQuantizerBase,
-    IntxFakeQuantizeConfig,
-    IntxFakeQuantizer,
-)
+from torchao.quantization.qat import FakeQuantizedLinear, FakeQuantizerBase
 from transformers import PreTrainedModel, TrainerCallback
 from transformers.utils import logging
 
@@ -31,170 +22,26 @@ from modeling_mobilemoe.modeling_mobilemoe import (
     MobileMoEPreTrainedModel,
     MobileMoERMSNorm,
     MobileMoERouter,
-    rms_normalize,
 )
 from modeling_mobilemoe.quantization_mobilemoe import modules_to_pack, quantize
+
+from .fake_quantization import (
+    GRID_NAMES,
+    GRIDS,
+    Bf16FakeQuantizer,
+    FakeQuantizedEmbedding,
+    FakeQuantizedExperts,
+    FakeQuantizedHead,
+    FakeQuantizedRMSNorm,
+    Int4FakeQuantizer,
+    activation_grid,
+    bf16_values,
+)
 
 
 logger = logging.get_logger(__name__)
 
-# Weights rounded at a time: as many as fit the cache of a core, or keep a GPU busy.
-CPU_CHUNK, GPU_CHUNK = 2**18, 2**24
 MERGE_FIRST = "Merge LoRA adapters first (`model = model.merge_and_unload()`) and undo other changes to the model."
-
-
-class _StraightThrough(torch.autograd.Function):
-    """
-    Rounds in the forward pass and returns the gradient unchanged, also for values that the grid clips.
-
-    With a scale of max|w| / 7.5 only the largest weight of a group is clipped, from 7.5 to 7. Masking its gradient
-    would freeze it.
-    """
-
-    @staticmethod
-    def forward(ctx, value: torch.Tensor, rounding: Callable[[torch.Tensor], torch.Tensor]) -> torch.Tensor:
-        ctx.dtype = value.dtype
-        return rounding(value)
-
-    @staticmethod
-    def backward(ctx, grad_output: torch.Tensor) -> tuple[torch.Tensor, None]:
-        return grad_output.to(ctx.dtype), None
-
-
-@torch.no_grad()
-def int4_values(weight: torch.Tensor, dim: int = -1, dtype: torch.dtype | None = None) -> torch.Tensor:
-    """
-    The values of a packed weight: equal to `dequantize_tensor` of `quantize_tensor`, bit for bit.
-
-    Every training step rounds every weight, so this works on chunks that stay in the cache, which is four times
-    faster.
-
-    Args:
-        weight (`torch.Tensor`): of shape `(..., in, out)` or `(..., n)`.
-        dim (`int`, defaults to -1): the dimension that is split into groups, -1 or -2.
-        dtype (`torch.dtype`, *optional*): of the result; that of the weight when absent.
-    """
-    group_size = Int4Format.group_size
-    # (groups, 32), or (groups, 32, out)
-    groups = weight.contiguous().view(-1, group_size, *weight.shape[weight.ndim + dim + 1 :])
-    values = torch.empty_like(groups, dtype=dtype or weight.dtype)
-    rows = max(1, (CPU_CHUNK if weight.device.type == "cpu" else GPU_CHUNK) // groups[:1].numel())
-    scratch = torch.empty_like(groups[:rows], dtype=torch.float32)
-    for source, target in zip(groups.split(rows), values.split(rows), strict=True):
-        buffer, source = scratch[: len(source)], source.float()
-        scale = Int4Format.scale(torch.abs(source, out=buffer).amax(dim=1, keepdim=True)).float()
-        integers = Int4Format.round_(torch.div(source, scale, out=buffer))
-        torch.mul(integers, scale, out=target)
-    return values.view(weight.shape)
-
-
-def bf16_values(weight: torch.Tensor) -> torch.Tensor:
-    return weight.bfloat16().to(weight.dtype)
-
-
-class Int4FakeQuantizer(FakeQuantizerBase):
-    """
-    Rounds a weight to the values of the packed checkpoint; a weight fake quantizer for torchao's modules.
-
-    torchao's own INT4 quantizer has a different grid: with FP32 scales nearly every value differs from the packed
-    one, and with FP16 scales it multiplies by a reciprocal rounded to FP16, which changes one integer in 200.
-    """
-
-    def __init__(self, config: Int4Format, dim: int = -1):
-        super().__init__()
-        self.config = config
-        self.dim = dim
-        self.enabled = True
-
-    def forward(self, weight: torch.Tensor, dtype: torch.dtype | None = None) -> torch.Tensor:
-        if not self.enabled:
-            return weight
-        return _StraightThrough.apply(weight, partial(int4_values, dim=self.dim, dtype=dtype))
-
-
-class Int8FakeQuantizer(IntxFakeQuantizer):
-    """torchao's dynamic INT8 per token, as in XNNPACK and `--moe-op llama`, computed in FP32 for any dtype."""
-
-    def __init__(self):
-        super().__init__(IntxFakeQuantizeConfig(torch.int8, "per_token", is_symmetric=False))
-
-    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        if not self.enabled:
-            return hidden_states
-        # Straight-through around the whole rounding: otherwise autograd saves four tensors per rounded one.
-        return _StraightThrough.apply(hidden_states, self.values)
-
-    def values(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        return super().forward(hidden_states.float()).to(hidden_states.dtype)
-
-
-class Bf16FakeQuantizer(FakeQuantizerBase):
-    """Rounds norm weights to BF16, in which the format stores them."""
-
-    config = torch.bfloat16
-
-    def __init__(self):
-        super().__init__()
-        self.enabled = True
-
-    def forward(self, weight: torch.Tensor) -> torch.Tensor:
-        return _StraightThrough.apply(weight, bf16_values) if self.enabled else weight
-
-
-class FakeQuantizedHead(nn.Linear):
-    """
-    The output head, whose `weight` is the rounded tensor because TRL's loss reads `lm_head.weight` directly.
-
-    For the same reason its inputs are rounded by the last norm.
-    """
-
-    @property
-    def weight(self) -> torch.Tensor:
-        # Only this attribute is rounded: optimizers and checkpoints have the parameter.
-        (parameter,) = self.parameters(recurse=False)
-        return self.weight_fake_quantizer(parameter)
-
-
-class FakeQuantizedRMSNorm(MobileMoERMSNorm):
-    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        weight = self.weight_fake_quantizer(self.weight)
-        return self.activation_fake_quantizer(weight * rms_normalize(hidden_states, self.variance_epsilon))
-
-
-class FakeQuantizedEmbedding(nn.Embedding):
-    def forward(self, input_ids: torch.Tensor) -> torch.Tensor:
-        # Groups lie within a row, so it is enough to round the rows that are read.
-        return self.weight_fake_quantizer(super().forward(input_ids))
-
-
-class RoundedExperts:
-    """An experts module for one forward pass: rounded weights, and a rounded input of the down projection."""
-
-    def __init__(self, experts: "FakeQuantizedExperts", dtype: torch.dtype | None):
-        self.experts = experts
-        # Rounded once: the eager implementation reads the tensors once per expert.
-        self.gate_up_proj = experts.weight_fake_quantizer(experts.gate_up_proj, dtype)
-        self.down_proj = experts.weight_fake_quantizer(experts.down_proj, dtype)
-
-    def _apply_gate(self, gate_up: torch.Tensor) -> torch.Tensor:
-        return self.experts.activation_fake_quantizer(self.experts._apply_gate(gate_up))
-
-    def __getattr__(self, name: str):
-        return getattr(self.experts, name)
-
-
-class FakeQuantizedExperts(MobileMoEExperts):
-    """Routed experts under any experts implementation of transformers, or ours with a capacity factor."""
-
-    def forward(
-        self, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
-    ) -> torch.Tensor:
-        device_type = hidden_states.device.type
-        # Autocast does not cast the operands of `grouped_mm`.
-        dtype = torch.get_autocast_dtype(device_type) if torch.is_autocast_enabled(device_type) else None
-        rounded = RoundedExperts(self, dtype)
-        hidden_states = self.activation_fake_quantizer(hidden_states)
-        return MobileMoEExperts.forward(rounded, hidden_states, top_k_index, top_k_weights)
 
 
 def _as_class(module: nn.Module, new_class: type[nn.Module]) -> nn.Module:
@@ -210,10 +57,10 @@ def _as_class(module: nn.Module, new_class: type[nn.Module]) -> nn.Module:
 
 
 def prepare(
-    model: PreTrainedModel, int4_format: Int4Format | None = None, activations: bool = True
+    model: PreTrainedModel, int4_format: Int4Format | None = None, activations: str | None = None
 ) -> PreTrainedModel:
     """
-    Fake-quantises a model in place: weights to the packed checkpoint's values, their inputs to INT8 per token.
+    Fake-quantises a model in place: weights to the packed checkpoint's values, their inputs to INT8.
 
     Linears become torchao's `FakeQuantizedLinear`. Parameters keep their names and full precision, so checkpoints
     saved before [`convert`] are ordinary ones. Norms are rounded to BF16 in the forward pass, expert biases only here.
@@ -222,12 +69,15 @@ def prepare(
     Args:
         model (`PreTrainedModel`): full precision, LoRA adapters merged.
         int4_format (`Int4Format`, *optional*): the released one when absent.
-        activations (`bool`, defaults to `True`): round inputs to INT8 as well.
+        activations (`str`, *optional*): the grid of inputs, see fake_quantization.py: "mobilemoe", "per_token" or
+            "none". When absent, that of the operators which read the format: ours, or ExecuTorch's with experts
+            grouped along their inputs.
 
     Raises:
-        ValueError: when the packed checkpoint would lack a tensor of the model.
+        ValueError: when the packed checkpoint would lack a tensor of the model, or no program has the grid.
     """
     int4_format = int4_format or Int4Format()
+    linear_grid, expert_grid = GRIDS[activation_grid(activations, int4_format)]
     check_complete(model, int4_format)
     for name, tensor in model.state_dict().items():
         if name.endswith("expert_bias"):
@@ -235,23 +85,23 @@ def prepare(
     head = model.get_output_embeddings()
     last_norm = model.base_model.norm if head is not None else None
     for name, module in list(model.named_modules()):
-        # Class, weight fake quantizer, whether inputs of packed weights (the norm: its outputs) are rounded here.
+        # Class, fake quantizers of the weight and of the inputs of packed weights (the norm: its outputs).
         if isinstance(module, MobileMoEExperts):
-            row = FakeQuantizedExperts, Int4FakeQuantizer(int4_format, int4_format.expert_dim), True
+            row = FakeQuantizedExperts, Int4FakeQuantizer(int4_format, int4_format.expert_dim), expert_grid()
         elif isinstance(module, MobileMoERMSNorm):
-            row = FakeQuantizedRMSNorm, Bf16FakeQuantizer(), module is last_norm
+            row = FakeQuantizedRMSNorm, Bf16FakeQuantizer(), linear_grid() if module is last_norm else nn.Identity()
         elif isinstance(module, nn.Embedding):
-            row = FakeQuantizedEmbedding, Int4FakeQuantizer(int4_format), False
+            row = FakeQuantizedEmbedding, Int4FakeQuantizer(int4_format), nn.Identity()
         elif module is head:
-            row = FakeQuantizedHead, Int4FakeQuantizer(int4_format), False
+            row = FakeQuantizedHead, Int4FakeQuantizer(int4_format), nn.Identity()
         elif isinstance(module, nn.Linear):
-            row = FakeQuantizedLinear, Int4FakeQuantizer(int4_format), True
+            row = FakeQuantizedLinear, Int4FakeQuantizer(int4_format), linear_grid()
         else:
             continue
-        new_class, weight_fake_quantizer, rounds_inputs = row
+        new_class, weight_fake_quantizer, activation_fake_quantizer = row
         module = _as_class(module, new_class)
         module.weight_fake_quantizer = weight_fake_quantizer
-        module.activation_fake_quantizer = Int8FakeQuantizer() if activations and rounds_inputs else nn.Identity()
+        module.activation_fake_quantizer = activation_fake_quantizer
         model.set_submodule(name, module)
     logger.info(f"Prepared for quantization-aware training:\n{preparation_table(model)}")
     return model
@@ -322,8 +172,9 @@ def preparation_table(model: PreTrainedModel) -> str:
             weight = f"INT4, groups of {Int4Format.group_size} along the {axis}"
             # The embedding is also the head, whose inputs the last norm rounds.
             source = model.base_model.norm if isinstance(module, FakeQuantizedEmbedding) else module
-            if isinstance(source.activation_fake_quantizer, Int8FakeQuantizer):
-                inputs = "INT8 per token, as the head" if source is not module else "INT8 per token"
+            inputs = GRID_NAMES[type(source.activation_fake_quantizer)]
+            if source is not module and not isinstance(source.activation_fake_quantizer, nn.Identity):
+                inputs += ", as the head"
         row = rows.setdefault((re.sub(r"\.\d+\.", ".*.", name), weight, inputs), [0, 0])
         row[:] = row[0] + 1, row[1] + tensor.numel()
     width = max(len(kind) for kind, _, _ in rows)

@@ -24,11 +24,15 @@ from .checkpoints import MixtureCallback, find_start
 from .checks import check_numbers, read_yaml
 from .data import DataSource, Mixture, Source, collate, padding_id
 from .epochs import Epochs, packed_sequences, read_documents
-from .routing import ExpertBiasCallback, add_router_z_loss, set_capacity_factor, shard_routers
+from .qat import is_prepared
+from .routing import ExpertBiasCallback, add_router_z_loss, set_capacity_factor
+from .sharding import shard, shard_teacher
 
 
 if TYPE_CHECKING:
-    from trl import SFTConfig, SFTTrainer
+    from trl import SFTConfig
+
+    from .trainer import RecipeTrainer
 
 CHAT_TEMPLATE = files("modeling_mobilemoe").joinpath("chat_template.jinja").read_text()
 
@@ -288,7 +292,7 @@ def count_steps(epochs: Epochs, training_args: "SFTConfig") -> None:
 
 def make_trainer(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, recipe: RecipeArguments, training_args: "SFTConfig"
-) -> "SFTTrainer":
+) -> "RecipeTrainer":
     """
     TRL's trainer with the data and the routing of a recipe, ready for `train`.
 
@@ -339,6 +343,7 @@ def make_trainer(
         processing_class=tokenizer,
         callbacks=[MixtureCallback(data, sequences_per_step, first_step), routing],
     )
+    trainer.random_states = training_args.resume_from_checkpoint
     if first_step >= training_args.max_steps:
         # The run was stopped between its last checkpoint and its end. The trainer would take one step more.
         trainer.train_dataset = trainer.train_dataset.take(0)
@@ -350,7 +355,7 @@ def make_trainer(
     return trainer
 
 
-def train(trainer: "SFTTrainer") -> None:
+def train(trainer: "RecipeTrainer") -> None:
     """
     Trains from the beginning, or from the checkpoint that `make_trainer` found.
 
@@ -358,12 +363,7 @@ def train(trainer: "SFTTrainer") -> None:
         ValueError: when the loss or its gradient is no longer finite; a checkpoint of the last good step is kept.
     """
     if trainer.accelerator.is_fsdp2:
-        plugin, mesh = trainer.accelerator.state.fsdp_plugin, trainer.accelerator.torch_device_mesh
-        shard_routers(
-            trainer.model,
-            reshard_after_forward=plugin.reshard_after_forward,
-            offload_policy=plugin.cpu_offload,
-            # As accelerate shards the layers.
-            mesh=None if mesh is None else mesh[tuple(trainer.accelerator.parallelism_config.fsdp_dim_names)],
-        )
+        shard(trainer.model, trainer.accelerator, whole_precision=is_prepared(trainer.model))
+        if trainer.distillation is not None:
+            shard_teacher(trainer.distillation.teacher, trainer.accelerator)
     trainer.train(resume_from_checkpoint=trainer.args.resume_from_checkpoint)

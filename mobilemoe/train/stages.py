@@ -4,10 +4,12 @@ import copy
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from peft import PeftModel
 from transformers import PrinterCallback, TrainerCallback, set_seed
 from trl import SFTConfig
 
 from modeling_mobilemoe.int4_mobilemoe import Int4Format
+from modeling_mobilemoe.modeling_mobilemoe import MobileMoEForCausalLM
 from modeling_mobilemoe.quantization_mobilemoe import quantization_table
 from modeling_mobilemoe.saving_mobilemoe import replace_when_complete
 
@@ -15,9 +17,10 @@ from ..artifacts import load_tokenizer
 from .checkpoints import check_output_dir, mark_output_dir
 from .checks import check_numbers
 from .distillation import Distillation
+from .fake_quantization import activation_grid
 from .lora import add_lora, trainable_table
 from .qat import FakeQuantizationStart, convert, preparation_table, prepare
-from .recipe import CHAT_TEMPLATE, RecipeArguments, load_model, make_trainer, refuse_fsdp, train
+from .recipe import CHAT_TEMPLATE, RecipeArguments, load_model, make_trainer, train
 
 
 @dataclass
@@ -34,8 +37,9 @@ class QATArguments:
     expert_axis: str = field(
         default="output", metadata={"help": "Groups of experts: output (released) or input (ExecuTorch's kernels)."}
     )
-    quantize_activations: bool = field(
-        default=True, metadata={"help": "Round inputs to INT8 per token, coarser than our kernels."}
+    activation_grid: str | None = field(
+        default=None,
+        metadata={"help": "INT8 inputs as in mobilemoe's operators, per_token as in ExecuTorch's, or none."},
     )
     quantize_from_step: int = field(default=0, metadata={"help": "Optimizer steps in full precision before QAT."})
     distill: float = field(
@@ -89,7 +93,6 @@ def check_lora(lora: LoRAArguments, recipe: RecipeArguments, training_args: SFTC
             "would move, but an adapter does not hold them. Set 0 or leave it out."
         )
     recipe.expert_bias_update_rate = 0.0
-    refuse_fsdp(training_args, f"lora_scope={lora.lora_scope} merges them in one process")
 
 
 def fine_tuning_name(lora_scope: str | None) -> str:
@@ -123,9 +126,15 @@ def fine_tune(
         with replace_when_complete(training_args.output_dir) as partial:
             trainer.save_model(partial)
         return
-    with replace_when_complete(Path(training_args.output_dir, "adapter")) as partial:
+    adapter = Path(training_args.output_dir, "adapter")
+    with replace_when_complete(adapter) as partial:
         trainer.save_model(partial)
     if trainer.is_world_process_zero() and model.config.quantization is None:
+        if trainer.accelerator.is_fsdp2:
+            base = load_model(recipe.model, recipe.attn_implementation)
+            # The trainer has added the tokenizer's special tokens.
+            base.config, base.generation_config = model.config, model.generation_config
+            model = PeftModel.from_pretrained(base, adapter)
         with replace_when_complete(training_args.output_dir) as partial:
             model.merge_and_unload().save_pretrained(partial)
             tokenizer.save_pretrained(partial)
@@ -133,7 +142,12 @@ def fine_tune(
 
 def check_quantization(quantization: QATArguments, recipe: RecipeArguments, training_args: SFTConfig) -> None:
     check_numbers(quantization)
-    refuse_fsdp(training_args, "QAT packs them whole in one process")
+    grid = activation_grid(quantization.activation_grid, Int4Format(quantization.expert_axis))
+    if recipe.capacity_factor is not None and grid == "mobilemoe":
+        raise ValueError(
+            f"capacity_factor={recipe.capacity_factor} with activation_grid=mobilemoe: the operators round inputs per "
+            "expert, and drop nothing. Leave capacity_factor out, or set activation_grid=per_token."
+        )
     check_quantized_steps(quantization, training_args)
     if recipe.expert_bias_update_rate is None:
         # Biases are packed in BF16, whose spacing exceeds the usual step of 1e-3 from 0.25 on.
@@ -170,13 +184,14 @@ def quantize_aware(
     int4_format = Int4Format(quantization.expert_axis)
     model = load_model(recipe.model, recipe.attn_implementation)
     teacher = copy.deepcopy(model) if quantization.distill else None
-    model = prepare(model, int4_format, quantization.quantize_activations)
+    model = prepare(model, int4_format, quantization.activation_grid)
     if training_args.process_index == 0 and report is None:
         print(preparation_table(model))
     trainer = make_trainer(model, tokenizer, recipe, training_args)
     check_quantized_steps(quantization, training_args)
     if teacher is not None:
-        teacher.to(training_args.device)
+        if not trainer.accelerator.is_fsdp2:
+            teacher.to(training_args.device)
         trainer.distillation = Distillation(model, teacher, quantization.distill, quantization.distill_temperature)
     trainer.add_callback(FakeQuantizationStart(quantization.quantize_from_step))
     _train(trainer, recipe, training_args, stage, report)
@@ -186,7 +201,14 @@ def quantize_aware(
             f"{quantization.quantize_from_step}: no step saw INT4 weights, and packing would only round them. Resume "
             "from the last checkpoint with --resume_from_checkpoint true, or set an earlier step."
         )
+    whole = None
+    if trainer.accelerator.is_fsdp2:
+        # All processes gather them, and the main one keeps them.
+        whole = trainer.accelerator.get_state_dict(trainer.model)
     if trainer.is_world_process_zero():
+        if whole is not None:
+            model = prepare(MobileMoEForCausalLM(model.config), int4_format)
+            model.load_state_dict(whole)
         with replace_when_complete(training_args.output_dir) as partial:
             convert(model).save_pretrained(partial)
             tokenizer.save_pretrained(partial)

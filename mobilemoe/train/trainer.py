@@ -18,12 +18,23 @@ class RecipeTrainer(SFTTrainer):
     """
 
     distillation: Distillation | None = None
+    # Of the checkpoint that a run resumes from, until its first step.
+    random_states: str | None = None
+
+    def training_step(self, model, inputs, num_items_in_batch=None):
+        if self.random_states is not None:
+            # The iterator over the data has drawn a number since the trainer restored them.
+            self._load_rng_state(self.random_states)
+            self.random_states = None
+        return super().training_step(model, inputs, num_items_in_batch)
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         found = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
         if self.distillation is None:
             return found
-        divergence, count = self.distillation.divergence(inputs)
+        # The teacher's forward pass is not wrapped by accelerate.
+        with self.accelerator.autocast():
+            divergence, count = self.distillation.divergence(inputs)
         # As TRL: the number is that of all processes, and DDP averages their gradients.
         count = count if num_items_in_batch is None else num_items_in_batch
         divergence = divergence / torch.as_tensor(count).clamp(min=1)

@@ -1,0 +1,58 @@
+"""What the recipes add to accelerate's FSDP2: the precision of one GPU, and sharded teachers."""
+
+import dataclasses
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import fsdp2_prepare_model
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from transformers import PreTrainedModel
+
+from .fake_quantization import FakeQuantizedHead
+from .routing import shard_routers
+
+
+def shard(model: PreTrainedModel, accelerator: Accelerator, whole_precision: bool = False) -> None:
+    """
+    Prepares a model for accelerate's sharding, which `Trainer.train` does: its routers, and the policy of precision.
+
+    Gradients are reduced in FP32, and states between layers stay in FP32, as autocast leaves them on one GPU;
+    accelerate's policy has BF16 for both.
+
+    Args:
+        model (`PreTrainedModel`): not sharded yet.
+        accelerator (`Accelerator`): under FSDP2.
+        whole_precision (`bool`, defaults to `False`): gather parameters in FP32, which moves twice the bytes. In QAT,
+            weights that were rounded to BF16 first would round to other integers than those that are packed.
+    """
+    plugin, mesh = accelerator.state.fsdp_plugin, accelerator.torch_device_mesh
+    policy = plugin.mixed_precision_policy
+    if policy is not None:
+        plugin.mixed_precision_policy = dataclasses.replace(
+            policy,
+            param_dtype=None if whole_precision else policy.param_dtype,
+            reduce_dtype=torch.float32,
+            output_dtype=torch.float32,
+            cast_forward_inputs=False,
+        )
+    options = {
+        "reshard_after_forward": plugin.reshard_after_forward,
+        "offload_policy": plugin.cpu_offload,
+        # As accelerate shards the layers.
+        "mesh": None if mesh is None else mesh[tuple(accelerator.parallelism_config.fsdp_dim_names)],
+    }
+    shard_routers(model, **options)
+    head = model.get_output_embeddings()
+    if isinstance(head, FakeQuantizedHead):
+        # accelerate does the same, but takes the head for another tensor, because its `weight` is the rounded one.
+        options |= {
+            "reshard_after_forward": False,
+            "mp_policy": plugin.mixed_precision_policy or MixedPrecisionPolicy(),
+        }
+        fully_shard([model.base_model.norm, model.get_input_embeddings(), head], **options)
+
+
+def shard_teacher(teacher: PreTrainedModel, accelerator: Accelerator) -> None:
+    """Shards a model that does not train, in place, as the one that does; after [`shard`] of that one."""
+    shard(teacher, accelerator)
+    fsdp2_prepare_model(accelerator, teacher)
