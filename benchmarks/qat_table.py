@@ -1,20 +1,18 @@
 """
-The share of the INT4 rounding loss that QAT recovers on the demo's data: held-out loss by format, over seeds.
+What INT4 costs the demo's fine-tuned model, and what each loss of QAT wins back, over seeds.
 
-    python benchmarks/qat_table.py [--demo out/demo] [--output out/qat_table] [--seeds 1 2 3] [--max-steps 120]
+    python benchmarks/qat_table.py [--model out/demo/3-sft] [--seeds 1 2 3] [--max-steps 400] [--output out/qat_table]
 
-Needs the fine-tuned checkpoint of `make demo`. For every seed, training of that checkpoint is continued with
-`recipes/sft.py` in full precision and with `recipes/qat.py` in INT4, with the same data, steps and schedule. So the
-comparison is fair: neither trained longer. The full-precision result is then rounded to INT4. "Recovered" is the share
-of the loss added by rounding that QAT avoids. Every model is evaluated with inputs in full precision and with inputs
-rounded to INT8 per token, as with `--moe-op llama`; the default `.pte` kernels round in finer blocks.
-
-Finished cells are kept, so an interrupted command can be run again. Prints a table, and one JSON line last.
+Needs `make demo`. Every row is an INT4 model made from `--model`: by rounding alone, or by QAT with one of the losses,
+all with the same data, steps and schedule. Held-out answers are predicted with the roundings of the exported program.
+Three numbers compare predictions: KL(model before || INT4 model) in nats per token, the share of tokens at which both
+find the same token most probable, and bits per byte of the answers. A cell that was measured is not trained again. The
+last line is JSON.
 """
 
 import argparse
-import contextlib
 import json
+import math
 import statistics
 import subprocess
 import sys
@@ -22,149 +20,132 @@ from pathlib import Path
 
 import torch
 from tqdm import tqdm
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from mobilemoe.display import show, table
-from mobilemoe.train.qat import Int4FakeQuantizer, prepare
-from modeling_mobilemoe import dequantize, quantize
-from modeling_mobilemoe.int4_mobilemoe import Int4Format
+from mobilemoe.export.roundings import rounded_as
+from modeling_mobilemoe import quantize
 
 
-AXES = ("output", "input")
-# By name of the cell: the recipe and its overrides.
-TRAINING = {"bf16": ("sft", [])} | {
-    f"qat-{axis}-{inputs}": (
-        "qat",
-        # Cross-entropy, as in the other cells, which go on with the fine-tuning.
-        ["--distill", "0", "--expert_axis", axis, "--quantize_activations", str(inputs == "int8")],
-    )
-    for axis in AXES
-    for inputs in ("plain", "int8")
+ROOT = Path(__file__).parents[1]
+# By name of the row: the options of the recipe.
+LOSSES = {
+    "cross-entropy": ["--distill", "0"],
+    "half of each": ["--distill", "0.5"],
+    "divergence": [],
+    "divergence, inputs per token": ["--activation_grid", "per_token"],
 }
+MEASURES = ("divergence", "agreement", "bits_per_byte")
 
 
-def heldout_loss(model: PreTrainedModel, directory: Path, demo: Path, rows: int) -> float:
-    """Mean cross-entropy of the answer tokens over held-out conversations, in nats."""
-    tokenizer = AutoTokenizer.from_pretrained(directory)
-    lines = (demo / "data/chat.heldout.jsonl").read_text().splitlines()
-    total, count = 0.0, 0
-    for line in tqdm(lines[:: max(1, len(lines) // rows)], desc="held-out", leave=False):
-        row = json.loads(line)
-        prompt = tokenizer.apply_chat_template(row["prompt"], add_generation_prompt=True, return_dict=False)
-        tokens = tokenizer.apply_chat_template(row["prompt"] + row["completion"], return_dict=False)
-        with torch.no_grad():
-            logits = model(torch.tensor([tokens])).logits[0, len(prompt) - 1 : -1]
-        total += torch.nn.functional.cross_entropy(logits, torch.tensor(tokens[len(prompt) :]), reduction="sum").item()
-        count += len(tokens) - len(prompt)
-    return total / count
+class Answers:
+    """
+    Held-out conversations, and the predictions of the model before INT4 at the tokens of their answers.
+
+    Args:
+        model (`Path`): its directory.
+        file (`Path`): JSON Lines of prompts and completions.
+        rows (`int`): about so many of them.
+    """
+
+    def __init__(self, model: Path, file: Path, rows: int):
+        tokenizer = AutoTokenizer.from_pretrained(model)
+        lines = file.read_text().splitlines()
+        self.tokens, self.num_bytes = [], 0
+        for line in lines[:: max(1, len(lines) // rows)]:
+            row = json.loads(line)
+            prompt = tokenizer.apply_chat_template(row["prompt"], add_generation_prompt=True, return_dict=False)
+            tokens = tokenizer.apply_chat_template(row["prompt"] + row["completion"], return_dict=False)
+            # The context of the recipe.
+            if len(tokens) <= 256:
+                self.tokens.append((torch.tensor([tokens]), len(prompt)))
+                self.num_bytes += len(row["completion"][0]["content"].encode())
+        self.before = self.predictions(AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32).eval())
+
+    @torch.no_grad()
+    def predictions(self, model) -> list[torch.Tensor]:
+        """Log-probabilities, `(tokens of the answer, V)` each."""
+        found = []
+        for tokens, start in tqdm(self.tokens, desc="held-out", leave=False):
+            found.append(model(tokens, use_cache=False).logits[0, start - 1 : -1].log_softmax(-1))
+        return found
+
+    def measure(self, packed) -> dict[str, float]:
+        """Compares a packed model in FP32, with the roundings of its program."""
+        with rounded_as(packed.eval(), {"INT8 activations", "INT8 expert activations"}, 4, on_kernels=True):
+            after = torch.cat(self.predictions(packed))
+        before = torch.cat(self.before)
+        targets = torch.cat([tokens[0, start:] for tokens, start in self.tokens])
+        nats = -after.gather(1, targets[:, None]).sum().item()
+        return {
+            "divergence": (before.exp() * (before - after)).sum(-1).mean().item(),
+            "agreement": (before.argmax(-1) == after.argmax(-1)).float().mean().item(),
+            "bits_per_byte": nats / math.log(2) / self.num_bytes,
+        }
 
 
-def losses(directory: Path, demo: Path, rows: int) -> dict[str, dict[str, float]]:
-    """Held-out loss of a checkpoint by inputs, "plain" or "int8"; for full precision also after rounding."""
-    models = {}
-    with contextlib.redirect_stdout(None):
-        model = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32)
-        if model.config.quantization is None:
-            # BF16 weights, but FP32 arithmetic for all models: BF16 noise would be as large as the differences.
-            models["bf16"] = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.bfloat16).float()
-            for axis in AXES:
-                plain = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32)
-                models[f"rounded-{axis}"] = dequantize(quantize(plain, Int4Format(axis)))
-        else:
-            models["packed"] = dequantize(model)
-    result = {}
-    for name, model in models.items():
-        result[name] = {"plain": heldout_loss(model.eval(), directory, demo, rows)}
-        prepare(model)
-        for module in model.modules():
-            # The weights are already quantised, and quantising again is not idempotent.
-            if isinstance(module, Int4FakeQuantizer):
-                module.enabled = False
-        result[name]["int8"] = heldout_loss(model, directory, demo, rows)
-    return result
+def train(name: str, seed: int, directory: Path, arguments: argparse.Namespace) -> None:
+    command = [sys.executable, ROOT / "recipes/qat.py", "--config", ROOT / "recipes/tiny/qat.yaml", *LOSSES[name]]
+    command += ["--model", arguments.model, "--output_dir", directory, "--seed", seed]
+    command += ["--max_steps", arguments.max_steps, "--overwrite_output_dir", "true"]
+    if arguments.learning_rate is not None:
+        command += ["--learning_rate", arguments.learning_rate]
+    print(f"$ {' '.join(map(str, command))}", flush=True)
+    subprocess.run(list(map(str, command)), check=True, stdout=subprocess.DEVNULL)
 
 
-def cell(name: str, seed: int, arguments: argparse.Namespace) -> dict[str, dict[str, float]]:
-    """Trains and evaluates one cell, or reads the result of an earlier run."""
-    directory = arguments.output / f"seed-{seed}" / name
-    settings = {
-        "max_steps": arguments.max_steps,
-        "rows": arguments.rows,
-        "model": (arguments.demo / "3-sft/model.safetensors").stat().st_mtime,
-    }
+def cell(name: str, seed: int, answers: Answers, arguments: argparse.Namespace) -> dict[str, float]:
+    """Trains and measures one model, or reads the result of an earlier run."""
+    directory = arguments.output / f"seed-{seed}" / name.replace(", ", "-").replace(" ", "-")
+    settings = {name: str(value) for name, value in vars(arguments).items() if name not in ("seeds", "losses")}
+    settings["time"] = (arguments.model / "model.safetensors").stat().st_mtime
     file = directory / "cell.json"
     if file.is_file() and (found := json.loads(file.read_text()))["settings"] == settings:
-        return found["losses"]
-    script, overrides = TRAINING[name]
-    root = Path(__file__).parents[1]
-    command = [sys.executable, root / f"recipes/{script}.py", "--config", root / "recipes/tiny/qat.yaml", *overrides]
-    command += ["--model", arguments.demo / "3-sft", "--output_dir", directory, "--seed", str(seed)]
-    if arguments.max_steps is not None:
-        command += ["--max_steps", str(arguments.max_steps)]
-    print(f"$ {' '.join(map(str, command))}", flush=True)
-    # Data paths in the recipe are relative to the directory that contains `out/demo`.
-    subprocess.run(command, check=True, cwd=arguments.demo.parents[1], stdout=subprocess.DEVNULL)
-    result = losses(directory, arguments.demo, arguments.rows)
-    file.write_text(json.dumps({"settings": settings, "losses": result}) + "\n")
+        return found["result"]
+    train(name, seed, directory, arguments)
+    result = answers.measure(AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32))
+    file.write_text(json.dumps({"settings": settings, "result": result}) + "\n")
     return result
 
 
-def mean_and_spread(values: list[float], digits: int = 4) -> str:
+def mean_and_spread(values: list[float], digits: int) -> str:
     spread = statistics.stdev(values) if len(values) > 1 else 0.0
     return f"{statistics.mean(values):.{digits}f} ± {spread:.{digits}f}"
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[1])
-    parser.add_argument(
-        "--demo", type=Path, default=Path("out/demo"), help="output of `make demo`; must end in out/demo"
-    )
+    parser.add_argument("--model", type=Path, default=Path("out/demo/3-sft"), help="fine-tuned checkpoint")
+    parser.add_argument("--heldout", type=Path, default=Path("out/demo/data/chat.heldout.jsonl"))
     parser.add_argument("--output", type=Path, default=Path("out/qat_table"))
     parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3])
-    parser.add_argument("--max-steps", type=int, help="steps of every run (default: the recipe's)")
-    parser.add_argument("--rows", type=int, default=400, help="approximate number of held-out conversations")
+    parser.add_argument("--losses", nargs="+", choices=LOSSES, default=list(LOSSES))
+    parser.add_argument("--max-steps", type=int, default=400, help="steps of every run")
+    parser.add_argument("--learning-rate", type=float, help="default: the recipe's")
+    parser.add_argument("--rows", type=int, default=100, help="approximate number of held-out conversations")
     arguments = parser.parse_args()
-    arguments.demo, arguments.output = arguments.demo.resolve(), arguments.output.resolve()
-    if not (arguments.demo / "3-sft/model.safetensors").is_file():
-        sys.exit(f"qat_table: {arguments.demo} has no fine-tuned checkpoint 3-sft. Run `make demo` first.")
+    if not (arguments.model / "model.safetensors").is_file() or not arguments.heldout.is_file():
+        sys.exit(f"qat_table: {arguments.model} or {arguments.heldout} is missing. Run `make demo` first.")
 
-    # Row of the table -> inputs in the evaluation -> loss per seed.
-    measured: dict[str, dict[str, list[float]]] = {}
+    answers = Answers(arguments.model, arguments.heldout, arguments.rows)
+    before = AutoModelForCausalLM.from_pretrained(arguments.model, dtype=torch.float32)
+    measured = {"rounding": [answers.measure(quantize(before))]}
     for seed in arguments.seeds:
-        for name in TRAINING:
-            for kind, row in cell(name, seed, arguments).items():
-                entry = measured.setdefault(name if kind == "packed" else kind, {"plain": [], "int8": []})
-                for inputs, loss in row.items():
-                    entry[inputs].append(loss)
+        for name in arguments.losses:
+            measured.setdefault(name, []).append(cell(name, seed, answers, arguments))
+    targets = torch.cat([tokens[0, start:] for tokens, start in answers.tokens])
+    nats = -torch.cat(answers.before).gather(1, targets[:, None]).sum().item()
+    own = {"divergence": 0.0, "agreement": 1.0, "bits_per_byte": nats / math.log(2) / answers.num_bytes}
+    measured = {"before INT4": [own]} | measured
 
-    result = {"benchmark": "qat_table", "seeds": arguments.seeds, "max_steps": arguments.max_steps, "rows": {}}
-    rows = []
-    labels = {
-        "rounded": "INT4 by rounding",
-        "plain": "INT4 by QAT, weights only",
-        "int8": "INT4 by QAT, weights and inputs",
-    }
-    for name, entry in measured.items():
-        kind, _, rest = name.partition("-")
-        axis, _, trained = rest.partition("-")
-        cells = {}
-        for inputs, values in entry.items():
-            cells[inputs] = {"mean": statistics.mean(values), "per_seed": values}
-            if kind == "qat":
-                rounded, plain = measured[f"rounded-{axis}"][inputs], measured["bf16"][inputs]
-                shares = [(r - v) / (r - p) for r, v, p in zip(rounded, values, plain, strict=True)]
-                cells[inputs]["recovered"] = statistics.mean(shares)
-                cells[inputs]["recovered_per_seed"] = shares
-        result["rows"][name] = cells
-        columns = []
-        for inputs, values in entry.items():
-            shares = cells[inputs].get("recovered_per_seed")
-            columns += [mean_and_spread(values), mean_and_spread(shares, 2) if shares else ""]
-        rows.append((axis, "BF16" if kind == "bf16" else labels[trained or kind], *columns))
-    title = f"Held-out loss, nats per token, mean ± standard deviation over {len(arguments.seeds)} seeds"
-    columns = ("experts along", "model", "inputs as they are", "recovered", "inputs INT8", "recovered")
-    show(table(columns, rows, title))
-    print(json.dumps(result))
+    rows, result = [], {}
+    for name, cells in measured.items():
+        values = {measure: [each[measure] for each in cells] for measure in MEASURES}
+        result[name] = values
+        rows.append((name, *(mean_and_spread(values[measure], 4) for measure in MEASURES)))
+    title = f"INT4 of {arguments.model}, {arguments.max_steps} steps, mean ± standard deviation, {len(targets)} tokens"
+    show(table(("made by", "KL from before, nats", "same top token", "bits per byte"), rows, title))
+    print(json.dumps({"benchmark": "qat_table", "seeds": arguments.seeds, "steps": arguments.max_steps} | result))
 
 
 if __name__ == "__main__":

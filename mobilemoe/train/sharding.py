@@ -16,8 +16,8 @@ def shard(model: PreTrainedModel, accelerator: Accelerator, whole_precision: boo
     """
     Prepares a model for accelerate's sharding, which `Trainer.train` does: its routers, and the policy of precision.
 
-    Gradients are reduced in FP32, and states between layers stay in FP32, as autocast leaves them on one GPU;
-    accelerate's policy has BF16 for both.
+    accelerate's policy casts everything to BF16, and reduces gradients in it. Here they are reduced in FP32, and the
+    forward pass runs under autocast as on one GPU (trainer.py), which leaves the states between layers in FP32.
 
     Args:
         model (`PreTrainedModel`): not sharded yet.

@@ -1,6 +1,7 @@
 """TRL's trainer, with a teacher, and stopped before a step that would spoil the weights."""
 
 import math
+from contextlib import nullcontext
 from pathlib import Path
 
 import torch
@@ -29,10 +30,11 @@ class RecipeTrainer(SFTTrainer):
         return super().training_step(model, inputs, num_items_in_batch)
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
-        found = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+        # accelerate wraps the forward pass of a model, but not under FSDP2, and not that of the teacher.
+        with self.accelerator.autocast() if self.accelerator.is_fsdp2 else nullcontext():
+            found = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
         if self.distillation is None:
             return found
-        # The teacher's forward pass is not wrapped by accelerate.
         with self.accelerator.autocast():
             divergence, count = self.distillation.divergence(inputs)
         # As TRL: the number is that of all processes, and DDP averages their gradients.
