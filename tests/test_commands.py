@@ -31,6 +31,7 @@ DOCUMENTS = [
     *(ROOT / name for name in ("README.md", "CONTRIBUTING.md", "recipes/README.md")),
     *sorted((ROOT / "docs").glob("*.md")),
     *sorted((ROOT / "model_cards").glob("*.md")),
+    *sorted((ROOT / "examples").glob("*/README.md")),
     ROOT / "modeling_mobilemoe/kernels/README.md",
 ]
 PROGRAMS = "python mobilemoe curl make accelerate optimum-cli pip hf source cmake ruff adb git pytest".split()
@@ -51,7 +52,8 @@ SKIP = {
     r"^source \.venv/bin/activate": "enters the environment that the tests run in",
     r"^mobilemoe bench --model S ": "exports two full-size programs; tests/test_bench.py runs small ones",
     r"^mobilemoe eval prepare ": "needs the network; tests/test_evaluation.py runs it against a Hub in memory",
-    r"^(adb devices|adb connect|mobilemoe (bench|chat) --device adb)": "needs a phone; tests/test_bench_phone.py and "
+    r"^gradle ": "needs the Android SDK",
+    r"^(adb |mobilemoe (bench|chat) --device adb)": "needs a phone; tests/test_bench_phone.py and "
     "test_device_model.py have one on loopback",
     r"^mobilemoe (bench|chat) --device ssh:": "needs a board; tests/test_ssh.py has this machine",
     r"^mobilemoe bench --build-runner": "needs a cross compiler; tests/test_bundle.py",
