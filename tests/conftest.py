@@ -220,6 +220,14 @@ def kernel_pte(text_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) 
 
 
 @pytest.fixture(scope="session")
+def chat_pte(text_checkpoint: Path, kernel_pte: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """As `kernel_pte`, with a context of 256, which holds a conversation."""
+    output = tmp_path_factory.mktemp("chat") / "pte"
+    main(["export", "--model", str(text_checkpoint), "--output", str(output), "--moe-op", "mobilemoe"])
+    return output
+
+
+@pytest.fixture(scope="session")
 def arm_bundle() -> Path:
     """Our runner for Arm, with the libraries that it needs."""
     if shutil.which("aarch64-linux-gnu-g++") is None:

@@ -19,26 +19,18 @@ from mobilemoe.runtime import PteModel
 PLACE = "data/local/tmp/mobilemoe"
 
 
-@pytest.fixture(scope="module")
-def program(text_checkpoint: Path, kernel_pte: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Not `kernel_pte`, whose context is too short for a conversation."""
-    output = tmp_path_factory.mktemp("chat") / "pte"
-    main(["export", "--model", str(text_checkpoint), "--output", str(output), "--moe-op", "mobilemoe"])
-    return output
-
-
 @pytest.fixture
-def model(phone: Device, program: Path, stub_bundle: Path):
-    model = DeviceModel(program, "adb")
+def model(phone: Device, chat_pte: Path, stub_bundle: Path):
+    model = DeviceModel(chat_pte, "adb")
     yield model
     model._finish()
 
 
 @pytest.fixture
-def chat(program: Path, capsys, monkeypatch):
+def chat(chat_pte: Path, capsys, monkeypatch):
     def run(*arguments: str, turns: list[str]) -> tuple[str, str]:
         monkeypatch.setattr("sys.stdin", io.StringIO("".join(f"{turn}\n" for turn in turns)))
-        main(["chat", "--model", str(program), "--max-new-tokens", "20", *arguments])
+        main(["chat", "--model", str(chat_pte), "--max-new-tokens", "20", *arguments])
         return capsys.readouterr()
 
     return run
@@ -71,8 +63,8 @@ def test_a_conversation_in_arm_code(phone: Device, arm_bundle: Path, emulator: l
 
 
 @pytest.mark.parametrize("lookup", [None, False])
-def test_every_token_and_the_cache(model: DeviceModel, program: Path, lookup: bool | None):
-    here = PteModel(program)
+def test_every_token_and_the_cache(model: DeviceModel, chat_pte: Path, lookup: bool | None):
+    here = PteModel(chat_pte)
     prompt = here.encode("import os\nimport sys\nimport os\n")
     for new_tokens in (1, 30, 90):
         expected = list(here.generate(prompt, new_tokens, prompt_lookup=lookup))
@@ -88,8 +80,8 @@ def test_every_token_and_the_cache(model: DeviceModel, program: Path, lookup: bo
     assert list(model.generate(long[:-1], 0)) == []
 
 
-def test_an_answer_that_is_not_wanted_to_its_end(model: DeviceModel, program: Path):
-    here = PteModel(program)
+def test_an_answer_that_is_not_wanted_to_its_end(model: DeviceModel, chat_pte: Path):
+    here = PteModel(chat_pte)
     prompt = here.encode("import os")
     whole = list(here.generate(prompt, 100))
     answer = model.generate(prompt, 100)
@@ -100,9 +92,9 @@ def test_an_answer_that_is_not_wanted_to_its_end(model: DeviceModel, program: Pa
     assert list(model.generate(prompt, 100)) == whole
 
 
-def test_sampled_tokens_follow_the_probabilities(model: DeviceModel, program: Path):
+def test_sampled_tokens_follow_the_probabilities(model: DeviceModel, chat_pte: Path):
     prompt = model.encode("import os\n")
-    probabilities = (PteModel(program).forward(prompt, 0).double() / 1.5).softmax(dim=-1)
+    probabilities = (PteModel(chat_pte).forward(prompt, 0).double() / 1.5).softmax(dim=-1)
     draws = 600
 
     def drawn(count: int, **options: float) -> Counter:
@@ -135,7 +127,7 @@ def test_what_cannot_be_answered(model: DeviceModel):
         next(model.generate([3], 1))
 
 
-def test_the_cable_is_pulled(phone: Device, model: DeviceModel, program: Path):
+def test_the_cable_is_pulled(phone: Device, model: DeviceModel, chat_pte: Path):
     answer = model.generate(model.encode("import os"), 200)
     next(answer)
     answer.close()
@@ -143,22 +135,22 @@ def test_the_cable_is_pulled(phone: Device, model: DeviceModel, program: Path):
     with pytest.raises(OSError, match="is gone during the conversation. Connect it and run the same command again"):
         list(model.generate(model.encode("import os"), 200))
     model._finish()
-    assert f"{program.name}/model.pte" in left_behind(phone)
+    assert f"{chat_pte.name}/model.pte" in left_behind(phone)
     phone.plug_in()
     connect(phone)
     phone.pushed = []
     # The same command resumes, and leaves nothing.
-    again = DeviceModel(program, "adb")
+    again = DeviceModel(chat_pte, "adb")
     assert phone.pushed == [] and next(again.generate(again.encode("import os"), 1)) is not None
     again._finish()
     assert left_behind(phone) == []
 
 
-def test_kept_models_stay_and_the_rest_goes(phone: Device, program: Path, stub_bundle: Path, chat, monkeypatch):
-    bench = ["bench", "--device", "adb", "--model", str(program), "--prompt-lengths", "8", "--repeats", "1", "--json"]
+def test_kept_models_stay_and_the_rest_goes(phone: Device, chat_pte: Path, stub_bundle: Path, chat, monkeypatch):
+    bench = ["bench", "--device", "adb", "--model", str(chat_pte), "--prompt-lengths", "8", "--repeats", "1", "--json"]
     main([*bench, "--keep"])
     kept = left_behind(phone)
-    assert f"{program.name}/model.pte" in kept
+    assert f"{chat_pte.name}/model.pte" in kept
     phone.pushed = []
     chat("--device", "adb", turns=["What is a walk?"])
     assert phone.pushed == [] and left_behind(phone) == kept
@@ -166,9 +158,9 @@ def test_kept_models_stay_and_the_rest_goes(phone: Device, program: Path, stub_b
     assert left_behind(phone) == []
 
 
-def test_one_command_at_a_time(phone: Device, model: DeviceModel, program: Path):
+def test_one_command_at_a_time(phone: Device, model: DeviceModel, chat_pte: Path):
     """A conversation holds the phone; what ended holds it no longer, whether or not it could say so."""
-    bench = ["bench", "--device", "adb", "--model", str(program), "--prompt-lengths", "8", "--repeats", "1", "--json"]
+    bench = ["bench", "--device", "adb", "--model", str(chat_pte), "--prompt-lengths", "8", "--repeats", "1", "--json"]
     before, used = (
         left_behind(phone),
         rf"is in use by process {os.getpid()} on \S+, since 20\S+Z. Wait for its end, or",
@@ -176,7 +168,7 @@ def test_one_command_at_a_time(phone: Device, model: DeviceModel, program: Path)
     with pytest.raises(SystemExit, match=used):
         main(bench)
     with pytest.raises(ValueError, match=used):
-        DeviceModel(program, "adb")
+        DeviceModel(chat_pte, "adb")
     assert left_behind(phone) == before and next(model.generate(model.encode("import os"), 1)) is not None
     model._finish()
     lock = phone.root / f"{PLACE}.lock"
@@ -198,7 +190,7 @@ def test_one_command_at_a_time(phone: Device, model: DeviceModel, program: Path)
     assert not lock.is_symlink() and left_behind(phone) == []
 
 
-def test_requests_that_need_no_device(text_checkpoint: Path, pte_directory: Path, program: Path, tmp_path: Path):
+def test_requests_that_need_no_device(text_checkpoint: Path, pte_directory: Path, chat_pte: Path, tmp_path: Path):
     def refused(model: Path, *arguments: str) -> str:
         with pytest.raises(SystemExit) as ended:
             main(["run", "--prompt", "a", "--device", "adb", "--model", str(model), *arguments])
@@ -206,4 +198,4 @@ def test_requests_that_need_no_device(text_checkpoint: Path, pte_directory: Path
 
     assert "holds no program: a device runs a .pte. Export one: mobilemoe export" in refused(text_checkpoint)
     assert "which our runner lacks. Export it again with --moe-op mobilemoe" in refused(pte_directory)
-    assert "need the probabilities of all tokens, which adb does not send" in refused(program, "--regex", "a+")
+    assert "need the probabilities of all tokens, which adb does not send" in refused(chat_pte, "--regex", "a+")

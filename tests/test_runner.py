@@ -110,31 +110,47 @@ def test_bad_requests_are_one_line(kernel_pte: Path, pte_directory: Path, tokens
     )
 
 
-def test_a_conversation_in_text(kernel_pte: Path, tmp_path: Path):
+def talk(runner: list, directory: Path, lines: list[str], new_tokens: int) -> str:
+    """What the runner prints as answers to lines, in a conversation of its own."""
+    files = ["--model", directory / "model.pte", "--tokenizer", directory / "tokenizer.json"]
+    options = ["--chat", "--new-tokens", str(new_tokens), "--threads", "2"]
+    text = "".join(f"{line}\n" for line in lines).encode()
+    result = subprocess.run([*runner, *files, *options], input=text, capture_output=True)
+    assert result.returncode == 0, result.stdout
+    return result.stdout.decode(errors="replace")
+
+
+def answers(directory: Path, lines: list[str], new_tokens: int) -> str:
+    """The same in Python: each answer to the tokens of the whole conversation, with those that the model chose."""
     from mobilemoe.runtime import PteModel
 
-    lines = ["Hi", "\u4f60!"]
-    command = [build_runner(), "--model", kernel_pte / "model.pte", "--tokenizer", kernel_pte / "tokenizer.json"]
-    options = ["--chat", "--new-tokens", "8", "--threads", "2"]
-    result = subprocess.run(
-        [*command, *options], input="".join(f"{line}\n" for line in lines).encode(), capture_output=True
-    )
-    assert result.returncode == 0, result.stdout
-    # The tokens of the whole conversation, with those that the model chose.
-    model, expected = PteModel(kernel_pte), ""
+    model, text = PteModel(directory), ""
     tokens = [model.tokenizer.bos_token_id]
     for line in lines:
         turn = f"<|header_start|>user<|header_end|>\n\n{line}<|eot|><|header_start|>assistant<|header_end|>\n\n"
         tokens += model.tokenizer(turn, add_special_tokens=False).input_ids
-        chosen = list(model.generate(tokens, 8))
+        chosen = list(model.generate(tokens, new_tokens))
+        assert chosen
         tokens += [*chosen, *model.tokenizer("<|eot|>", add_special_tokens=False).input_ids]
-        expected += f"{model.decode(chosen)}\n"
-    assert result.stdout.decode(errors="replace") == expected
+        text += f"{model.decode(chosen)}\n"
     assert len(tokens) <= model.max_seq_len
+    return text
+
+
+def test_a_conversation_in_text(kernel_pte: Path, tmp_path: Path):
+    lines = ["Hi", "\u4f60!"]
+    assert talk([build_runner()], kernel_pte, lines, 8) == answers(kernel_pte, lines, 8)
     broken = tmp_path / "tokenizer.json"
     broken.write_text("{")
-    (event,) = run(command[:3], "--tokenizer", str(broken), "--chat")
+    (event,) = run([build_runner(), "--model", kernel_pte / "model.pte"], "--tokenizer", str(broken), "--chat")
     assert event["message"] == f"{broken}: no JSON at byte 1"
+
+
+@pytest.mark.slow
+def test_a_conversation_in_text_in_arm_code(arm_runner: list[str], chat_pte: Path):
+    """Three turns with an empty root: tokenizer, cache and computation are the runner's."""
+    lines = ["What is a walk?", "And 1234 pars\u00e9rs?", "\U0001f44d\u4f60"]
+    assert talk(arm_runner, chat_pte, lines, 20) == answers(chat_pte, lines, 20)
 
 
 @pytest.mark.slow
