@@ -197,6 +197,9 @@ class MobileMoEConfig(PreTrainedConfig):
         if self.eos_token_id is None and self.vocab_size == 128256:
             # <|end_of_text|> and <|eot|>: a model that stops only at the former runs past its turn.
             self.eos_token_id = [128001, 128008]
+        names = {} if self.id2label is None else self.id2label
+        if not (isinstance(names, dict) and all(isinstance(name, str) for name in names.values())):
+            raise ValueError(f"id2label={names!r} gives no names. Set a dictionary of texts, or leave it out.")
         super().__post_init__(**kwargs)
         # Remote code that our checkpoints carry, so that they also load where this package is not installed.
         self.auto_map = {

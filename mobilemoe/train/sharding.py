@@ -8,8 +8,7 @@ from accelerate.utils import fsdp2_prepare_model
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from transformers import PreTrainedModel
 
-from .fake_quantization import FakeQuantizedHead
-from .routing import shard_routers
+from .routing import shard_fp32
 
 
 def shard(model: PreTrainedModel, accelerator: Accelerator, whole_precision: bool = False) -> None:
@@ -41,15 +40,14 @@ def shard(model: PreTrainedModel, accelerator: Accelerator, whole_precision: boo
         # As accelerate shards the layers.
         "mesh": None if mesh is None else mesh[tuple(accelerator.parallelism_config.fsdp_dim_names)],
     }
-    shard_routers(model, **options)
-    head = model.get_output_embeddings()
-    if isinstance(head, FakeQuantizedHead):
-        # accelerate does the same, but takes the head for another tensor, because its `weight` is the rounded one.
-        options |= {
-            "reshard_after_forward": False,
-            "mp_policy": plugin.mixed_precision_policy or MixedPrecisionPolicy(),
-        }
-        fully_shard([model.base_model.norm, model.get_input_embeddings(), head], **options)
+    shard_fp32(model, **options)
+    # accelerate makes a unit of these too, but rounds the embedding, whose values begin the states between layers, to
+    # BF16; and in QAT it takes the head for another tensor, because its `weight` is the rounded one.
+    norm = next(module for name, module in model.named_modules() if name.endswith("model.norm"))
+    options |= {"reshard_after_forward": False, "mp_policy": MixedPrecisionPolicy(cast_forward_inputs=False)}
+    if policy is not None:
+        options["mp_policy"] = dataclasses.replace(plugin.mixed_precision_policy, param_dtype=None)
+    fully_shard([norm, model.get_input_embeddings(), model.get_output_embeddings()], **options)
 
 
 def shard_teacher(teacher: PreTrainedModel, accelerator: Accelerator) -> None:
