@@ -1,160 +1,197 @@
-"""The ablation: what its runs have in common, that it goes on where it stopped, and what it concludes."""
+"""The ablation: that its runs are pairs, what a point is, and that it resumes after its last run."""
 
 import json
+import math
 import sys
 from pathlib import Path
 
+import ablation
+import ablation_data
+import numpy as np
 import pytest
 import torch
-
-from mobilemoe.plan.law import PAPER_LAW
-
-
-sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
-import ablation  # noqa: E402
+from ablation_data import Text
 
 
-SETTINGS = ["--sizes", "32x1", "--tokens", "2048", "--batch", "2", "--seeds", "0"]
+# Text that counts upwards, so that a model can learn it.
+TEXT = Text((np.arange(140_000) % 500).astype(np.uint16), (np.arange(1281) % 500).astype(np.uint16), 2.5, "abc")
+BUDGET = {
+    "size": (32, 1), "tokens": (1024, 2048), "seeds": 3, "sizes": ((32, 1),), "tokens_per_parameter": (0.05, 0.1),
+    "law_seeds": 1, "batch": 2, "train": 1, "heldout": 1, "device": "cpu",
+}  # fmt: skip
+
+
+def arm(expansion: int = 8, granularity: int = 2, shared: bool = False, **changes) -> dict:
+    run = {"width": 32, "layers": 2, "expansion": expansion, "granularity": granularity, "shared": shared}
+    return run | {"tokens": (1024, 2048), "seed": 0, "rate": 1.0} | changes
 
 
 @pytest.fixture
-def run(monkeypatch, tmp_path):
-    """Runs the script on text that counts upwards, so that a model can learn it, and returns the last line as JSON."""
-    text = {part: torch.arange(count) % 500 for part, count in (("train", 9000), ("heldout", 600))}
-    monkeypatch.setattr(ablation, "load_tokens", lambda directory: text)
-    monkeypatch.setattr(ablation, "EXPANSIONS", (1, 8))
-    monkeypatch.setattr(ablation, "GRANULARITIES", (2, 8))
+def run(monkeypatch, tmp_path, capsys):
+    """Runs the script on that text, and returns its last line and its points."""
+    monkeypatch.setattr(torch, "set_num_threads", lambda count: None)
+    monkeypatch.setattr(ablation, "load_text", lambda *arguments: TEXT)
+    monkeypatch.setattr(ablation, "BUDGETS", {"cpu": BUDGET})
+    monkeypatch.setattr(ablation, "ARMS", ((1, 2, False), (8, 8, True)))
+    monkeypatch.setattr(ablation, "EXPANSIONS", (1,))
 
-    def run(capsys, *arguments: str) -> dict:
-        files = ["--output", str(tmp_path / "table.jsonl")]
-        monkeypatch.setattr(sys, "argv", ["ablation.py", *SETTINGS, *files, *arguments])
+    def run(*arguments: str) -> tuple[dict, list[dict]]:
+        file = tmp_path / "points.jsonl"
+        monkeypatch.setattr(sys, "argv", ["ablation.py", "--output", str(file), *arguments])
         ablation.main()
-        return json.loads(capsys.readouterr().out.splitlines()[-1])
+        return json.loads(capsys.readouterr().out.splitlines()[-1]), list(map(json.loads, file.open()))
 
     return run
 
 
-def test_arms_differ_in_their_axis_only():
-    runs = ablation.plan_runs([(32, 2), (64, 2), (96, 2)], [1000, 2000], [0, 1])
-    assert len({tuple(run.values()) for run in runs}) == len(runs)
-    middle = [run for run in runs if run["width"] == 64 and run["tokens"] == 2000]
-    assert len(middle) == 2 * 10 and len(runs) == 20 + 5 * 6
-    for run in middle:
-        model, counts = ablation.build_model(run)
-        router = sum(layer.feed_forward.router.weight.numel() for layer in model.model.layers)
-        total = sum(parameter.numel() for parameter in model.parameters())
-        bias = sum(layer.feed_forward.expert_bias.numel() for layer in model.model.layers)
-        assert counts["total_parameters"] == total + bias
-        # 4 layers' worth of attention, a dense feed-forward of 4 x width, the embedding; the rest is the router's.
-        dense = 512 * 64 + 2 * (3 * 64 * 64 + 3 * 64 * 256)
-        assert counts["active_parameters"] - router == dense
-        experts = 2 * 3 * 64 * 256 * run["expansion"]
-        assert total - router == dense - 2 * 3 * 64 * 256 + experts + (2 * 2 + 1) * 64
+def test_arms_start_from_the_same_values_and_have_the_same_active_parameters():
+    models = {name: ablation.build_model(arm(*name)) for name in ablation.ARMS}
+    dense = models[1, 2, False]
+    # 3 H^2 of attention in each layer, a dense feed-forward network of 4 H, and the embedding.
+    expected = 512 * 32 + 2 * (3 * 32 * 32 + 3 * 32 * 128)
+    for name, model in models.items():
+        counts = ablation.count_parameters(arm(*name))
+        routers = counts["router_parameters"]
+        biases = sum(layer.feed_forward.expert_bias.numel() for layer in model.model.layers)
+        assert counts["total_parameters"] == sum(weight.numel() for weight in model.parameters()) + biases
+        assert routers == sum(layer.feed_forward.router.weight.numel() for layer in model.model.layers)
+        assert counts["active_parameters"] - routers == expected
+        assert counts["embedding_parameters"] == 512 * 32
+        torch.testing.assert_close(model.model.embed_tokens.weight, dense.model.embed_tokens.weight)
+        for layer, other in zip(model.model.layers, dense.model.layers, strict=True):
+            torch.testing.assert_close(layer.self_attn.k_proj.weight, other.self_attn.k_proj.weight)
+            router, same = layer.feed_forward.router.weight, other.feed_forward.router.weight
+            torch.testing.assert_close(router[: len(same)], same)
+            # The wide network, from the shared expert on, has the dense one as its first rows.
+            feed_forward = layer.feed_forward
+            wide = feed_forward.experts.gate_up_proj.transpose(1, 2).unflatten(1, (2, -1))[:, 0].flatten(0, 1)
+            down = feed_forward.experts.down_proj.flatten(0, 1)
+            if name[2]:
+                wide = torch.cat([feed_forward.shared_expert.gate_proj.weight, wide])
+                down = torch.cat([feed_forward.shared_expert.down_proj.weight.T, down])
+            experts = other.feed_forward.experts
+            first = experts.gate_up_proj.transpose(1, 2).unflatten(1, (2, -1))[:, 0].flatten(0, 1)
+            torch.testing.assert_close(wide[: len(first)], first)
+            torch.testing.assert_close(down[: len(first)], experts.down_proj.flatten(0, 1))
+    other = ablation.build_model(arm(seed=1))
+    assert not torch.equal(other.model.embed_tokens.weight, dense.model.embed_tokens.weight)
 
 
-def test_it_goes_on_where_it_stopped(run, capsys, tmp_path, monkeypatch):
-    table = tmp_path / "table.jsonl"
+def test_the_plan_is_the_one_of_the_document():
+    runs = ablation.plan_runs(ablation.BUDGETS["cpu"])
+    ids = [ablation.point_id(run, tokens) for run in runs for tokens in run["tokens"]]
+    # An arm of the findings is in the grid of the law too, at other numbers of tokens.
+    assert len(set(ids)) == len(ids)
+    assert len(runs) == 7 * 24 + 4 * 6 * 2 + 4 * 2 * 2
+    # Any beginning has whole pairs: all arms of a seed follow each other.
+    assert [run["seed"] for run in runs[:14]] == [0] * 7 + [1] * 7
+    ratios = {
+        tokens / ablation.count_parameters(arm(1, width=64))["active_parameters"] for tokens in runs[56 + 23]["tokens"]
+    }
+    assert [round(ratio) for ratio in sorted(ratios)] == [20, 40, 80, 160]
+    # No token twice.
+    for name, budget in ablation.BUDGETS.items():
+        assert max(max(run["tokens"]) for run in ablation.plan_runs(budget)) < budget["train"], name
+
+
+def test_a_point_is_a_decayed_branch_of_the_trunk(monkeypatch):
+    monkeypatch.setattr(ablation, "WARMUP", 10)
+    run = arm(layers=1, expansion=2, tokens=(8192, 16384))
+    first, second = ablation.train(run, TEXT, 2, "cpu")
+    assert (first["tokens"], second["tokens"]) == (8192, 16384) and first["seconds"] < second["seconds"]
+    assert second["loss"] < first["loss"] < math.log(512)
+    assert first["bits_per_byte"] == pytest.approx(first["loss"] / math.log(2) / 2.5)
+    # The branch leaves no trace: the run has the loss of one without it, to the last bit.
+    (alone,) = ablation.train(run | {"tokens": (16384,)}, TEXT, 2, "cpu")
+    assert alone["loss"] == second["loss"]
+    # The rate falls to one step's share of the last fifth, and the trunk's is constant after the warm-up.
+    training = ablation.Training(run, TEXT, 2, "cpu")
+    training.step = 500
+    training.train_to(505)
+    assert training.optimizer.param_groups[0]["lr"] == pytest.approx(1.6e-2)
+    training.train_to(515, 505)
+    assert training.optimizer.param_groups[0]["lr"] == pytest.approx(1.6e-3)
+
+
+def test_runs_of_a_seed_see_the_same_sequences():
+    one, two = (ablation.Training(arm(*name, layers=1), TEXT, 2, "cpu") for name in ((1, 2, False), (8, 8, True)))
+    other = ablation.Training(arm(layers=1, seed=1), TEXT, 2, "cpu")
+    assert (one.order == two.order).all() and (one.order != other.order).any()
+    assert sorted(one.order) == list(range(len(one.rows)))
+    assert (one.rows[0] == TEXT.train[:129]).all() and (one.rows[1] == TEXT.train[128:257]).all()
+
+
+def test_it_resumes_after_its_last_run(run, tmp_path, monkeypatch):
     train, trained = ablation.train, []
 
-    def train_two(arm, *arguments):
+    def train_two(*arguments):
         if len(trained) == 2:
             raise KeyboardInterrupt
-        trained.append(arm)
-        return train(arm, *arguments)
+        trained.append(arguments[0])
+        return train(*arguments)
 
+    file = tmp_path / "points.jsonl"
     monkeypatch.setattr(ablation, "train", train_two)
     with pytest.raises(KeyboardInterrupt):
-        run(capsys)
-    first = table.read_text()
-    assert len(first.splitlines()) == 2
+        run()
+    first = file.read_text()
+    assert len(first.splitlines()) == 4
     # Killed while it wrote.
-    table.write_text(first + '{"width": 3')
+    file.write_text(first + '{"width": 3')
     monkeypatch.setattr(ablation, "train", train)
-    result = run(capsys)
-    rows = [json.loads(line) for line in table.read_text().splitlines()]
-    assert table.read_text().startswith(first) and result["runs"] == len(rows) == 4
-    assert [(row["expansion"], row["granularity"], row["shared"]) for row in rows] == [
-        (1, 2, False),
-        (8, 2, False),
-        (8, 8, False),
-        (8, 8, True),
-    ]
-    # They learned something, and not the same.
-    assert all(row["loss"] < 6 for row in rows) and len({row["loss"] for row in rows}) == 4
-    assert run(capsys, "--report")["runs"] == 4 and len(table.read_text().splitlines()) == 4
+    # Two parts have all runs between them.
+    done, points = run("--part", "1/2")
+    assert file.read_text().startswith(first) and done["runs_left"] == 0
+    done, points = run("--part", "0/2")
+    runs = ablation.plan_runs(BUDGET)
+    assert {point["id"] for point in points} == {
+        ablation.point_id(one, tokens) for one in runs for tokens in one["tokens"]
+    }
+    assert len(points) == done["points"] == 3 * 2 * 2 + 2 + 4
+    before = file.read_text()
+    assert run()[0]["runs_left"] == 0 and file.read_text() == before
+    # A line that is missing is trained again, alone, with the same loss.
+    file.write_text("".join(before.splitlines(keepends=True)[1:]))
+    again = run()[1]
+    assert len(again) == len(points) and again[-1]["id"] == points[0]["id"]
+    assert again[-1]["loss"] == pytest.approx(points[0]["loss"], abs=1e-4)
 
 
-def test_a_repeated_run_gives_the_same_loss(run, capsys, tmp_path):
-    run(capsys)
-    first = [json.loads(line) for line in (tmp_path / "table.jsonl").read_text().splitlines()]
-    (tmp_path / "table.jsonl").unlink()
-    run(capsys)
-    second = [json.loads(line) for line in (tmp_path / "table.jsonl").read_text().splitlines()]
-    # Threads may sum in another order.
-    assert [row["loss"] for row in first] == pytest.approx([row["loss"] for row in second], abs=1e-4)
-    (tmp_path / "table.jsonl").unlink()
-    run(capsys, "--seeds", "1")
-    other = [json.loads(line) for line in (tmp_path / "table.jsonl").read_text().splitlines()]
-    assert all(abs(one["loss"] - two["loss"]) > 1e-3 for one, two in zip(first, other, strict=True))
-
-
-def row(expansion: int, seed: int, loss: float) -> dict:
-    return {"expansion": expansion, "granularity": 2, "shared": False, "seed": seed, "loss": loss}
+def test_time_ends_the_runs(run):
+    done, points = run("--hours", "1e-9")
+    assert points == [] and done["runs_left"] > 0
 
 
 @pytest.mark.parametrize(
-    ("losses", "verdict"),
+    ("arguments", "message"),
     [
-        # Dense, then E = 8, by seed. Three pairs: the half width is 4.303 * sd / sqrt(3).
-        (((3.0, 3.1, 3.2), (2.8, 2.9, 3.01)), "holds"),
-        (((3.0, 3.1, 3.2), (3.2, 3.3, 3.41)), "does not hold"),
-        (((3.0, 3.1, 3.2), (2.9, 3.3, 3.1)), "not resolved"),
-        (((3.0,), (2.0,)), "not measured: fewer than two seeds"),
+        (["--part", "2/2"], "--part 2/2 is no share of the runs. Set 0/2 and 1/2"),
+        (["--part", "half"], "--part half is no share"),
+        (["--hours", "nan"], "--hours nan leaves no time"),
     ],
 )
-def test_verdicts(losses, verdict):
-    rows = [
-        row(expansion, seed, loss)
-        for expansion, values in zip((1, 8), losses, strict=True)
-        for seed, loss in enumerate(values)
-    ]
-    # Of another seed, and alone: it is in no pair.
-    rows.append(row(1, 9, 99.0))
-    measured = ablation.contrast(rows, ablation.FINDINGS[0][1])
-    assert ablation.judge(measured) == verdict
-    if verdict == "holds":
-        assert measured == pytest.approx((-0.19666667, 4.303 * 0.0057735 / 3**0.5), rel=1e-3)
+def test_bad_options_are_refused(run, arguments, message):
+    with pytest.raises(SystemExit, match=message):
+        run(*arguments)
 
 
-def test_committed_report_is_that_of_the_committed_table(capsys, tmp_path, monkeypatch):
-    docs = Path(__file__).parents[1] / "docs"
-    (tmp_path / "ablation.jsonl").write_text((docs / "ablation.jsonl").read_text())
-    monkeypatch.setattr(sys, "argv", ["ablation.py", "--report", "--output", str(tmp_path / "ablation.jsonl")])
-    ablation.main()
-    result = json.loads(capsys.readouterr().out.splitlines()[-1])
-    assert len(result["findings"]) == len(ablation.FINDINGS)
-    committed, made = ((directory / "ablation.md").read_text() for directory in (docs, tmp_path))
-    # Up to the law, whose fit may differ in a last digit between machines.
-    assert committed.split("## The law")[0] == made.split("## The law")[0]
+def test_other_text_is_refused(run, tmp_path):
+    (tmp_path / "points.jsonl").write_text('{"text": "xyz"}\n')
+    with pytest.raises(ValueError, match="runs on text xyz, and this machine's is abc.*Set another --output"):
+        run()
 
 
-def test_a_full_grid_gives_a_law(tmp_path):
-    law = PAPER_LAW
-    rows = [
-        {"width": width, "layers": 2, "expansion": expansion, "granularity": 2, "shared": False, "tokens": tokens}
-        | {"seed": 0, "active_parameters": size, "total_parameters": size * expansion, "seconds": 1.0}
-        | {"loss": float(law.loss(size, tokens, expansion))}
-        for width, size in ((32, 3e8), (48, 5e8), (64, 9e8))
-        for tokens in (1e11, 2e11, 5e11)
-        for expansion in ablation.EXPANSIONS
-    ]
-    markdown, result = ablation.report(rows, 60, tmp_path / "table.jsonl")
-    assert "54 of 60 runs" in markdown and (tmp_path / "table.png").stat().st_size > 20_000
-    # In millions.
-    assert result["law"]["c"][0] == pytest.approx(law.c, abs=0.01) and result["heldout_rmse"] < 1e-3
-    assert result["law"]["A"][0] == pytest.approx(law.A * 1000**-law.alpha, rel=0.05)
-
-
-def test_an_empty_table_is_refused(tmp_path):
-    with pytest.raises(SystemExit, match="no complete run"):
-        ablation.report([], 3, tmp_path / "table.jsonl")
+def test_text_is_split_by_file_and_counts_its_bytes(tmp_path, monkeypatch):
+    # Python source of this repository in place of a hundred megabytes.
+    files = [*Path(__file__).parent.glob("test_*.py")]
+    monkeypatch.setattr(ablation_data, "standard_library_files", lambda: [("copy.py", files[0].read_text())])
+    monkeypatch.setattr(ablation_data, "package_files", lambda: [(path.name, path) for path in files])
+    text = ablation_data.load_text(tmp_path, 100_000, 1000)
+    assert len(text.train) >= 100_000 and len(text.heldout) == 1001
+    assert 1.5 < text.bytes_per_token < 4
+    parts = ablation_data.sources(1e9)
+    assert len(parts["train"]) + len(parts["heldout"]) == len({path.read_text() for path in files})
+    again = ablation_data.load_text(tmp_path, 100_000, 1000)
+    assert again.digest == text.digest and (again.heldout == text.heldout).all()
+    with pytest.raises(ValueError, match="held-out tokens of Python source, but the runs need 100,000 and 10,000,000"):
+        ablation_data.load_text(tmp_path, 100_000, 10_000_000)

@@ -46,6 +46,7 @@ SKIP = {
     "tests/test_recipe_files.py reads its files on rows of their schemas",
     r"^python benchmarks/(?!ablation|install_sizes)\w+\.py": HOURS,
     r"^python benchmarks/ablation\.py": "takes hours; tests/test_ablation.py runs it on less",
+    r"^python benchmarks/ablation_report\.py": "reads what takes hours; tests/test_ablation_report.py",
     r"^python examples/record\.py": "records the commands that stand beside it",
     r"^python examples/notebooks\.py": "tests/test_notebooks.py runs each notebook",
     r"^make (setup|demo|test|test-slow|fuzz|docs|lint)": "makes or needs an environment of its own",
