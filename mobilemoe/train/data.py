@@ -6,10 +6,12 @@ import itertools
 import math
 import zlib
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -101,7 +103,7 @@ class Source:
     def __init__(self, source: DataSource, tokenizer: PreTrainedTokenizerBase, max_length: int, mixture_seed: int):
         from datasets import load_dataset
 
-        self.source, self.tokenizer, self.max_length = source, tokenizer, max_length
+        self.source, self.tokenizer, self.max_length, self.mixture_seed = source, tokenizer, max_length, mixture_seed
         ours = ("path", "weight", "columns", "streaming")
         arguments = {name: value for name, value in dataclasses.asdict(source).items() if name not in ours}
         rows = []
@@ -140,6 +142,10 @@ class Source:
                 f"Data source {self.source} cannot be read: {type(reason).__name__}: {reason}. Repair or replace it; "
                 "training resumes from the last checkpoint with --resume_from_checkpoint true."
             ) from error
+
+    def identity(self) -> dict[str, int]:
+        """By which a checkpoint knows it, beside its fields. Its positions are not those of shards."""
+        return {}
 
     def part(self, reader: int, num_readers: int):
         """The part of the source for one of `num_readers` readers: whole files if there are enough of them."""
@@ -258,6 +264,18 @@ class Reader:
         return rows
 
 
+def check_weights(sources: list[DataSource]) -> None:
+    """
+    Raises:
+        ValueError: for no source, and weights that do not sum to 1.
+    """
+    if not sources:
+        raise ValueError("The recipe names no data. Add a `data` list of {path, weight, ...} to the YAML file.")
+    weights = [source.weight for source in sources]
+    if abs(sum(weights) - 1) > 1e-6 or min(weights) <= 0:
+        raise ValueError(f"The data weights {weights} sum to {sum(weights):g}. Set positive weights that sum to 1.")
+
+
 class Mixture:
     """
     An endless stream of packed sequences from weighted sources, determined by the seed.
@@ -273,6 +291,8 @@ class Mixture:
         num_readers (`int`, defaults to 8): a multiple of `num_processes`.
         num_processes (`int`, defaults to 1): training processes, each with its own data.
         state (`dict`, *optional*): merged from [`Mixture.state`] of all processes, to resume another run.
+        open_source (`Callable`, *optional*): gives a source that is tokenized already, such as [`Shards.source`]; the
+            sequences are the same.
 
     Raises:
         ValueError: for no source, weights that do not sum to 1, columns or examples that cannot be read, a chat
@@ -289,20 +309,21 @@ class Mixture:
         num_readers: int = 8,
         num_processes: int = 1,
         state: dict | None = None,
+        open_source: Callable[[DataSource], Any] | None = None,
     ):
-        if not sources:
-            raise ValueError("The recipe names no data. Add a `data` list of {path, weight, ...} to the YAML file.")
+        check_weights(sources)
         self.weights = [source.weight for source in sources]
-        if abs(sum(self.weights) - 1) > 1e-6 or min(self.weights) <= 0:
-            raise ValueError(
-                f"The data weights {self.weights} sum to {sum(self.weights):g}. Set positive weights that sum to 1."
-            )
         if num_readers < 1 or num_readers % num_processes:
             raise ValueError(
                 f"num_data_readers={num_readers} cannot be shared evenly by {num_processes} processes. "
                 f"Set a multiple of {num_processes}."
             )
-        described = [dataclasses.asdict(source) for source in sources]
+        open_source = open_source or partial(Source, tokenizer=tokenizer, max_length=max_length, mixture_seed=seed)
+        self.sources = [open_source(source) for source in sources]
+        described = [
+            dataclasses.asdict(source) | opened.identity()
+            for source, opened in zip(sources, self.sources, strict=True)
+        ]
         self.identity = {"data": described, "max_length": max_length, "seed": seed, "num_data_readers": num_readers}
         if state is not None and state["identity"] != self.identity:
             changed = [name for name, value in self.identity.items() if state["identity"][name] != value]
@@ -310,7 +331,6 @@ class Mixture:
                 f"The checkpoint was trained on another mixture ({', '.join(changed)} changed), so its position does "
                 "not exist in this one. Restore the recipe, or start a new run with `model` set to the checkpoint."
             )
-        self.sources = [Source(source, tokenizer, max_length, seed) for source in sources]
         for source in self.sources:
             if not source.source.streaming and len(source.dataset) < num_readers:
                 raise ValueError(

@@ -207,11 +207,13 @@ def sequence(documents: list[Document], max_length: int, pad_token_id: int) -> d
 
     Positions restart at 0 with every document, from which transformers derives masks that separate the documents.
     """
-    padding = max_length - sum(len(document.input_ids) for document in documents)
-    lengths = [len(document.input_ids) for document in documents] + [padding]
+    lengths = [len(document.input_ids) for document in documents]
+    padding = max_length - sum(lengths)
     labels = np.concatenate([*(document.labels for document in documents), np.full(padding, IGNORED)])
-    # Otherwise the first token of a document would be predicted from the end of the previous one.
-    labels[np.cumsum([0, *lengths[:-2]])] = IGNORED
     input_ids = np.concatenate([*(document.input_ids for document in documents), np.full(padding, pad_token_id)])
-    positions = np.concatenate([np.arange(length) for length in lengths])
+    # Of the documents, and of the padding.
+    starts = np.cumsum([0, *lengths])
+    # Otherwise the first token of a document would be predicted from the end of the previous one.
+    labels[starts[:-1]] = IGNORED
+    positions = np.arange(max_length) - np.repeat(starts, [*lengths, padding])
     return {"input_ids": input_ids, "labels": labels, "position_ids": positions}

@@ -3,20 +3,22 @@
 import dataclasses
 import itertools
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
 from .data import DataSource, Source, padding_id
 from .documents import Document, pack, sequence
+from .shards import PreparedSource
 
 
 # Examples tokenized at a time.
 BATCH_EXAMPLES = 1000
 
 
-def read_documents(sources: list[Source]) -> list[Document]:
+def read_documents(sources: Sequence[Source | PreparedSource]) -> list[Document]:
     """
     All documents of some sources, in their order.
 
@@ -58,6 +60,8 @@ class Epochs:
         sequences_per_step (`int`): of all processes together.
         num_processes (`int`, defaults to 1): training processes, each with its own data.
         state (`dict`, *optional*): from [`Epochs.state`], to resume another run.
+        open_source (`Callable`, *optional*): gives a source that is tokenized already, such as [`Shards.source`]; the
+            sequences are the same.
 
     Raises:
         ValueError: for no source, a streamed or weighted one, examples that cannot be read, or a state of other data.
@@ -72,6 +76,7 @@ class Epochs:
         sequences_per_step: int,
         num_processes: int = 1,
         state: dict | None = None,
+        open_source: Callable[[DataSource], Source | PreparedSource] | None = None,
     ):
         if not sources:
             raise ValueError("The recipe names no data. Add a `data` list of {path, ...} to the YAML file.")
@@ -83,7 +88,8 @@ class Epochs:
                     "num_train_epochs."
                 )
         described = [dataclasses.asdict(source) for source in sources]
-        self.documents = read_documents([Source(source, tokenizer, max_length, seed) for source in sources])
+        open_source = open_source or partial(Source, tokenizer=tokenizer, max_length=max_length, mixture_seed=seed)
+        self.documents = read_documents([open_source(source) for source in sources])
         self.bins = pack([len(document.input_ids) for document in self.documents], max_length)
         self.max_length, self.seed, self.pad_token_id = max_length, seed, padding_id(tokenizer)
         self.sequences_per_step, self.num_processes = sequences_per_step, num_processes

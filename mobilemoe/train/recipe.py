@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
 import torch
-from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase, PrinterCallback
+from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase, PrinterCallback, Trainer
 from transformers.integrations import get_reporting_integration_callbacks
 from transformers.trainer_utils import IntervalStrategy, SaveStrategy
 
@@ -27,6 +27,7 @@ from .epochs import Epochs, packed_sequences, read_documents
 from .qat import is_prepared
 from .routing import ExpertBiasCallback, add_router_z_loss, set_capacity_factor
 from .sharding import shard, shard_teacher
+from .shards import Shards
 
 
 if TYPE_CHECKING:
@@ -48,6 +49,8 @@ class RecipeArguments:
         attn_implementation (`str`, *optional*): "sdpa" (the default), "flex_attention" or a FlashAttention.
         data (`list[DataSource]`): the mixture, or with `num_train_epochs` the sources that are read whole.
         eval_data (`list[DataSource]`): held-out sources for `eval_strategy`, read whole.
+        shards (`str`, *optional*): directory in which recipes/prepare.py has tokenized `data`; tokenized during
+            training when absent.
         num_data_readers (`int`, defaults to 8): readers that share the mixture; a multiple of the processes.
         expert_bias_update_rate (`float`, *optional*): step of the balancing bias; 0 turns balancing off. 1e-3 when
             absent; 0 with LoRA, whose adapters do not hold the biases, and in QAT, which packs them in BF16.
@@ -62,6 +65,7 @@ class RecipeArguments:
     eval_data: list[DataSource] = field(default_factory=list, metadata={"help": "Held-out data, in the YAML file."})
     tokenizer: str | None = field(default=None, metadata={"help": "Where the tokenizer is, if not with the model."})
     attn_implementation: str | None = field(default=None, metadata={"help": "Attention kernel of transformers."})
+    shards: str | None = field(default=None, metadata={"help": "Directory of data that prepare.py has tokenized."})
     num_data_readers: int = field(default=8, metadata={"help": "Readers that share the mixture."})
     expert_bias_update_rate: float | None = field(default=None, metadata={"help": "Step of the balancing bias."})
     router_z_loss_coef: float = field(default=1e-4, metadata={"help": "Weight of the router z-loss."})
@@ -190,6 +194,13 @@ def load_model(path: str, attn_implementation: str | None = None) -> MobileMoEFo
     return AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32, attn_implementation=attn_implementation)
 
 
+def reading_tokenizer(tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokenizerBase:
+    """The one that reads the data. Base checkpoints have no chat template, but mid-training has conversations too."""
+    reading = copy.deepcopy(tokenizer)
+    reading.chat_template = reading.chat_template or CHAT_TEMPLATE
+    return reading
+
+
 def refuse_fsdp(training_args: "SFTConfig", reason: str) -> None:
     """
     For what needs whole weights on one process; told before a model is loaded.
@@ -311,15 +322,17 @@ def make_trainer(
     check_training_args(model, recipe, training_args)
     checkpoint, first_step, position = find_start(training_args)
     routing = set_up_routing(model, recipe, training_args.gradient_accumulation_steps)
-    # Base checkpoints have no chat template, but mid-training reads conversations too.
-    reading = copy.deepcopy(tokenizer)
-    reading.chat_template = reading.chat_template or CHAT_TEMPLATE
+    reading = reading_tokenizer(tokenizer)
     length, seed, num_processes = training_args.max_length, training_args.seed, training_args.world_size
     sequences_per_step = training_args.per_device_train_batch_size * training_args.gradient_accumulation_steps
+    open_source = None if recipe.shards is None else Shards(recipe.shards, reading, length, seed).source
     if training_args.max_steps > 0:
-        data = Mixture(recipe.data, reading, length, seed, recipe.num_data_readers, num_processes, position)
+        data = Mixture(
+            recipe.data, reading, length, seed, recipe.num_data_readers, num_processes, position, open_source
+        )
     else:
-        data = Epochs(recipe.data, reading, length, seed, sequences_per_step * num_processes, num_processes, position)
+        per_step = sequences_per_step * num_processes
+        data = Epochs(recipe.data, reading, length, seed, per_step, num_processes, position, open_source)
         count_steps(data, training_args)
     eval_dataset = None
     if recipe.eval_data:
@@ -347,12 +360,16 @@ def make_trainer(
     if first_step >= training_args.max_steps:
         # The run was stopped between its last checkpoint and its end. The trainer would take one step more.
         trainer.train_dataset = trainer.train_dataset.take(0)
-    # Our callbacks add to the logs, so reporters go after them, and last the one that removes `total_flos`.
-    for kind in (*get_reporting_integration_callbacks(training_args.report_to), PrinterCallback):
+    reporters_last(trainer)
+    return trainer
+
+
+def reporters_last(trainer: Trainer) -> None:
+    """Our callbacks add to the logs, so reporters go after them, and last the one that removes `total_flos`."""
+    for kind in (*get_reporting_integration_callbacks(trainer.args.report_to), PrinterCallback):
         reporter = trainer.pop_callback(kind)
         if reporter is not None:
             trainer.add_callback(reporter)
-    return trainer
 
 
 def train(trainer: "RecipeTrainer") -> None:

@@ -14,13 +14,16 @@ from modeling_mobilemoe.quantization_mobilemoe import quantization_table
 from modeling_mobilemoe.saving_mobilemoe import replace_when_complete
 
 from ..artifacts import load_tokenizer
+from ..display import show, table
 from .checkpoints import check_output_dir, mark_output_dir
 from .checks import check_numbers
+from .data import check_weights
 from .distillation import Distillation
 from .fake_quantization import activation_grid
 from .lora import add_lora, trainable_table
 from .qat import FakeQuantizationStart, convert, preparation_table, prepare
-from .recipe import CHAT_TEMPLATE, RecipeArguments, load_model, make_trainer, train
+from .recipe import CHAT_TEMPLATE, RecipeArguments, load_model, make_trainer, reading_tokenizer, train
+from .shards import prepare as prepare_shards
 
 
 @dataclass
@@ -65,6 +68,37 @@ def _train(
         mark_output_dir(training_args.output_dir, recipe.model, stage)
     train(trainer)
     trainer.save_state()
+
+
+def prepare_data(
+    recipe: RecipeArguments, lora: LoRAArguments, quantization: QATArguments, training_args: SFTConfig
+) -> None:
+    """
+    Tokenizes the data of any stage into the shards that the same stage then reads with `shards`.
+
+    The arguments are those of the stage: its tokenizer, `data`, `max_length` and `seed` decide what is written.
+    `dataset_num_proc` processes work.
+    """
+    if recipe.shards is None:
+        raise ValueError("shards is not set, so there is no place for what is prepared. Add --shards DIR.")
+    if training_args.max_length is None or training_args.max_length < 2:
+        raise ValueError(f"max_length={training_args.max_length} is no length of a sequence. Set 2 or more.")
+    num_processes = 1 if training_args.dataset_num_proc is None else training_args.dataset_num_proc
+    if num_processes < 1:
+        raise ValueError(f"dataset_num_proc={num_processes} cannot work. Set 1 or more processes.")
+    # Epochs have no weights.
+    if training_args.max_steps > 0 or not recipe.data:
+        check_weights(recipe.data)
+    tokenizer = reading_tokenizer(load_tokenizer(recipe.tokenizer or recipe.model))
+    length, seed = training_args.max_length, training_args.seed
+    prepared = prepare_shards(recipe.data, tokenizer, length, seed, recipe.shards, num_processes)
+    names = ("rows", "documents", "tokens", "learnt", "bytes")
+    totals = [[each.total(name) for name in names] for each in prepared]
+    rows = [
+        (str(source), *(f"{value:,}" for value in total)) for source, total in zip(recipe.data, totals, strict=True)
+    ]
+    rows.append(("all", *(f"{sum(column):,}" for column in zip(*totals, strict=True))))
+    show(table(("data source", *names), rows, bold=len(rows) - 1))
 
 
 def pretrain(recipe: RecipeArguments, training_args: SFTConfig) -> None:
