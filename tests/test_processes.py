@@ -10,7 +10,9 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from mobilemoe.train.sharding import save_whole
 
 
 ROOT = Path(__file__).parents[1]
@@ -177,3 +179,37 @@ def test_fsdp2_in_bf16_has_the_losses_of_one_process(answers, trained_model, bas
     run([sys.executable, *recipe, "--output_dir", "one", "--gradient_accumulation_steps", "2"], tmp_path)
     run([*TORCHRUN, *FSDP2, *recipe, "--output_dir", "fsdp2"], tmp_path, PRECISION="bf16")
     torch.testing.assert_close(losses(tmp_path / "fsdp2"), losses(tmp_path / "one"), rtol=0, atol=1e-3)
+
+
+@pytest.mark.slow
+def test_sharded_checkpoint_resumes_on_other_numbers_of_processes(ddp_runs, tmp_path):
+    """Four sequences per step, whatever the number."""
+    recipe = [*FSDP2, ROOT / "recipes/pretrain.py", "--config", ddp_runs["one"].parent / "recipe.json"]
+    recipe += ["--num_data_readers", "4", "--max_steps", "8", "--save_steps", "4", "--resume_from_checkpoint"]
+
+    def train(num_processes: int, output: Path, resume: str) -> torch.Tensor:
+        launcher = [*TORCHRUN[:4], num_processes, *TORCHRUN[5:]]
+        options = ["--gradient_accumulation_steps", 4 // num_processes, "--output_dir", output]
+        run([*launcher, *recipe, resume, *options], tmp_path)
+        return losses(output)
+
+    expected = train(2, tmp_path / "begun", "false")
+    for num_processes in (1, 2, 4):
+        output = tmp_path / f"resumed-{num_processes}"
+        shutil.copytree(tmp_path / "begun/checkpoint-4", output / "checkpoint-4")
+        torch.testing.assert_close(train(num_processes, output, "true"), expected, rtol=0, atol=1e-5)
+
+
+def test_whole_model_of_a_sharded_checkpoint(ddp_runs, fsdp2_runs, tmp_path):
+    checkpoint = fsdp2_runs["sharded-resumed"] / "checkpoint-18"
+    save_whole(checkpoint, tmp_path / "whole")
+    expected = load_file(ddp_runs["two"] / "checkpoint-18/model.safetensors")
+    found = load_file(tmp_path / "whole/model.safetensors")
+    assert found.keys() == expected.keys()
+    for key, tensor in expected.items():
+        torch.testing.assert_close(found[key], tensor, rtol=0, atol=0 if "expert_bias" in key else 1e-5, msg=key)
+    assert AutoTokenizer.from_pretrained(tmp_path / "whole").vocab_size == 512
+    with pytest.raises(ValueError, match="whole exists already"):
+        save_whole(checkpoint, tmp_path / "whole")
+    with pytest.raises(ValueError, match="no complete checkpoint of a run under FSDP2"):
+        save_whole(ddp_runs["two"] / "checkpoint-18", tmp_path / "other")

@@ -1,14 +1,30 @@
-"""What the recipes add to accelerate's FSDP2: the precision of one GPU, and sharded teachers."""
+"""
+What the recipes add to accelerate's FSDP2: the precision of one GPU, sharded teachers, whole models.
 
+    python -m mobilemoe.train.sharding out/mobilemoe-s/1-pretrain/checkpoint-10000 out/mobilemoe-s-10000
+"""
+
+import argparse
 import dataclasses
+import sys
+from pathlib import Path
 
 import torch
+import torch.distributed.checkpoint
 from accelerate import Accelerator
 from accelerate.utils import fsdp2_prepare_model
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from transformers import PreTrainedModel
 
+from modeling_mobilemoe import MobileMoEConfig, MobileMoEForCausalLM
+from modeling_mobilemoe.saving_mobilemoe import replace_when_complete
+
+from ..artifacts import load_tokenizer
 from .routing import shard_fp32
+
+
+# Where the trainer keeps the weights of a sharded checkpoint.
+WEIGHTS = "pytorch_model_fsdp_0"
 
 
 def shard(model: PreTrainedModel, accelerator: Accelerator, whole_precision: bool = False) -> None:
@@ -54,3 +70,42 @@ def shard_teacher(teacher: PreTrainedModel, accelerator: Accelerator) -> None:
     """Shards a model that does not train, in place, as the one that does; after [`shard`] of that one."""
     shard(teacher, accelerator)
     fsdp2_prepare_model(accelerator, teacher)
+
+
+def save_whole(checkpoint: str | Path, output: str | Path) -> None:
+    """
+    Writes the model of a sharded checkpoint, with its tokenizer, as `from_pretrained` opens it; in one process.
+
+    Args:
+        checkpoint (`str` or `Path`): a `checkpoint-N` of a run under FSDP2.
+        output (`str` or `Path`): directory to create.
+
+    Raises:
+        ValueError: when it is not one, or the directory is there already.
+    """
+    checkpoint, output = Path(checkpoint), Path(output)
+    if not (checkpoint / WEIGHTS / ".metadata").is_file() or not (checkpoint / "trainer_state.json").is_file():
+        raise ValueError(f"{checkpoint} is no complete checkpoint of a run under FSDP2. Name a checkpoint-N of one.")
+    if output.exists():
+        raise ValueError(f"{output} exists already. Name a directory to create.")
+    model = MobileMoEForCausalLM(MobileMoEConfig.from_pretrained(checkpoint))
+    # In place. Errors in the files are PyTorch's.
+    torch.distributed.checkpoint.load({"model": model.state_dict()}, checkpoint_id=checkpoint / WEIGHTS, no_dist=True)
+    with replace_when_complete(output) as partial:
+        model.save_pretrained(partial)
+        load_tokenizer(checkpoint).save_pretrained(partial)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="The model of a sharded checkpoint, as from_pretrained opens it")
+    parser.add_argument("checkpoint", help="a checkpoint-N of a run under FSDP2")
+    parser.add_argument("output", help="directory to create")
+    arguments = parser.parse_args()
+    try:
+        save_whole(arguments.checkpoint, arguments.output)
+    except (ValueError, OSError) as error:
+        sys.exit(f"sharding: {error}")
+
+
+if __name__ == "__main__":
+    main()

@@ -5,6 +5,7 @@ from contextlib import nullcontext
 from pathlib import Path
 
 import torch
+from torch.distributed.fsdp import StateDictType
 from trl import SFTTrainer
 
 from .checkpoints import MixtureCallback
@@ -45,6 +46,22 @@ class RecipeTrainer(SFTTrainer):
         if return_outputs:
             return self.distillation.mix(found[0], divergence), found[1]
         return self.distillation.mix(found, divergence)
+
+    def save_model(self, output_dir=None, _internal_call=False):
+        if not self.accelerator.is_fsdp2:
+            return super().save_model(output_dir, _internal_call)
+        if _internal_call:
+            # A checkpoint: with the states of the optimizer, the trainer saves its weights as they are sharded.
+            if self.args.should_save:
+                self.model.config.save_pretrained(output_dir)
+                self.processing_class.save_pretrained(output_dir)
+            return
+        plugin = self.accelerator.state.fsdp_plugin
+        kind, plugin.state_dict_type = plugin.state_dict_type, StateDictType.FULL_STATE_DICT
+        try:
+            super().save_model(output_dir)
+        finally:
+            plugin.state_dict_type = kind
 
     def _get_grad_norm(self, model, grad_norm=None):
         # Private, but the only place between the gradients, reduced over all processes, and the optimizer step:
