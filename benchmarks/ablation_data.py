@@ -61,7 +61,7 @@ def sources(num_bytes: float) -> dict[str, list[str]]:
 
 def load_text(directory: Path, num_tokens: int, num_heldout: int) -> Text:
     """
-    At least `num_tokens` training tokens and exactly `num_heldout` held-out ones; cached on the first call.
+    This many training tokens and held-out ones; cached on the first call.
 
     Raises:
         ValueError: when this machine has less text.
@@ -69,7 +69,7 @@ def load_text(directory: Path, num_tokens: int, num_heldout: int) -> Text:
     names = {part: directory / f"{part}-{num_tokens}.npy" for part in ("train", "heldout", "lengths")}
     if not names["lengths"].is_file():
         directory.mkdir(parents=True, exist_ok=True)
-        # A token has 2.1 to 2.6 bytes.
+        # A token has 1.9 bytes, or up to 2.5 in less text, and about a twentieth is held out.
         texts = sources(3.0 * num_tokens)
         head = "".join(texts["train"])[:TOKENIZER_BYTES]
         tokenizer = train_tokenizer(iter([head]), VOCAB_SIZE)
@@ -92,6 +92,6 @@ def load_text(directory: Path, num_tokens: int, num_heldout: int) -> Text:
             f"runs need {num_tokens:,} and {num_heldout:,} without repeating one. Install more packages, or use a "
             "smaller --budget."
         )
-    heldout = np.asarray(heldout[: num_heldout + 1])
+    train, heldout = train[:num_tokens], np.asarray(heldout[: num_heldout + 1])
     digest = hashlib.sha256(train.tobytes() + heldout.tobytes()).hexdigest()[:12]
     return Text(train, heldout, float(np.load(names["lengths"])[heldout[1:]].mean()), digest)

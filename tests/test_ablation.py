@@ -1,9 +1,10 @@
 """The ablation: that its runs are pairs, what a point is, and that it resumes after its last run."""
 
+import argparse
+import inspect
 import json
 import math
 import sys
-from pathlib import Path
 
 import ablation
 import ablation_data
@@ -182,16 +183,19 @@ def test_other_text_is_refused(run, tmp_path):
 
 
 def test_text_is_split_by_file_and_counts_its_bytes(tmp_path, monkeypatch):
-    # Python source of this repository in place of a hundred megabytes.
-    files = [*Path(__file__).parent.glob("test_*.py")]
+    # 120 pieces of the standard library in place of a hundred megabytes.
+    source = "".join(map(inspect.getsource, (argparse, inspect, json)))
+    files = [tmp_path / f"piece{number}.py" for number in range(120)]
+    for number, file in enumerate(files):
+        file.write_text(source[2000 * (number % 100) :][:2000] + f"# {number % 110}")
     monkeypatch.setattr(ablation_data, "standard_library_files", lambda: [("copy.py", files[0].read_text())])
     monkeypatch.setattr(ablation_data, "package_files", lambda: [(path.name, path) for path in files])
-    text = ablation_data.load_text(tmp_path, 100_000, 1000)
-    assert len(text.train) >= 100_000 and len(text.heldout) == 1001
+    text = ablation_data.load_text(tmp_path, 50_000, 1000)
+    assert len(text.train) == 50_000 and len(text.heldout) == 1001
     assert 1.5 < text.bytes_per_token < 4
     parts = ablation_data.sources(1e9)
     assert len(parts["train"]) + len(parts["heldout"]) == len({path.read_text() for path in files})
-    again = ablation_data.load_text(tmp_path, 100_000, 1000)
+    again = ablation_data.load_text(tmp_path, 50_000, 1000)
     assert again.digest == text.digest and (again.heldout == text.heldout).all()
-    with pytest.raises(ValueError, match="held-out tokens of Python source, but the runs need 100,000 and 10,000,000"):
-        ablation_data.load_text(tmp_path, 100_000, 10_000_000)
+    with pytest.raises(ValueError, match="held-out tokens of Python source, but the runs need 50,000 and 10,000,000"):
+        ablation_data.load_text(tmp_path, 50_000, 10_000_000)

@@ -7,6 +7,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
@@ -17,7 +18,7 @@ from mobilemoe.plan import search
 from mobilemoe.plan.fit import fit_law
 from mobilemoe.plan.law import PAPER_LAW
 from mobilemoe.plan.planner import plan
-from mobilemoe.plan.report import expansions, plan_report, plot_plan
+from mobilemoe.plan.report import expansions, frontier, plan_report, plot_plan
 from mobilemoe.plan.search import Request, shape_config
 from mobilemoe.train.recipe import load_model
 from modeling_mobilemoe import MobileMoEConfig, quantize
@@ -428,5 +429,14 @@ def test_printed_plan_names_a_device_without_a_prefill_rate(capsys):
 
 
 def test_plot_of_a_plan(tmp_path):
-    plot_plan(plan(Request(5e9, 4096, flops=1e21)), tmp_path / "plan.png")
+    result = plan(Request(2e9, 4096, flops=1e21))
+    for name, change in (("memory", {"memory": 1.2e9}), ("decode_speed", {"tokens_per_second": 20})):
+        # The line is what a plan with another limit would find, but for the preference for E = 8.
+        values, lowest, (low, high) = frontier(result, name)
+        other = min(shape.loss for shape in plan(dataclasses.replace(result.request, **change)).per_expansion)
+        (limit,) = change.values()
+        reached = values <= limit if name == "memory" else values >= limit
+        assert lowest[reached][-1] == pytest.approx(other, abs=1e-9)
+        assert (low < lowest).all() and (lowest < high).all() and (np.diff(lowest) <= 0).all()
+    plot_plan(result, tmp_path / "plan.png")
     assert (tmp_path / "plan.png").stat().st_size > 20_000

@@ -7,7 +7,7 @@ import numpy as np
 
 from ..display import markdown, picture, table
 from .fit import LawFit, heldout_error
-from .planner import PROMPT_TOKENS, Choice, Plan
+from .planner import PROMPT_TOKENS, Choice, Plan, sample_losses
 from .search import EXPANSIONS, describe, millions
 
 
@@ -112,33 +112,72 @@ def speed_table(result: Plan) -> "Group":
 
 
 def plot_plan(result: Plan, path: str | Path) -> None:
-    """Plots predicted loss over memory for all shapes, coloured by E, with the memory limit and the chosen shape."""
+    """
+    Plots predicted loss over memory and over decode speed for all shapes, coloured by E, with the limits and the
+    chosen shape. The line is the lowest loss within the other limits for this much memory, or at this speed, and its
+    band the 95 % interval.
+    """
     import matplotlib.pyplot as plt
+    from matplotlib.ticker import LogLocator
 
-    best, (low, high) = result.best, result.loss_interval
-    with picture(path, (7.5, 4.5)) as (axis,):
-        colors = plt.get_cmap("viridis_r")(np.linspace(0.05, 1, len(EXPANSIONS)))
-        for color, expansion in zip(colors, EXPANSIONS, strict=True):
-            members = [shape for shape in result.candidates if shape.expansion == expansion]
-            within = [shape for shape in members if not shape.broken]
-            for shapes, alpha in ((members, 0.12), (within, 1.0)):
-                axis.scatter(
-                    [shape.memory / 1e9 for shape in shapes],
-                    [shape.loss for shape in shapes],
-                    s=12,
-                    color=color,
-                    alpha=alpha,
-                    label=f"E = {expansion}" if shapes and shapes is members else None,
-                )
-        axis.axvline(result.request.memory / 1e9, color="grey", linestyle="--", linewidth=1)
-        axis.errorbar(
-            best.memory / 1e9, best.loss, [[best.loss - low], [high - best.loss]], fmt="k*", markersize=12, capsize=4
-        )
-        axis.set(xscale="log", xlabel="memory (GB)", ylabel="predicted loss (nats per token)", title=describe(best))
-        axis.set_xlim(best.memory / 1e9 / 20, max(result.request.memory, best.memory) / 1e9 * 4)
-        for handle in axis.legend().legend_handles:
+    request, best, (low, high) = result.request, result.best, result.loss_interval
+    colors = plt.get_cmap("viridis_r")(np.linspace(0.05, 1, len(EXPANSIONS)))
+    with picture(path, (11, 4.5), 1, 2, sharey=True) as axes:
+        for axis, name in zip(axes, ("memory", "decode_speed"), strict=True):
+            unit, limit = (1e9, request.memory) if name == "memory" else (1, request.tokens_per_second)
+            for color, expansion in zip(colors, EXPANSIONS, strict=True):
+                members = [shape for shape in result.candidates if shape.expansion == expansion]
+                within = [shape for shape in members if not shape.broken]
+                for shapes, alpha in ((members, 0.12), (within, 1.0)):
+                    axis.scatter(
+                        [shape.__dict__[name] / unit for shape in shapes],
+                        [shape.loss for shape in shapes],
+                        s=8,
+                        color=color,
+                        alpha=alpha,
+                        label=f"E = {expansion}" if shapes and shapes is members else None,
+                    )
+            values, lowest, ends = frontier(result, name)
+            axis.fill_between(values / unit, *ends, color="C3", alpha=0.2, linewidth=0, step="post")
+            axis.step(values / unit, lowest, color="C3", linewidth=1, where="post", label="lowest")
+            axis.axvline(limit / unit, color="grey", linestyle="--", linewidth=1)
+            axis.errorbar(
+                best.__dict__[name] / unit,
+                best.loss,
+                [[best.loss - low], [high - best.loss]],
+                fmt="k*",
+                markersize=12,
+                capsize=4,
+            )
+            axis.set(xscale="log")
+            axis.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+            axis.xaxis.set_major_formatter("{x:g}")
+            axis.minorticks_off()
+        axes[0].set(xlabel="memory (GB)", ylabel="predicted loss (nats per token)", title=describe(best))
+        axes[1].set(xlabel="tokens per second at the full context", title=request.device.name)
+        for handle in axes[0].legend().legend_handles:
             if handle is not None:
                 handle.set_alpha(1)
+
+
+def frontier(result: Plan, name: str) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """
+    The lowest loss as one limit changes and the others stay: values of `memory`, or of `decode_speed`, that change
+    it, the loss at each, and the ends of its 95 % interval `(2, values)`.
+    """
+    request = result.request
+    limits = {
+        "memory": [s for s in result.candidates if s.decode_speed >= request.tokens_per_second],
+        "decode_speed": [s for s in result.candidates if s.memory <= request.memory],
+    }
+    # More memory is easier to meet, more speed harder.
+    shapes = sorted(limits[name], key=lambda shape: shape.__dict__[name], reverse=name == "decode_speed")
+    if request.inference_flops is not None:
+        shapes = [s for s in shapes if 2 * s.config.num_active_parameters <= request.inference_flops]
+    lowest = np.minimum.accumulate([shape.loss for shape in shapes])
+    samples = np.minimum.accumulate(sample_losses(shapes, result.fit), axis=1)
+    ends = np.quantile(samples, [0.025, 0.975], axis=0)
+    return np.array([shape.__dict__[name] for shape in shapes]), lowest, ends
 
 
 def fit_rows(fit: LawFit) -> list[tuple[str, str, str]]:
