@@ -149,9 +149,7 @@ def main() -> None:
     train_tokenizer(texts, vocab_size).save_pretrained(OUT / "tokenizer")
 
     for stage, (script, _) in STAGES.items():
-        # QAT goes on with the fine-tuning, which was short: it learns from the data, not from the model before.
-        options = ["--distill", "0"] if script == "qat" else []
-        run(f"recipes/{script}.py", "--config", f"recipes/tiny/{stage.split('-')[1]}.yaml", *options, *overrides)
+        run(f"recipes/{script}.py", "--config", f"recipes/tiny/{stage.split('-')[1]}.yaml", *overrides)
     run("-m", "mobilemoe.cli", "export", "--model", str(OUT / "4-qat"), "--output", str(OUT / "pte"))
 
     print("\nHeld-out text", flush=True)
