@@ -4,12 +4,14 @@ Damaged inputs of every kind, each in a process of its own: what becomes of them
     python -m tests.fuzz [--cases 2000] [--seed N] [--processes 2] [--case NUMBER]
 
 Prints a table of outcomes by family, and every case that ended in a traceback, a wrong result, a crash or a hang,
-with the command that repeats it. One JSON line last.
+with the command that repeats it. One JSON line last. Fails after a wrong result, a crash, a hang, or tracebacks in more
+than one case of a hundred.
 """
 
 import argparse
 import json
 import os
+import sys
 import tempfile
 import time
 import traceback
@@ -124,6 +126,8 @@ def main() -> None:
     counts = Counter(row["kind"] for row in rows)
     seconds = round(time.monotonic() - started)
     print(json.dumps({"fuzz": arguments.seed, "cases": len(rows), "seconds": seconds, **counts}))
+    if counts["silent"] or counts["crash"] or counts["hang"] or counts["traceback"] > len(rows) / 100:
+        sys.exit(1)
 
 
 if __name__ == "__main__":
