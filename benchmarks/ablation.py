@@ -25,7 +25,7 @@ from types import SimpleNamespace
 
 import numpy as np
 import torch
-from ablation_data import VOCAB_SIZE, Text, load_text
+from ablation_data import LENGTH, VOCAB_SIZE, Text, load_text
 from torch import nn
 from tqdm import tqdm
 
@@ -34,7 +34,6 @@ from mobilemoe.train.recipe import RecipeArguments, set_up_routing
 from modeling_mobilemoe import MobileMoEConfig, MobileMoEForCausalLM
 
 
-LENGTH = 128
 # E, granularity, shared expert.
 ARMS = (
     (1, 2, False), (4, 2, False), (8, 2, False), (32, 2, False),
@@ -184,12 +183,6 @@ def point_id(run: dict, tokens: int) -> str:
     )
 
 
-def sequences(tokens: np.ndarray) -> np.ndarray:
-    """Consecutive rows of `LENGTH + 1` ids, overlapping by one, for inputs and targets; a view."""
-    rows = (len(tokens) - 1) // LENGTH
-    return np.lib.stride_tricks.sliding_window_view(tokens, LENGTH + 1)[: rows * LENGTH : LENGTH]
-
-
 def token_loss(model: nn.Module, batch: torch.Tensor) -> torch.Tensor:
     """Mean cross-entropy of the next token, in nats. `batch` is `(rows, LENGTH + 1)`."""
     with torch.autocast(batch.device.type, torch.bfloat16, enabled=batch.device.type == "cuda"):
@@ -210,7 +203,7 @@ class Training:
         self.optimizer = torch.optim.AdamW(
             self.model.parameters(), self.learning_rate, betas=(0.9, 0.95), weight_decay=0.1, fused=True
         )
-        self.rows = sequences(text.train)
+        self.rows = text.train
         # The same order for all models of a seed.
         self.order = np.random.default_rng(run["seed"]).permutation(len(self.rows))
         self.step = 0
@@ -246,7 +239,7 @@ class Training:
     @torch.inference_mode()
     def heldout_loss(self) -> float:
         self.model.eval()
-        rows = torch.from_numpy(sequences(self.text.heldout).astype(np.int64))
+        rows = torch.from_numpy(self.text.heldout.astype(np.int64))
         losses = [token_loss(self.model, part.to(self.device)).double() * len(part) for part in rows.split(64)]
         self.model.train()
         return sum(losses).item() / len(rows)

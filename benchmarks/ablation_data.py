@@ -18,14 +18,17 @@ from stdlib_data import is_heldout, standard_library_files  # noqa: E402
 from toy_tokenizer import train_tokenizer  # noqa: E402
 
 
-VOCAB_SIZE = 512
+VOCAB_SIZE, LENGTH = 512, 128
 # Smaller files say little; larger ones are mostly generated tables.
 FILE_BYTES = (500, 200_000)
 TOKENIZER_BYTES = 20_000_000
 
 
 class Text(NamedTuple):
-    """Token ids of the training and the held-out files, bytes per held-out token, and a digest of all ids."""
+    """
+    Sequences `(rows, LENGTH + 1)` of training and of held-out files, bytes per predicted held-out token, and a digest
+    of all ids.
+    """
 
     train: np.ndarray
     heldout: np.ndarray
@@ -59,9 +62,16 @@ def sources(num_bytes: float) -> dict[str, list[str]]:
     return parts
 
 
+def sequences(tokens: np.ndarray) -> np.ndarray:
+    """Consecutive rows of `LENGTH + 1` ids, overlapping by one, for inputs and targets; a view."""
+    rows = (len(tokens) - 1) // LENGTH
+    return np.lib.stride_tricks.sliding_window_view(tokens, LENGTH + 1)[: rows * LENGTH : LENGTH]
+
+
 def load_text(directory: Path, num_tokens: int, num_heldout: int) -> Text:
     """
-    This many training tokens and held-out ones; cached on the first call.
+    This many training and held-out tokens; tokenized on the first call and cached. Held-out rows are spread over all
+    held-out files: neighbouring rows are alike, so a block of them would say less about other text.
 
     Raises:
         ValueError: when this machine has less text.
@@ -86,12 +96,13 @@ def load_text(directory: Path, num_tokens: int, num_heldout: int) -> Text:
         with replace_file(names["lengths"]) as partial, partial.open("wb") as file:
             np.save(file, np.array(lengths))
     train, heldout = (np.load(names[part], mmap_mode="r") for part in ("train", "heldout"))
-    if len(train) < num_tokens or len(heldout) < num_heldout + 1:
+    if len(train) <= num_tokens or len(heldout) < num_heldout + 1:
         raise ValueError(
             f"This machine has {len(train):,} training and {len(heldout):,} held-out tokens of Python source, but the "
             f"runs need {num_tokens:,} and {num_heldout:,} without repeating one. Install more packages, or use a "
             "smaller --budget."
         )
-    train, heldout = train[:num_tokens], np.asarray(heldout[: num_heldout + 1])
+    train, rows = train[: num_tokens + 1], sequences(heldout)
+    heldout = rows[np.linspace(0, len(rows) - 1, num_heldout // LENGTH).round().astype(int)]
     digest = hashlib.sha256(train.tobytes() + heldout.tobytes()).hexdigest()[:12]
-    return Text(train, heldout, float(np.load(names["lengths"])[heldout[1:]].mean()), digest)
+    return Text(sequences(train), heldout, float(np.load(names["lengths"])[heldout[:, 1:]].mean()), digest)

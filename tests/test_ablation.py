@@ -15,7 +15,8 @@ from ablation_data import Text
 
 
 # Text that counts upwards, so that a model can learn it.
-TEXT = Text((np.arange(140_000) % 500).astype(np.uint16), (np.arange(1281) % 500).astype(np.uint16), 2.5, "abc")
+ROWS = ablation_data.sequences((np.arange(140_000) % 500).astype(np.uint16))
+TEXT = Text(ROWS, ROWS[:10], 2.5, "abc")
 BUDGET = {
     "size": (32, 1), "tokens": (1024, 2048), "seeds": 3, "sizes": ((32, 1),), "tokens_per_parameter": (0.05, 0.1),
     "law_seeds": 1, "batch": 2, "train": 1, "heldout": 1, "device": "cpu",
@@ -119,7 +120,8 @@ def test_runs_of_a_seed_see_the_same_sequences():
     other = ablation.Training(arm(layers=1, seed=1), TEXT, 2, "cpu")
     assert (one.order == two.order).all() and (one.order != other.order).any()
     assert sorted(one.order) == list(range(len(one.rows)))
-    assert (one.rows[0] == TEXT.train[:129]).all() and (one.rows[1] == TEXT.train[128:257]).all()
+    # Rows overlap by the one token that is a target in one and an input in the next.
+    assert (one.rows[0] == np.arange(129)).all() and (one.rows[1] == np.arange(128, 257)).all()
 
 
 def test_it_resumes_after_its_last_run(run, tmp_path, monkeypatch):
@@ -190,12 +192,15 @@ def test_text_is_split_by_file_and_counts_its_bytes(tmp_path, monkeypatch):
         file.write_text(source[2000 * (number % 100) :][:2000] + f"# {number % 110}")
     monkeypatch.setattr(ablation_data, "standard_library_files", lambda: [("copy.py", files[0].read_text())])
     monkeypatch.setattr(ablation_data, "package_files", lambda: [(path.name, path) for path in files])
-    text = ablation_data.load_text(tmp_path, 50_000, 1000)
-    assert len(text.train) == 50_000 and len(text.heldout) == 1001
+    text = ablation_data.load_text(tmp_path, 50_000, 1024)
+    assert text.train.shape == (50_000 // 128, 129) and text.heldout.shape == (8, 129)
+    # The held-out rows are spread over the held-out tokens, from the first to the last.
+    rows = ablation_data.sequences(np.load(tmp_path / "heldout-50000.npy"))
+    assert (text.heldout[0] == rows[0]).all() and (text.heldout[-1] == rows[-1]).all() and len(rows) > 16
     assert 1.5 < text.bytes_per_token < 4
     parts = ablation_data.sources(1e9)
     assert len(parts["train"]) + len(parts["heldout"]) == len({path.read_text() for path in files})
-    again = ablation_data.load_text(tmp_path, 50_000, 1000)
+    again = ablation_data.load_text(tmp_path, 50_000, 1024)
     assert again.digest == text.digest and (again.heldout == text.heldout).all()
     with pytest.raises(ValueError, match="held-out tokens of Python source, but the runs need 50,000 and 10,000,000"):
         ablation_data.load_text(tmp_path, 50_000, 10_000_000)
