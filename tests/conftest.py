@@ -277,9 +277,9 @@ def adb_server(tmp_path_factory):
         port = free.getsockname()[1]
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("ANDROID_ADB_SERVER_PORT", str(port))
-        patch.setenv("HOME", str(tmp_path_factory.mktemp("home")))
-        # The kernels' builds stay in the real cache.
+        # The kernels' builds stay in the real cache. Read before HOME changes.
         patch.setenv("XDG_CACHE_HOME", os.environ.get("XDG_CACHE_HOME") or str(Path("~/.cache").expanduser()))
+        patch.setenv("HOME", str(tmp_path_factory.mktemp("home")))
         yield
         subprocess.run(["adb", "kill-server"], capture_output=True)
 
