@@ -20,11 +20,14 @@ from pathlib import Path
 
 import pytest
 from conftest import ROOT
+from device_daemon import LOADER, Device
 from eval_stand_ins import write_stand_ins
 from hub_server import HubServer
 from markdown_it import MarkdownIt
+from test_bench_phone import MINIBENCH, OBSERVER, fake_runner, install_app
 
 from mobilemoe import cli
+from mobilemoe.costs import read_device
 
 
 DOCUMENTS = [
@@ -54,10 +57,9 @@ SKIP = {
     r"^mobilemoe bench --model S ": "exports two full-size programs; tests/test_bench.py runs small ones",
     r"^mobilemoe eval prepare ": "needs the network; tests/test_evaluation.py runs it against a Hub in memory",
     r"^gradle ": "needs the Android SDK",
-    r"^(adb |mobilemoe (bench|chat) --device adb)": "needs a phone; tests/test_bench_phone.py and "
-    "test_device_model.py have one on loopback",
-    r"^mobilemoe (bench|chat) --device ssh:": "needs a board; tests/test_ssh.py has this machine",
-    r"^mobilemoe bench --build-runner": "needs a cross compiler; tests/test_bundle.py",
+    r"^(adb |mobilemoe (bench|chat) --device adb)": "needs a phone; test_commands_of_devices has one on loopback",
+    r"^mobilemoe (bench|chat) --device ssh:": "needs a board; test_commands_of_devices has this machine",
+    r"^mobilemoe bench --build-runner": "needs a cross compiler; test_commands_of_devices",
     r"^hf auth login": "needs an account of the Hub",
     r"^pip ": "needs the package index; tests/test_wheel.py installs the wheel",
     r"^cmake ": "needs a cross compiler or Android's NDK; tests/test_runner.py and test_kernels.py build its targets",
@@ -139,12 +141,12 @@ def environment_of(directory: Path) -> dict[str, str]:
     return os.environ | values | {"NO_PROXY": "127.0.0.1,localhost"}
 
 
-def run(command: list[str], directory: Path, **environment: str) -> None:
+def run(command: list[str], directory: Path, text: str = "", **environment: str) -> str:
+    """What the command prints, with a text as its input."""
     environment = environment_of(directory) | environment
-    result = subprocess.run(
-        command, cwd=directory, env=environment, capture_output=True, text=True, stdin=subprocess.DEVNULL
-    )
+    result = subprocess.run(command, cwd=directory, env=environment, capture_output=True, text=True, input=text)
     assert result.returncode == 0, f"{command[-1]}\n{result.stdout[-1000:]}{result.stderr[-3000:]}"
+    return result.stdout
 
 
 @pytest.mark.slow
@@ -168,6 +170,66 @@ def test_document(document: Path, clone: Path, tmp_path: Path):
                 run([sys.executable, "-c", text], directory)
     if not ran:
         pytest.skip("all of its commands are in SKIP")
+
+
+# What needs a phone, a board, or the runner for them.
+OF_DEVICES = r"^(adb |mobilemoe (bench|chat) --(device (adb|ssh:)|build-runner))"
+
+
+@pytest.fixture
+def board(tmp_path: Path, emulator: list[str], monkeypatch) -> Path:
+    """Where a login on a board begins: this machine, with QEMU as its processor, in place of what ssh reaches."""
+    home, here, there = (tmp_path / name for name in ("board", "bin", "board-bin"))
+    for path in (home, here, there):
+        path.mkdir()
+    start = f"../bundle/{LOADER} --library"
+    emulated = f"{' '.join(emulator)} {start}"
+    scripts = {
+        there / "uname": "echo aarch64",
+        here / "ssh": f"cd {home}; for last; do :; done; export PATH={there}:$PATH\n"
+        f'exec sh -c "$(printf %s "$last" | sed "s#{start}#{emulated}#")"',
+    }
+    for path, script in scripts.items():
+        path.write_text(f"#!/bin/sh\n{script}\n")
+        path.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{here}{os.pathsep}{os.environ['PATH']}")
+    return home
+
+
+@pytest.mark.slow
+def test_commands_of_devices(
+    clone: Path, phone: Device, board: Path, arm_bundle: Path, emulator: list[str], tmp_path: Path
+):
+    """
+    Those of docs/phone.md, on a phone on loopback and a board that is this machine, both with Arm code in QEMU.
+    ExecuTorch's runners are stand-ins. What exports two full-size programs is left out.
+    """
+    directory = shutil.copytree(clone, tmp_path / "clone")
+    phone.emulator = emulator
+    # Any program: neither stand-in reads it.
+    shutil.copytree(directory / "out/demo/pte", directory / "out/pte-llama")
+    runner = directory / "cmake-out-android/examples/models/llama/llama_main"
+    runner.parent.mkdir(parents=True)
+    fake_runner(runner, f"echo '{OBSERVER}'")
+    results = phone.root / "app/files/benchmark_results.json"
+    install_app(phone, f"[ $1 = start ] && cat > {results} <<'END'\n{MINIBENCH}\nEND\necho Status: ok")
+    ran = []
+    for _, text in read_document((ROOT / "docs/phone.md").read_text()):
+        if not re.search(OF_DEVICES, text) or "--model S " in text or text == "adb connect ADDRESS":
+            continue
+        print(text, flush=True)
+        chat = text.startswith("mobilemoe chat ")
+        printed = run(["bash", "-ec", text], directory, "Write a loop.\nShorter.\n/reset\nThanks.\n" if chat else "")
+        assert not chat or len(printed.strip()) > 10
+        ran.append(text)
+    counts = [sum(words in text for text in ran) for words in ("--device adb", "--device ssh:", "--build-runner")]
+    assert counts == [4, 2, 1]
+    left = [path for place in ("data/local/tmp", "app/files") for path in (phone.root / place).iterdir()]
+    assert left == [results] and not any((board / ".cache").iterdir())
+    for name in ("phone.json", "board.json"):
+        result = read_device(directory / "out" / name)
+        assert result.bandwidth > 0
+    assert (directory / "out/phone.png").is_file() and (directory / "out/arm-runner" / LOADER).is_file()
 
 
 @contextmanager

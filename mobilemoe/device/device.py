@@ -29,7 +29,7 @@ from .cores import Core
 KEPT = "kept"
 CPU = "/sys/devices/system/cpu"
 # Removes the lock of an owner that ended, takes it if it is free, and prints its owner. A symbolic link is made with
-# what it holds in one step, and not where one is.
+# what it holds in one step, and not where one is. Android lets its shell make them there (and no hard links).
 LOCK = 'test "$(readlink "$1")" != "$3" || rm -f "$1"; mkdir -p "${1%/*}"; ln -s "$2" "$1"; readlink "$1"'
 
 
@@ -170,7 +170,7 @@ class Device(ABC):
             bits = ", which is 32-bit" if machine.startswith("armv") else ""
             raise ValueError(
                 f"{self.name} has the processor or kernel {machine}{bits}, and the runner is 64-bit Arm code. Use "
-                "another device, or give a runner that was built for this one with --runner-binary."
+                "another device; `bench` also takes a runner that was built for this one, with --runner-binary."
             )
 
     def free_bytes(self, directory: str) -> int:
