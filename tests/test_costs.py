@@ -174,6 +174,15 @@ def test_phones_measured_with_s_predict_m_and_l():
         assert 1.2 < tokens / s25.prefill_seconds(SIZES["l"], tokens) / speed < 1.4
 
 
+def test_rates_of_s_are_too_slow_for_a_dense_model_at_short_context():
+    # MobileLLM-Pro: 30 layers, 20 heads of 64 channels, 4.5 bits per weight. docs/scaling.md says the same.
+    s25 = read_device("galaxy-s25")
+    assert s25.decode_attention_rate is not None
+    for context, predicted, published in ((256, 40, 61.3), (8192, 10.1, 10.6)):
+        seconds = 1_084_453_120 * 4.5 / 8 / s25.bandwidth + 4 * 30 * 20 * 64 * context / s25.decode_attention_rate
+        assert 1 / seconds == pytest.approx(predicted, rel=0.01) and predicted < published
+
+
 def test_calibration_recovers_a_device():
     config = SIZES["s"]
     device = Device(25e9, 270e9, 15e9, 46e9)
