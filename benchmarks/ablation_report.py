@@ -23,7 +23,7 @@ from scipy import stats
 from mobilemoe.artifacts import write_text
 from mobilemoe.display import markdown, picture
 from mobilemoe.plan.fit import fit_law
-from mobilemoe.plan.law import COLUMNS
+from mobilemoe.plan.law import COLUMNS, ScalingLaw
 from mobilemoe.plan.report import fit_rows
 
 
@@ -111,20 +111,35 @@ def losses_table(points: Sequence[dict]) -> str:
     return markdown((*columns, "bits per byte", "seeds"), rows)
 
 
-def findings_table(points: Sequence[dict]) -> tuple[str, dict]:
+def router_part(points: Sequence[dict], weights: dict[Arm, int], law: ScalingLaw) -> float:
+    """
+    The part of a weighted sum that a law ascribes to the routers' parameters: finer and more experts have larger
+    routers, which are a sixth of the active parameters at this size and 0.3 % in S.
+    """
+    arms = {(point["expansion"], point["granularity"], point["shared"]): point for point in points}
+    part = 0.0
+    for arm, weight in weights.items():
+        active, tokens = arms[arm]["active_parameters"], arms[arm]["tokens"]
+        without = active - arms[arm]["router_parameters"]
+        part += weight * float(law.loss(active, tokens, arm[0]) - law.loss(without, tokens, arm[0]))
+    return part
+
+
+def findings_table(points: Sequence[dict], law: ScalingLaw | None) -> tuple[str, dict]:
     rows, result = [], {}
     for claim, weights, sign in FINDINGS:
         sums = paired(points, weights)
         if len(sums) < 2:
-            rows.append((claim, "", len(sums), "", "not measured: fewer than two seeds"))
+            rows.append((claim, "", "", len(sums), "", "not measured: fewer than two seeds"))
             continue
+        part = "" if law is None else f"{router_part(points, weights, law):+.4f}"
         mean, half = interval(sums)
         verdict = judge(mean, half, sign)
         needed = pairs_needed(mean, statistics.stdev(sums)) if verdict == "not resolved" else ""
-        rows.append((claim, f"{mean:+.4f} ± {half:.4f}", len(sums), needed, verdict))
+        rows.append((claim, f"{mean:+.4f} ± {half:.4f}", part, len(sums), needed, verdict))
         result[claim] = {"mean": float(mean), "half_width": half, "pairs": len(sums), "verdict": verdict}
-    columns = ("finding of the paper", "difference, 95 %", "pairs", "pairs for 90 % power", "verdict")
-    return markdown(columns, rows), result
+    columns = ("finding of the paper", "difference, 95 %", "of it by router parameters", "pairs")
+    return markdown((*columns, "pairs for 90 % power", "verdict"), rows), result
 
 
 def rates_table(points: Sequence[dict]) -> str | None:
@@ -138,12 +153,12 @@ def rates_table(points: Sequence[dict]) -> str | None:
     return markdown(("width", "E", "tokens", "learning rate, times ours", "loss over ours"), rows) if rows else None
 
 
-def laws_section(points: Sequence[dict], bootstrap: int) -> tuple[str, dict]:
+def laws_section(points: Sequence[dict], bootstrap: int) -> tuple[str, dict, ScalingLaw | None]:
     grid = [point for point in points if point["rate"] == 1]
     try:
         comparisons = compare_forms(grid, bootstrap)
     except ValueError as error:
-        return f"None yet. {error}", {}
+        return f"None yet. {error}", {}, None
     rows = [
         (
             one.name,
@@ -165,7 +180,7 @@ def laws_section(points: Sequence[dict], bootstrap: int) -> tuple[str, dict]:
     )
     lines.append(markdown(("coefficient", "estimate", "interval"), fit_rows(fit)))
     best = min(comparisons, key=lambda one: one.heldout)
-    return "\n\n".join(lines), {"best_law": best.name, "heldout_rmse": best.heldout}
+    return "\n\n".join(lines), {"best_law": best.name, "heldout_rmse": best.heldout}, fit.law
 
 
 def plot_findings(points: Sequence[dict], path: Path) -> None:
@@ -229,8 +244,8 @@ def report(points: list[dict], output: Path, bootstrap: int = 30) -> tuple[str, 
     check_values(points)
     cell = findings_cell(points)
     first = cell[0]
-    findings, result = findings_table(cell)
-    laws, law_result = laws_section(points, bootstrap)
+    laws, law_result, law = laws_section(points, bootstrap)
+    findings, result = findings_table(cell, law)
     pictures = [output.with_name(f"{output.stem}_{name}.png") for name in ("findings", "compute")]
     plot_findings(cell, pictures[0])
     plot_compute(points, pictures[1])
@@ -241,7 +256,8 @@ def report(points: list[dict], output: Path, bootstrap: int = 30) -> tuple[str, 
         f"{len(points)} points on text {first['text']}.",
         "## Findings",
         f"Width {first['width']}, {first['layers']} layers, {first['tokens']:,} tokens; nats per held-out token. "
-        "Differences are within a seed, with the 95 % interval of their mean.",
+        "Differences are within a seed, with the 95 % interval of their mean. By router parameters: what the law "
+        "below ascribes to them.",
         findings,
         f"![Differences within a seed, by finding]({pictures[0].name})",
         "## Losses",

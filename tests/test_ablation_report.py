@@ -66,6 +66,15 @@ def test_intervals_are_of_pairs():
     assert ablation_report.interval([0.1]) == (0.1, math.inf)
 
 
+def test_part_of_a_difference_is_due_to_the_routers():
+    points = ablation_report.findings_cell(points_of(0.0))
+    weights = {(8, 16, False): 1, (8, 8, False): -1}
+    (difference,) = {round(value, 9) for value in ablation_report.paired(points, weights)}
+    # Here the rest is the effect of granularity, one of two equal steps of its logarithm.
+    part = ablation_report.router_part(points, weights, LAW)
+    assert part < -0.01 and difference - part == pytest.approx(FINE / 2, abs=1e-6)
+
+
 @pytest.mark.parametrize(
     ("mean", "half", "sign", "verdict"),
     [(-2, 1, -1, "holds"), (2, 1, -1, "does not hold"), (2, 1, 1, "holds"), (0.5, 1, -1, "not resolved")],
