@@ -4,8 +4,8 @@ Damaged inputs of every kind, each in a process of its own: what becomes of them
     python -m tests.fuzz [--cases 2000] [--seed N] [--processes 2] [--case NUMBER]
 
 Prints a table of outcomes by family, and every case that ended in a traceback, a wrong result, a crash or a hang,
-with the command that repeats it. One JSON line last. Fails after a wrong result, a crash, a hang, or tracebacks in more
-than one case of a hundred.
+with the command that repeats it. One JSON line last. Fails after a wrong result, a crash, a hang, or tracebacks in
+more than one case of a hundred.
 """
 
 import argparse
