@@ -271,6 +271,23 @@ def test_minibench(phone: Device, kernel_pte: Path, prompt: Path, capsys):
     assert left_behind(phone) == []
 
 
+def test_the_cable_is_pulled_while_a_result_is_read(phone: Device, kernel_pte: Path, prompt: Path, capsys):
+    """Of the app, whose result is a file; our runner's comes line by line."""
+    result = phone.root / "app/files/benchmark_results.json"
+    install_app(phone, f"[ $1 = start ] && cat > {result} <<'END'\n{MINIBENCH}\nEND\necho Status: ok")
+    options = ("--model", kernel_pte, "--runner", "minibench", "--prompt-file", prompt, "--repeats", 1, "--json")
+    phone.vanish_at = "cat files/benchmark_results.json"
+    with pytest.raises(SystemExit, match=r"^mobilemoe bench: \S+ is gone during .*run the same command again.$"):
+        bench(*options)
+    assert left_behind(phone) == [f"{kernel_pte.name}/{name}" for name in ("model.pte", "tokenizer.json")]
+    phone.plug_in()
+    connect(phone)
+    phone.pushed = []
+    bench(*options)
+    assert "decode_tokens_per_s" in capsys.readouterr().out and phone.pushed == []
+    assert not (phone.root / PLACE).exists() and not (phone.root / f"{PLACE}.lock").is_symlink()
+
+
 def test_minibench_that_crashes_or_is_missing(phone: Device, kernel_pte: Path, prompt: Path):
     options = ("--model", kernel_pte, "--runner", "minibench", "--prompt-file", prompt, "--repeats", 1)
     phone.script("pm", "exit 0")
