@@ -148,7 +148,7 @@ def read_table(path: str | Path, **conditions) -> dict[str, np.ndarray]:
 def read_row(path: Path, number: int, line: str) -> dict:
     try:
         row = json.loads(line)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         row = error
     if not isinstance(row, dict):
         raise ValueError(
