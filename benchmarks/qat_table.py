@@ -28,8 +28,8 @@ from modeling_mobilemoe import quantize
 
 
 ROOT = Path(__file__).parents[1]
-# By name of the row: the options of the recipe. Cross-entropy also trains at the rate at which it learns most of what the
-# fine-tuning, which was short, had left.
+# By name of the row: the options of the recipe. Cross-entropy also trains at the rate at which it learns most of what
+# the fine-tuning, which was short, had left.
 LOSSES = {
     "cross-entropy": ["--distill", "0"],
     "cross-entropy, 10 x the rate": ["--distill", "0", "--learning_rate", "5e-4"],
