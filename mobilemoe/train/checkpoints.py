@@ -118,7 +118,8 @@ class MixtureCallback(TrainerCallback, ExportableState):
 
     def on_log(self, args, state, control, logs=None, **kwargs) -> None:
         # TRL counts the columns of `position_ids`, which have a row per sequence here.
-        for name in {"num_tokens", "eval_num_tokens"} & logs.keys():
+        # Stages without packed sequences count the tokens that they see.
+        for name in {"num_tokens", "eval_num_tokens"} & logs.keys() if self.mixture.max_length else ():
             tokens = state.global_step * self.sequences_per_step * args.world_size * self.mixture.max_length
             logs[name] = state.log_history[-1][name] = tokens
         rows = [row for row in state.log_history if "loss" in row]

@@ -213,7 +213,7 @@ def refuse_fsdp(training_args: "SFTConfig", reason: str) -> None:
 
 
 def set_up_routing(
-    model: PreTrainedModel, recipe: RecipeArguments, gradient_accumulation_steps: int
+    model: PreTrainedModel, recipe: RecipeArguments, gradient_accumulation_steps: int, generates: bool = False
 ) -> ExpertBiasCallback:
     """Dispatch, z-loss and balancing as a recipe asks for them; the callback goes to the trainer."""
     if recipe.capacity_factor is not None:
@@ -221,7 +221,7 @@ def set_up_routing(
     if recipe.router_z_loss_coef:
         add_router_z_loss(model, recipe.router_z_loss_coef, gradient_accumulation_steps)
     rate = 1e-3 if recipe.expert_bias_update_rate is None else recipe.expert_bias_update_rate
-    return ExpertBiasCallback(model, rate, recipe.capacity_factor)
+    return ExpertBiasCallback(model, rate, recipe.capacity_factor, generates)
 
 
 # What the recipes do themselves, so that these settings of TRL's would be ignored.

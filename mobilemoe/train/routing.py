@@ -217,10 +217,18 @@ class ExpertBiasCallback(TrainerCallback):
         model (`PreTrainedModel`): the model to train.
         update_rate (`float`, defaults to 1e-3): the paper's lambda_lb; 0 only records.
         capacity_factor (`float`, *optional*): the factor of the dispatch, to count dropped assignments.
+        generates (`bool`, defaults to `False`): the trainer generates too, and only passes with gradients count. With
+            reentrant activation checkpointing there would be none.
     """
 
-    def __init__(self, model: PreTrainedModel, update_rate: float = 1e-3, capacity_factor: float | None = None):
-        self.update_rate = update_rate
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        update_rate: float = 1e-3,
+        capacity_factor: float | None = None,
+        generates: bool = False,
+    ):
+        self.update_rate, self.generates = update_rate, generates
         self.capacity_factor = capacity_factor
         self.layers = [
             module for module in model.modules() if isinstance(module, (MobileMoEFeedForward, Int4FeedForward))
@@ -232,12 +240,14 @@ class ExpertBiasCallback(TrainerCallback):
         self.load = torch.zeros(len(self.layers), self.num_experts, device=device)
         # Steps not yet written, each with a tensor of shape `(len(MEASURES), layers)`.
         self.pending: list[tuple[int, torch.Tensor]] = []
+        # The last written step that has not been logged.
+        self.last_row: dict | None = None
         for index, layer in enumerate(self.layers):
             layer.router.register_forward_hook(self._record_hook(index))
 
     def _record_hook(self, layer: int):
         def hook(router, args, output: tuple[torch.Tensor, torch.Tensor, torch.Tensor]) -> None:
-            if not router.training:
+            if not router.training or (self.generates and not torch.is_grad_enabled()):
                 return
             router_logits, _, top_k_index = output
             # Without a factor an expert accepts all tokens.
@@ -281,10 +291,10 @@ class ExpertBiasCallback(TrainerCallback):
         # In place: compiled hooks refer to this tensor.
         self.totals.zero_()
 
-    def _flush(self, args, state) -> dict | None:
-        """Writes the steps since the last flush and returns the last one; the only synchronisation with the GPU."""
+    def _flush(self, args, state) -> None:
+        """Writes the steps since the last flush; the only synchronisation with the GPU."""
         if not self.pending:
-            return None
+            return
         steps, tensors = zip(*self.pending, strict=True)
         self.pending.clear()
         rows = []
@@ -294,12 +304,13 @@ class ExpertBiasCallback(TrainerCallback):
         if state.is_world_process_zero:
             with Path(args.output_dir, "routing.jsonl").open("a") as file:
                 file.write("".join(json.dumps(row) + "\n" for row in rows))
-        return rows[-1]
+        self.last_row = rows[-1]
 
     def on_log(self, args, state, control, logs=None, **kwargs) -> None:
-        row = self._flush(args, state)
-        if row is None or logs is None:
+        self._flush(args, state)
+        if self.last_row is None or logs is None:
             return
+        row, self.last_row = self.last_row, None
         summary = {
             "load_imbalance": max(row["imbalance"]),
             "dropped_tokens": statistics.mean(row["dropped"]),
