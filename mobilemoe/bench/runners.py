@@ -24,7 +24,7 @@ from ..device.runner import (
     Loaded,
     Measured,
     Sustained,
-    check_program_name,
+    check_program_directory,
     program_files,
     program_options,
     read_events,
@@ -172,7 +172,7 @@ class Program:
     sustained: list[dict] = field(default_factory=list)
 
     def __post_init__(self) -> None:
-        check_program_name(self.path)
+        check_program_directory(self.path)
         self.report = read_export(self.path)
 
     @property

@@ -22,7 +22,7 @@ from .runner import (
     Loaded,
     Token,
     bundle_files,
-    check_program_name,
+    check_program_directory,
     program_files,
     program_options,
     read_events,
@@ -45,7 +45,7 @@ class DeviceModel(TextModel):
 
     def __init__(self, path: str | Path, name: str):
         path = Path(path)
-        check_program_name(path)
+        check_program_directory(path)
         report = check_program(path)
         foreign = [operator for operator in report.operators if operator.startswith("llama::")]
         if foreign:

@@ -90,7 +90,7 @@ Event = Loaded | Measured | Sustained | Done | Token | Answered
 LINE = TypeAdapter(Annotated[Event | Failed, Field(discriminator="event")])
 
 
-def check_program_name(path: Path) -> None:
+def check_program_directory(path: Path) -> None:
     """
     Raises:
         ValueError: when a directory holds no program, or has the name of another file of ours on the device.
