@@ -196,6 +196,8 @@ def test_granularity_keeps_parameters_and_shows_both_sides():
 
 
 def test_extrapolation_is_refused_or_said():
+    import bench_law
+
     assert plan(Request(tokens=300e9, inference_flops=2 * 528.5e6, **PAPER_LIMITS)).warnings == []
     request = {"inference_flops": 2 * 272.5e6, **PAPER_LIMITS}
     for budget in ({"tokens": 6e12}, {"tokens": 1e10}, {"flops": 1e23}, {"flops": 1e19}):
@@ -207,6 +209,11 @@ def test_extrapolation_is_refused_or_said():
         ((name, _),) = budget.items()
         offered = {name: float(str(error.value).split("Set ")[1].split(",")[0])}
         assert plan(Request(1e9, **offered)).best.tokens <= 1.1 * 500e9
+    tiny = fit_law(bench_law.synthetic_table(PAPER_LAW.rmse, 0), bootstrap=5)
+    ranges = PAPER_LAW.ranges | {"active_parameters": (3e4, 9e4)}
+    tiny = dataclasses.replace(tiny, law=dataclasses.replace(tiny.law, ranges=ranges))
+    with pytest.raises(ValueError, match=r"fitted to 0.03M to 0.09M active .* nearest has 8.34M. Give a law of such"):
+        plan(Request(1e9, tokens=3e11), tiny)
     warnings = plan(Request(tokens=6e12, extrapolate=True, **request)).warnings
     assert len(warnings) == 1 and warnings[0].startswith("tokens 6e+12 is outside the fitted 1e+11 to 5e+11")
     # The range of the law, instead of a limit.

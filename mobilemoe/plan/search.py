@@ -159,23 +159,25 @@ def search(request: Request, law: ScalingLaw) -> list[Candidate]:
                 shape = evaluate(config, expansion, request, law)
                 beyond = law.outside(config.num_active_parameters, shape.tokens, expansion)
                 if beyond and not request.extrapolate:
-                    outside.append((len(beyond), beyond))
+                    outside.append(config.num_active_parameters)
                     # More experts hardly change the number of active parameters: these shapes are outside too.
                     break
                 shapes.append(shape)
     if not shapes:
         (low, high), (least, most) = law.ranges["active_parameters"], law.ranges["tokens"]
         budget = "tokens" if request.flops is None else "flops"
-        limits = (least, most) if request.flops is None else (6 * low * least, 6 * high * most)
+        first, last = (least, most) if request.flops is None else (6 * low * least, 6 * high * most)
         value = request.__dict__[budget]
-        reason = (
-            f"is outside the {limits[0]:.3g} to {limits[1]:.3g} that the law was fitted to"
-            if not limits[0] <= value <= limits[1]
-            else f"leaves no shape in the range of the law: {'; '.join(min(outside)[1])}"
-        )
+        if first <= value <= last:
+            nearest = min(outside, key=lambda active: abs(math.log(active / math.sqrt(low * high))))
+            raise ValueError(
+                f"The law was fitted to {millions(low)} to {millions(high)} active parameters and {least:.3g} to "
+                f"{most:.3g} tokens, and no shape with {budget}={value:.3g} is in that range; the nearest has "
+                f"{millions(nearest)}. Give a law of such sizes, another vocabulary, or --extrapolate."
+            )
         raise ValueError(
-            f"{budget}={value:.3g} {reason}, so it cannot rank shapes there. Set "
-            f"{min(max(value, limits[0]), limits[1]):.3g}, or --extrapolate to have its extrapolation."
+            f"{budget}={value:.3g} is outside the {first:.3g} to {last:.3g} that the law was fitted to, so it cannot "
+            f"rank shapes there. Set {min(max(value, first), last):.3g}, or --extrapolate to have its extrapolation."
         )
     return shapes
 
