@@ -208,7 +208,7 @@ def test_whole_model_of_a_sharded_checkpoint(ddp_runs, fsdp2_runs, tmp_path):
     assert found.keys() == expected.keys()
     for key, tensor in expected.items():
         torch.testing.assert_close(found[key], tensor, rtol=0, atol=0 if "expert_bias" in key else 1e-5, msg=key)
-    assert AutoTokenizer.from_pretrained(tmp_path / "whole").vocab_size == 512
+    assert len(AutoTokenizer.from_pretrained(tmp_path / "whole")) == 512
     with pytest.raises(ValueError, match="whole exists already"):
         save_whole(checkpoint, tmp_path / "whole")
     with pytest.raises(ValueError, match="no complete checkpoint of a run under FSDP2"):
