@@ -195,7 +195,7 @@ def plot_findings(points: Sequence[dict], path: Path) -> None:
             axis.axhline(0, color="black", linewidth=1)
             for position, (arm, _) in enumerate(arms):
                 sums = paired(points, {arm: 1, base: -1})
-                axis.plot([position] * len(sums), sums, ".", color="C0", alpha=0.3, markersize=5)
+                axis.plot([position - 0.15] * len(sums), sums, ".", color="C0", alpha=0.5, markersize=5)
                 if len(sums) > 1:
                     mean, half = interval(sums)
                     axis.errorbar(position, mean, half, fmt="o", color="C1", capsize=5, linewidth=2)

@@ -3,6 +3,7 @@
 import json
 import math
 import sys
+from pathlib import Path
 
 import ablation
 import ablation_laws
@@ -157,6 +158,19 @@ def test_bad_points_are_refused(change, message, tmp_path):
     points[5] |= change
     with pytest.raises(ValueError, match=message):
         ablation_report.report(points, tmp_path / "r.md")
+
+
+def test_committed_report_is_that_of_the_committed_runs(tmp_path, monkeypatch):
+    docs = Path(__file__).parents[1] / "docs"
+    name = "Chinchilla on total parameters"
+    # The laws take a minute.
+    monkeypatch.setattr(ablation_laws, "FORMS", {name: ablation_laws.FORMS[name]})
+    made, _ = ablation_report.report(ablation.read_points(docs / "ablation.jsonl"), tmp_path / "ablation.md", 1)
+    committed = (docs / "ablation.md").read_text()
+    assert committed.split("## Laws")[0] == made.split("## Laws")[0]
+    (row,) = (line for line in made.splitlines() if line.startswith(f"| {name} | yes"))
+    # Up to the interval, which has fewer refits.
+    assert row.split("(")[0] in committed
 
 
 def test_few_points_have_findings_and_no_law(tmp_path):
