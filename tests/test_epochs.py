@@ -150,6 +150,8 @@ def test_best_model_is_loaded_at_the_end(recipe, tmp_path, changes):
     state = history(tmp_path / "out")
     evaluations = {row["step"]: row["eval_loss"] for row in state["log_history"] if "eval_loss" in row}
     steps = sorted(evaluations)
+    bits = [row["eval_bits_per_byte"] for row in state["log_history"] if "eval_loss" in row]
+    assert bits == sorted(bits, reverse=True) and bits[-1] > 0
     assert len(steps) == 3 and steps == [steps[0], 2 * steps[0], 3 * steps[0]] and state["max_steps"] == steps[-1]
     assert [row["epoch"] for row in state["log_history"] if "eval_loss" in row] == [1, 2, 3]
     assert evaluations[steps[0]] > evaluations[steps[1]] > evaluations[steps[2]]

@@ -24,6 +24,7 @@ from .checkpoints import MixtureCallback, find_start
 from .checks import check_numbers, read_yaml
 from .data import DataSource, Mixture, Source, collate, padding_id
 from .epochs import Epochs, packed_sequences, read_documents
+from .evaluation import BitsPerByte
 from .qat import is_prepared
 from .routing import ExpertBiasCallback, add_router_z_loss, set_capacity_factor
 from .sharding import shard, shard_teacher
@@ -334,12 +335,13 @@ def make_trainer(
         per_step = sequences_per_step * num_processes
         data = Epochs(recipe.data, reading, length, seed, per_step, num_processes, position, open_source)
         count_steps(data, training_args)
-    eval_dataset = None
+    eval_dataset, callbacks = None, [MixtureCallback(data, sequences_per_step, first_step), routing]
     if recipe.eval_data:
         from datasets import Dataset
 
         held_out = read_documents([Source(source, reading, length, seed) for source in recipe.eval_data])
         eval_dataset = Dataset.from_list(packed_sequences(held_out, length, padding_id(reading))).with_format("numpy")
+        callbacks.append(BitsPerByte(held_out, reading))
     # The data resume by themselves from the checkpoint's position, and their rows are what the model takes.
     training_args.ignore_data_skip = True
     training_args.dataset_kwargs = {"skip_prepare_dataset": True}
@@ -354,7 +356,7 @@ def make_trainer(
         eval_dataset=eval_dataset,
         data_collator=partial(collate, flatten="flash" in model.config._attn_implementation),
         processing_class=tokenizer,
-        callbacks=[MixtureCallback(data, sequences_per_step, first_step), routing],
+        callbacks=callbacks,
     )
     trainer.random_states = training_args.resume_from_checkpoint
     if first_step >= training_args.max_steps:

@@ -19,6 +19,7 @@ from .checkpoints import check_output_dir, mark_output_dir
 from .checks import check_numbers
 from .data import check_weights
 from .distillation import Distillation
+from .evaluation import BitsPerByte
 from .fake_quantization import activation_grid
 from .lora import add_lora, trainable_table
 from .qat import FakeQuantizationStart, convert, preparation_table, prepare
@@ -227,6 +228,8 @@ def quantize_aware(
         if not trainer.accelerator.is_fsdp2:
             teacher.to(training_args.device)
         trainer.distillation = Distillation(model, teacher, quantization.distill, quantization.distill_temperature)
+        # The loss of an evaluation is a divergence then.
+        trainer.remove_callback(BitsPerByte)
     trainer.add_callback(FakeQuantizationStart(quantization.quantize_from_step))
     _train(trainer, recipe, training_args, stage, report)
     if trainer.state.global_step <= quantization.quantize_from_step:
