@@ -149,7 +149,8 @@ def run_plan(arguments: argparse.Namespace) -> None:
     from .costs import PROGRAM_KV_BITS, Device, read_device
     from .display import show
     from .plan import planner, report, search
-    from .plan.fit import fit_law, read_table
+    from .plan.fit import fit_law
+    from .plan.table import read_table
 
     if arguments.device and (arguments.bandwidth or arguments.rate):
         raise ValueError("--device and --bandwidth or --rate both say how fast the device is. Give one of them.")

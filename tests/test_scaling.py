@@ -6,7 +6,7 @@ import sys
 import numpy as np
 import pytest
 
-from mobilemoe.plan.fit import fit_law, heldout_error, read_table
+from mobilemoe.plan.fit import fit_law, heldout_error
 from mobilemoe.plan.law import (
     COEFFICIENTS,
     COLUMNS,
@@ -16,6 +16,7 @@ from mobilemoe.plan.law import (
     effective_experts,
 )
 from mobilemoe.plan.report import describe_fit, plot_fit
+from mobilemoe.plan.table import read_table
 
 
 EXPANSIONS = np.array(PAPER_GRID["expansion"])
