@@ -51,7 +51,8 @@ class StopsAtNonFinite(Trainer):
             (place,) = [each for each in self.callback_handler.callbacks if isinstance(each, MixtureCallback)]
             place.prepare_to_save(self.args, self.state, self.accelerator.unwrap_model(model))
             self._save_checkpoint(model, trial=None)
-        kept = f"The weights before it are in {checkpoint}: start a new run from them, with" if step else "Set"
+        whole = "make a whole model of them (python -m mobilemoe.train.sharding), and " if self.is_fsdp_enabled else ""
+        kept = f"The weights before it are in {checkpoint}: {whole}start a new run from them, with" if step else "Set"
         raise ValueError(
             f"Training stopped before step {step + 1}, which would spoil the weights: the norm of the gradient is "
             f"{norm:g}, and the loss {loss / (step + 1 - self._globalstep_last_logged):g}. {kept} a lower "
@@ -80,7 +81,8 @@ class RecipeTrainer(StopsAtNonFinite, SFTTrainer):
         return self.distillation.mix(found, divergence)
 
     def save_model(self, output_dir=None, _internal_call=False):
-        if not self.accelerator.is_fsdp2:
+        plugin = self.accelerator.state.fsdp_plugin if self.accelerator.is_fsdp2 else None
+        if plugin is None or plugin.state_dict_type == StateDictType.FULL_STATE_DICT:
             return super().save_model(output_dir, _internal_call)
         if _internal_call:
             # A checkpoint: with the states of the optimizer, the trainer saves its weights as they are sharded.
@@ -88,7 +90,6 @@ class RecipeTrainer(StopsAtNonFinite, SFTTrainer):
                 self.model.config.save_pretrained(output_dir)
                 self.processing_class.save_pretrained(output_dir)
             return
-        plugin = self.accelerator.state.fsdp_plugin
         kind, plugin.state_dict_type = plugin.state_dict_type, StateDictType.FULL_STATE_DICT
         try:
             super().save_model(output_dir)
