@@ -221,7 +221,7 @@ def test_autocast_multiplies_in_bf16_over_fp32_weights(tiny_model, implementatio
                 self.products.append((func.overloadpacket, args[0].dtype, args[1].dtype, tuple(args[1].shape)))
             return func(*args, **(kwargs or {}))
 
-    model = prepare(tiny_model.train()) if qat else tiny_model.train()
+    model = prepare(tiny_model.train(), activations="per_token") if qat else tiny_model.train()
     if implementation == "capacity":
         set_capacity_factor(model, 1.5)
     else:
