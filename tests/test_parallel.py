@@ -23,7 +23,7 @@ from mobilemoe.train.routing import (
     add_router_z_loss,
     read_routing,
     set_capacity_factor,
-    shard_fp32,
+    shard_routers,
 )
 from modeling_mobilemoe import MobileMoEForCausalLM, MobileMoEModel
 
@@ -105,7 +105,7 @@ def run_mixed_precision(config, keep_routers):
     model = build_tiny_model(config).train()
     policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.bfloat16, output_dtype=torch.bfloat16)
     if keep_routers:
-        shard_fp32(model)
+        shard_routers(model)
     for layer in model.model.layers:
         fully_shard(layer, mp_policy=policy)
     fully_shard(model, mp_policy=policy)

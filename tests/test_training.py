@@ -83,7 +83,7 @@ def test_shipped_recipes_have_names_and_existing_paths_win(option, name, path, t
 @pytest.mark.parametrize(
     ("option", "name", "shipped"),
     [
-        ("config", "sfft", "midtrain, pretrain, qat, sft, tiny/midtrain, tiny/pretrain, tiny/qat, tiny/sft"),
+        ("config", "sfft", "midtrain, pretrain, qat, sft, tiny/distill, tiny/dpo, tiny/grpo, tiny/midtrain, "),
         ("config", "accelerate/ddp", "midtrain, "),
         ("model", "mobilemoe-x", "mobilemoe-l, mobilemoe-m, mobilemoe-s, tiny"),
     ],
@@ -211,6 +211,9 @@ STAGES = {"pretrain": stages.pretrain, "sft": stages.fine_tune, "qat": stages.qu
 
 
 def run(recipe, tmp_path, script="pretrain"):
+    if script == "qat":
+        # The recipe is one of pre-training, which drops tokens.
+        recipe = {"activation_grid": "per_token"} | recipe
     path = tmp_path / "recipe.yaml"
     path.write_text(yaml.safe_dump(recipe))
     parameters = inspect.signature(STAGES[script]).parameters.values()
@@ -418,18 +421,12 @@ def test_yaml_file_that_is_none(tmp_path, text, message):
 LORA_ERRORS = {
     "rank alone": ({"lora_rank": 4}, "without lora_scope, and would do nothing"),
     "balancing": ({"lora_scope": "all", "lora_rank": 4, "expert_bias_update_rate": 1e-3}, "Set 0 or leave it out"),
-    "sharded": (
-        {"lora_scope": "all", "lora_rank": 4},
-        "lora_scope=all merges them in one process. Launch with",
-    ),
 }
 
 
 @pytest.mark.parametrize("name", LORA_ERRORS)
-def test_lora_that_cannot_work_stops_before_a_model_loads(recipe, tmp_path, name, monkeypatch):
+def test_lora_that_cannot_work_stops_before_a_model_loads(recipe, tmp_path, name):
     changes, message = LORA_ERRORS[name]
-    if name == "sharded":
-        monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
     del recipe["expert_bias_update_rate"]
     with pytest.raises(ValueError, match=message):
         run(recipe | changes | {"model": "no/model"}, tmp_path, "sft")
@@ -563,14 +560,11 @@ def test_loss_that_is_not_finite_stops_before_the_step(recipe, tmp_path, monkeyp
 # QAT through its script
 
 
-@pytest.mark.parametrize("fsdp", ["launcher", "argument"])
-def test_quantization_refuses_fsdp_before_a_model_loads(recipe, tmp_path, fsdp, monkeypatch):
-    if fsdp == "launcher":
-        monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
-    else:
-        recipe["fsdp"] = True
-    with pytest.raises(ValueError, match=r"FSDP shards .* QAT packs them whole .*one_gpu\.yaml or ddp\.yaml"):
-        run(recipe | {"model": "no/model"}, tmp_path, "qat")
+def test_quantization_refuses_to_drop_tokens_on_the_grid_of_the_operators(recipe, tmp_path):
+    with pytest.raises(
+        ValueError, match=r"capacity_factor=1.5 with activation_grid=mobilemoe: .*Leave capacity_factor"
+    ):
+        run(recipe | {"model": "no/model", "activation_grid": None}, tmp_path, "qat")
 
 
 @pytest.mark.parametrize("step", [2, 3])

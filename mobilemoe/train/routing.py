@@ -16,7 +16,6 @@ from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
 from modeling_mobilemoe.fused_mobilemoe import Int4FeedForward
 from modeling_mobilemoe.modeling_mobilemoe import (
-    MobileMoEDecoderLayer,
     MobileMoEFeedForward,
     MobileMoERouter,
     grouped_mm_experts,
@@ -30,21 +29,20 @@ from ..display import picture
 MEASURES = ("imbalance", "dropped", "entropy", "z_loss")
 
 
-def shard_fp32(model: PreTrainedModel, **options: Any) -> None:
+def shard_routers(model: PreTrainedModel, **options: Any) -> None:
     """
-    Makes the router and the norms of every layer an FSDP2 unit of their own, in FP32; call it before sharding layers.
+    Makes every router an FSDP2 unit of its own, in FP32, to be called before the layers are sharded.
 
-    A mixed-precision policy rounds all parameters of a unit when it gathers them. Near-ties of FP32 scores decide
-    which experts run, and norms are computed in FP32 on one GPU.
+    A mixed-precision policy rounds all parameters of a unit when it gathers them, and near-ties of FP32 scores decide
+    which experts run.
 
     Args:
         model (`PreTrainedModel`): not sharded yet.
         options: of `fully_shard`, without `mp_policy`.
     """
-    for layer in model.modules():
-        if isinstance(layer, MobileMoEDecoderLayer):
-            modules = [layer.input_layernorm, layer.post_attention_layernorm, layer.feed_forward.router]
-            fully_shard(modules, mp_policy=MixedPrecisionPolicy(), **options)
+    for module in model.modules():
+        if isinstance(module, MobileMoERouter):
+            fully_shard(module, mp_policy=MixedPrecisionPolicy(), **options)
 
 
 class _AddLossGradient(torch.autograd.Function):

@@ -17,10 +17,11 @@ from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from transformers import PreTrainedModel
 
 from modeling_mobilemoe import MobileMoEConfig, MobileMoEForCausalLM
+from modeling_mobilemoe.modeling_mobilemoe import MobileMoEDecoderLayer
 from modeling_mobilemoe.saving_mobilemoe import replace_when_complete
 
 from ..artifacts import load_tokenizer
-from .routing import shard_fp32
+from .routing import shard_routers
 
 
 # Where the trainer keeps the weights of a sharded checkpoint.
@@ -56,11 +57,16 @@ def shard(model: PreTrainedModel, accelerator: Accelerator, whole_precision: boo
         # As accelerate shards the layers.
         "mesh": None if mesh is None else mesh[tuple(accelerator.parallelism_config.fsdp_dim_names)],
     }
-    shard_fp32(model, **options)
+    shard_routers(model, **options)
+    whole = MixedPrecisionPolicy(cast_forward_inputs=False)
+    for layer in model.modules():
+        if isinstance(layer, MobileMoEDecoderLayer):
+            # Computed in FP32 under autocast.
+            fully_shard([layer.input_layernorm, layer.post_attention_layernorm], mp_policy=whole, **options)
     # accelerate makes a unit of these too, but rounds the embedding, whose values begin the states between layers, to
     # BF16; and in QAT it takes the head for another tensor, because its `weight` is the rounded one.
     norm = next(module for name, module in model.named_modules() if name.endswith("model.norm"))
-    options |= {"reshard_after_forward": False, "mp_policy": MixedPrecisionPolicy(cast_forward_inputs=False)}
+    options |= {"reshard_after_forward": False, "mp_policy": whole}
     if policy is not None:
         options["mp_policy"] = dataclasses.replace(plugin.mixed_precision_policy, param_dtype=None)
     fully_shard([norm, model.get_input_embeddings(), model.get_output_embeddings()], **options)
