@@ -145,7 +145,7 @@ except ValueError as error:
 
 
 def test_every_result_records_its_command():
-    others = ("DeviceMeasurements", "ModelFile", "Run", "Settings", "Transcript", "Verified")
+    others = ("DeviceMeasurements", "ModelFile", "Prepared", "Run", "Settings", "Transcript", "Verified")
     kinds = [kind for kind in Artifact.__subclasses__() if kind.__name__ not in others]
     assert Export in kinds and all("command" in kind.model_fields for kind in kinds)
 

@@ -135,8 +135,8 @@ def test_qat_benchmark_compares_with_plain_training():
 def test_qat_table_asks_for_the_demo(tmp_path, monkeypatch):
     import qat_table
 
-    monkeypatch.setattr(sys, "argv", ["qat_table.py", "--demo", str(tmp_path)])
-    with pytest.raises(SystemExit, match="no fine-tuned checkpoint 3-sft. Run `make demo` first."):
+    monkeypatch.setattr(sys, "argv", ["qat_table.py", "--model", str(tmp_path)])
+    with pytest.raises(SystemExit, match="is missing. Run `make demo` first."):
         qat_table.main()
 
 

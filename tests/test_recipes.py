@@ -71,7 +71,7 @@ def test_lora_leaves_an_adapter_and_the_merged_model(workspace):
     options = ("--max_steps", "2", "--model", "out/lora", "--output_dir", "out/lora-qat")
     result = run_recipe(workspace, "qat", "tiny/qat", *options)
     assert result.returncode == 0, result.stderr[-3000:]
-    assert "INT8 per token, as the head" in result.stdout
+    assert "INT8 per 32 inputs, as the head" in result.stdout
     assert AutoModelForCausalLM.from_pretrained(workspace / "out/lora-qat").config.quantization == INT4_BLOCK
 
 
