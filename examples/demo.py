@@ -110,15 +110,15 @@ def speed(model: PteModel, tokens: list[int]) -> dict[str, float]:
 
 
 def plot(path: Path) -> None:
-    """Plots the loss of all stages and the expert load at the end of pre-training."""
+    """Plots the loss before QAT, whose loss is a divergence, and the expert load at the end of pre-training."""
     figure, (loss_axis, load_axis) = plt.subplots(1, 2, figsize=(12, 4.5), layout="constrained")
     offset = 0
-    for stage in STAGES:
+    for stage in list(STAGES)[:-1]:
         history = json.loads((OUT / stage / "trainer_state.json").read_text())["log_history"]
         steps = [(row["step"], row["loss"]) for row in history if "loss" in row]
         loss_axis.plot([offset + step for step, _ in steps], [loss for _, loss in steps], label=stage)
         offset += steps[-1][0]
-    loss_axis.set(xlabel="optimizer step", ylabel="training loss (nats per token)", title="Four stages")
+    loss_axis.set(xlabel="optimizer step", ylabel="training loss (nats per token)", title="Stages before QAT")
     loss_axis.legend()
     load = torch.tensor(json.loads((OUT / "1-pretrain" / "expert_load.json").read_text())["load"])
     image = load_axis.imshow(load / load.mean(dim=1, keepdim=True), vmin=0, vmax=2, cmap="RdBu_r", aspect="auto")
