@@ -18,6 +18,7 @@ from torchao.quantization.qat import FakeQuantizerBase, IntxFakeQuantizeConfig, 
 from modeling_mobilemoe.int4_mobilemoe import Int4Format
 from modeling_mobilemoe.kernels.reference import BLOCK, round_to_int8
 from modeling_mobilemoe.modeling_mobilemoe import MobileMoEExperts, MobileMoERMSNorm, rms_normalize
+from modeling_mobilemoe.packed_mobilemoe import ExpandedExperts
 
 
 # Weights rounded at a time: as many as fit the cache of a core, or keep a GPU busy.
@@ -73,6 +74,19 @@ def bf16_values(weight: torch.Tensor) -> torch.Tensor:
     return weight.bfloat16().to(weight.dtype)
 
 
+class _FakeQuantizer(FakeQuantizerBase):
+    """A rounding, `values`, straight-through; or nothing, where it is not enabled."""
+
+    enabled = True
+
+    def forward(self, value: torch.Tensor) -> torch.Tensor:
+        # Around the whole rounding: otherwise autograd saves four tensors per rounded one.
+        return _StraightThrough.apply(value, self.values) if self.enabled else value
+
+    def values(self, value: torch.Tensor) -> torch.Tensor:
+        raise NotImplementedError
+
+
 class Int4FakeQuantizer(FakeQuantizerBase):
     """
     Rounds a weight to the values of the packed checkpoint; a weight fake quantizer for torchao's modules.
@@ -93,37 +107,33 @@ class Int4FakeQuantizer(FakeQuantizerBase):
         return _StraightThrough.apply(weight, partial(int4_values, dim=self.dim, dtype=dtype))
 
 
-class Int8FakeQuantizer(IntxFakeQuantizer):
+class Int8FakeQuantizer(_FakeQuantizer, IntxFakeQuantizer):
     """torchao's dynamic INT8 per token, as in XNNPACK and `--moe-op llama`, computed in FP32 for any dtype."""
 
     def __init__(self):
         super().__init__(IntxFakeQuantizeConfig(torch.int8, "per_token", is_symmetric=False))
 
-    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        if not self.enabled:
-            return hidden_states
-        # Straight-through around the whole rounding: otherwise autograd saves four tensors per rounded one.
-        return _StraightThrough.apply(hidden_states, self.values)
-
-    def values(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        return super().forward(hidden_states.float()).to(hidden_states.dtype)
+    def values(self, value: torch.Tensor) -> torch.Tensor:
+        return IntxFakeQuantizer.forward(self, value.float()).to(value.dtype)
 
 
-class Int8BlockFakeQuantizer(FakeQuantizerBase):
+class Int8BlockFakeQuantizer(_FakeQuantizer):
     """INT8 per 32 inputs, symmetric, as the package's linears round."""
 
     config = torch.int8
 
-    def __init__(self):
-        super().__init__()
-        self.enabled = True
+    def values(self, value: torch.Tensor) -> torch.Tensor:
+        integers, step = round_to_int8(value.float().unflatten(-1, (-1, Int4Format.group_size)))
+        return (integers * step[..., None]).flatten(-2).to(value.dtype)
 
-    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        return _StraightThrough.apply(hidden_states, self.values) if self.enabled else hidden_states
 
-    def values(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        integers, step = round_to_int8(hidden_states.float().unflatten(-1, (-1, Int4Format.group_size)))
-        return (integers * step[..., None]).flatten(-2).to(hidden_states.dtype)
+class Bf16FakeQuantizer(_FakeQuantizer):
+    """Rounds norm weights to BF16, in which the format stores them."""
+
+    config = torch.bfloat16
+
+    def values(self, value: torch.Tensor) -> torch.Tensor:
+        return bf16_values(value)
 
 
 class _ExpertLinear(torch.autograd.Function):
@@ -177,29 +187,19 @@ def expert_linear(inputs: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
 
 
 class Int8ExpertFakeQuantizer(FakeQuantizerBase):
-    """INT8 of inputs times scales, per 32 outputs x 128 inputs, as the package's experts round; with the product."""
+    """
+    INT8 of inputs times scales, per 32 outputs x 128 inputs, as the package's experts round. Inputs cannot be rounded
+    before their product, so they pass; `linear` is the product.
+    """
 
     config = torch.int8
+    enabled = True
 
-    def __init__(self):
-        super().__init__()
-        self.enabled = True
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        return hidden_states
 
-    def forward(self, inputs: torch.Tensor, weight: torch.Tensor, counts: list[int]) -> torch.Tensor:
+    def linear(self, inputs: torch.Tensor, weight: torch.Tensor, counts: list[int]) -> torch.Tensor:
         return _ExpertLinear.apply(inputs, weight, counts)
-
-
-class Bf16FakeQuantizer(FakeQuantizerBase):
-    """Rounds norm weights to BF16, in which the format stores them."""
-
-    config = torch.bfloat16
-
-    def __init__(self):
-        super().__init__()
-        self.enabled = True
-
-    def forward(self, weight: torch.Tensor) -> torch.Tensor:
-        return _StraightThrough.apply(weight, bf16_values) if self.enabled else weight
 
 
 class FakeQuantizedHead(nn.Linear):
@@ -228,24 +228,16 @@ class FakeQuantizedEmbedding(nn.Embedding):
         return self.weight_fake_quantizer(super().forward(input_ids))
 
 
-class RoundedExperts:
+class RoundedExperts(ExpandedExperts):
     """An experts module for one forward pass: rounded weights, and a rounded input of the down projection."""
 
     def __init__(self, experts: "FakeQuantizedExperts", dtype: torch.dtype | None):
-        self.experts = experts
         # Rounded once: the eager implementation reads the tensors once per expert.
-        self.gate_up_proj = experts.weight_fake_quantizer(experts.gate_up_proj, dtype)
-        self.down_proj = experts.weight_fake_quantizer(experts.down_proj, dtype)
-
-    def inputs(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        quantizer = self.experts.activation_fake_quantizer
-        return hidden_states if isinstance(quantizer, Int8ExpertFakeQuantizer) else quantizer(hidden_states)
+        weights = (experts.weight_fake_quantizer(each, dtype) for each in (experts.gate_up_proj, experts.down_proj))
+        super().__init__(experts, *weights)
 
     def _apply_gate(self, gate_up: torch.Tensor) -> torch.Tensor:
-        return self.inputs(self.experts._apply_gate(gate_up))
-
-    def __getattr__(self, name: str):
-        return getattr(self.experts, name)
+        return self.experts.activation_fake_quantizer(self.experts._apply_gate(gate_up))
 
 
 class FakeQuantizedExperts(MobileMoEExperts):
@@ -265,12 +257,14 @@ class FakeQuantizedExperts(MobileMoEExperts):
             order = top_k_index.flatten().argsort(stable=True)
             token = order // top_k_index.shape[1]
             counts = top_k_index.flatten().bincount(minlength=self.num_experts).tolist()
-            gate_up = quantizer(hidden_states[token].to(dtype or hidden_states.dtype), self.gate_up_proj, counts)
-            outputs = quantizer(self._apply_gate(gate_up), self.down_proj, counts)  # (tokens * top_k, H)
+            gate_up = quantizer.linear(
+                hidden_states[token].to(dtype or hidden_states.dtype), self.gate_up_proj, counts
+            )
+            outputs = quantizer.linear(self._apply_gate(gate_up), self.down_proj, counts)  # (tokens * top_k, H)
             weighted = outputs * top_k_weights.flatten()[order, None]
             return torch.zeros_like(hidden_states).index_add_(0, token, weighted.to(hidden_states.dtype))
         rounded = RoundedExperts(self, dtype)
-        return MobileMoEExperts.forward(rounded, rounded.inputs(hidden_states), top_k_index, top_k_weights)
+        return MobileMoEExperts.forward(rounded, quantizer(hidden_states), top_k_index, top_k_weights)
 
 
 # By the name of the grid of activations: the fake quantizer of linears and of experts.

@@ -15,11 +15,7 @@ from transformers import PreTrainedModel, TrainerCallback
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
 from modeling_mobilemoe.fused_mobilemoe import Int4FeedForward
-from modeling_mobilemoe.modeling_mobilemoe import (
-    MobileMoEFeedForward,
-    MobileMoERouter,
-    grouped_mm_experts,
-)
+from modeling_mobilemoe.modeling_mobilemoe import MobileMoEFeedForward, MobileMoERouter, grouped_mm_experts
 
 from ..artifacts import write_json, write_text
 from ..display import picture

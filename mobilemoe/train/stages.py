@@ -10,7 +10,7 @@ from trl import SFTConfig
 
 from modeling_mobilemoe.int4_mobilemoe import Int4Format
 from modeling_mobilemoe.modeling_mobilemoe import MobileMoEForCausalLM
-from modeling_mobilemoe.quantization_mobilemoe import quantization_table
+from modeling_mobilemoe.quantization_mobilemoe import quantization_table, quantize
 from modeling_mobilemoe.saving_mobilemoe import replace_when_complete
 
 from ..artifacts import load_tokenizer
@@ -238,16 +238,17 @@ def quantize_aware(
             f"{quantization.quantize_from_step}: no step saw INT4 weights, and packing would only round them. Resume "
             "from the last checkpoint with --resume_from_checkpoint true, or set an earlier step."
         )
-    whole = None
-    if trainer.accelerator.is_fsdp2:
-        # All processes gather them, and the main one keeps them.
-        whole = trainer.accelerator.get_state_dict(trainer.model)
+    # All processes gather them, and the main one keeps them.
+    whole = trainer.accelerator.get_state_dict(trainer.model) if trainer.accelerator.is_fsdp2 else None
     if trainer.is_world_process_zero():
-        if whole is not None:
-            model = prepare(MobileMoEForCausalLM(model.config), int4_format)
-            model.load_state_dict(whole)
+        if whole is None:
+            packed = convert(model)
+        else:
+            plain = MobileMoEForCausalLM(model.config)
+            plain.load_state_dict(whole)
+            packed = quantize(plain, int4_format)
         with replace_when_complete(training_args.output_dir) as partial:
-            convert(model).save_pretrained(partial)
+            packed.save_pretrained(partial)
             tokenizer.save_pretrained(partial)
         if report is None:
-            print(quantization_table(model))
+            print(quantization_table(packed))
