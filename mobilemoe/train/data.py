@@ -97,6 +97,25 @@ def refuse_null(source: DataSource) -> None:
                 raise ValueError(f"{file} begins with null, and a row is an object")
 
 
+@contextmanager
+def readable(source: DataSource):
+    """
+    Raises:
+        ValueError: in place of what `datasets` raises for files that it cannot read.
+    """
+    from datasets.exceptions import DatasetsError
+
+    try:
+        yield
+    # Files that are truncated, not decodable, or differ from the first one raise EOFError and ValueError.
+    except (DatasetsError, pa.ArrowException, zlib.error, OSError, EOFError, ValueError) as error:
+        reason = error.__cause__ or error
+        raise ValueError(
+            f"Data source {source} cannot be read: {type(reason).__name__}: {reason}. Repair or replace it; "
+            "training resumes from the last checkpoint with --resume_from_checkpoint true."
+        ) from error
+
+
 class Source:
     """A `DataSource` opened for a mixture: its data set, what kind of examples it has, and how they are encoded."""
 
@@ -108,7 +127,7 @@ class Source:
         arguments = {name: value for name, value in dataclasses.asdict(source).items() if name not in ours}
         rows = []
         # StopIteration is what `datasets` raises for an empty JSON file.
-        with self._readable(), suppress(StopIteration):
+        with readable(source), suppress(StopIteration):
             refuse_null(source)
             self.dataset = load_dataset(source.path, **arguments, streaming=source.streaming)
             if not source.streaming:
@@ -128,20 +147,6 @@ class Source:
 
     def __str__(self) -> str:
         return str(self.source)
-
-    @contextmanager
-    def _readable(self):
-        from datasets.exceptions import DatasetsError
-
-        try:
-            yield
-        # Files that are truncated, not decodable, or differ from the first one raise EOFError and ValueError.
-        except (DatasetsError, pa.ArrowException, zlib.error, OSError, EOFError, ValueError) as error:
-            reason = error.__cause__ or error
-            raise ValueError(
-                f"Data source {self.source} cannot be read: {type(reason).__name__}: {reason}. Repair or replace it; "
-                "training resumes from the last checkpoint with --resume_from_checkpoint true."
-            ) from error
 
     def identity(self) -> dict[str, int]:
         """By which a checkpoint knows it, beside its fields. Its positions are not those of shards."""
@@ -173,7 +178,7 @@ class Source:
 
     def draw(self, iterator: Iterator[dict], number: int) -> list[dict]:
         """Up to `number` examples; fewer at the end of the source."""
-        with self._readable():
+        with readable(self.source):
             return list(itertools.islice(iterator, number))
 
 

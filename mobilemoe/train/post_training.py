@@ -26,7 +26,7 @@ from modeling_mobilemoe.saving_mobilemoe import replace_when_complete
 from ..artifacts import load_tokenizer
 from .checkpoints import MixtureCallback, check_output_dir, find_start, mark_output_dir
 from .checks import check_numbers
-from .data import DataSource
+from .data import DataSource, readable, refuse_null
 from .documents import UnreadableExample, as_messages
 from .recipe import RecipeArguments, load_model, reading_tokenizer, refuse_fsdp, reporters_last, set_up_routing
 from .trainer import StopsAtNonFinite
@@ -75,7 +75,6 @@ def read_prompts(sources: list[DataSource], stage: str):
             row of which a column is not what it has to be.
     """
     from datasets import Features, List, Value, concatenate_datasets, load_dataset
-    from datasets.exceptions import DatasetsError
 
     if not sources:
         raise ValueError("The recipe names no data. Add a `data` list of {path, ...} to the YAML file.")
@@ -88,11 +87,9 @@ def read_prompts(sources: list[DataSource], stage: str):
             )
         names = ("path", "name", "split", "revision", "data_dir", "data_files")
         arguments = {name: vars(source)[name] for name in names}
-        try:
+        with readable(source):
+            refuse_null(source)
             dataset = load_dataset(**arguments)
-        except (DatasetsError, OSError, ValueError) as error:
-            reason = error.__cause__ or error
-            raise ValueError(f"Data source {source} cannot be read: {reason}. Repair or replace it.") from error
         columns = {source.columns.get(column, column): column for column in ROLES[stage]}
         missing = [column for column in columns if column not in dataset.column_names]
         if missing or not len(dataset):
@@ -179,7 +176,6 @@ def _run(
             "these. Restore the recipe, or start a new run with `model` set to the checkpoint."
         )
     training_args.resume_from_checkpoint = None if checkpoint is None else str(checkpoint)
-    training_args.logging_nan_inf_filter = False
     model = load_model(recipe.model, recipe.attn_implementation)
     routing = set_up_routing(model, recipe, training_args.gradient_accumulation_steps, generates=True)
     per_step = training_args.per_device_train_batch_size * training_args.gradient_accumulation_steps
@@ -194,7 +190,6 @@ def _run(
     reporters_last(trainer)
     if training_args.process_index == 0:
         mark_output_dir(training_args.output_dir, recipe.model, stage)
-    trainer.random_states = training_args.resume_from_checkpoint
     trainer.train(resume_from_checkpoint=training_args.resume_from_checkpoint)
     trainer.save_state()
     with replace_when_complete(training_args.output_dir) as partial:

@@ -346,8 +346,6 @@ def make_trainer(
     training_args.ignore_data_skip = True
     training_args.dataset_kwargs = {"skip_prepare_dataset": True}
     training_args.remove_unused_columns = False
-    # It would hide a loss that is not finite, which the trainer stops at.
-    training_args.logging_nan_inf_filter = False
     training_args.resume_from_checkpoint = None if checkpoint is None else str(checkpoint)
     trainer = RecipeTrainer(
         model=model,
@@ -358,7 +356,6 @@ def make_trainer(
         processing_class=tokenizer,
         callbacks=callbacks,
     )
-    trainer.random_states = training_args.resume_from_checkpoint
     if first_step >= training_args.max_steps:
         # The run was stopped between its last checkpoint and its end. The trainer would take one step more.
         trainer.train_dataset = trainer.train_dataset.take(0)

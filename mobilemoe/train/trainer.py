@@ -20,8 +20,12 @@ class StopsAtNonFinite(Trainer):
     The weights are still those of the step before, and are saved as a checkpoint unless one was just saved.
     """
 
-    # Of the checkpoint that a run resumes from, until its first step.
-    random_states: str | None = None
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        # It would hide a loss that is not finite.
+        self.args.logging_nan_inf_filter = False
+        # Of the checkpoint that a run resumes from, until its first step.
+        self.random_states = self.args.resume_from_checkpoint
 
     def training_step(self, model, inputs, num_items_in_batch=None):
         if self.random_states is not None:
