@@ -62,28 +62,30 @@ class Answers:
             if len(tokens) <= 256:
                 self.tokens.append((torch.tensor([tokens]), len(prompt)))
                 self.num_bytes += len(row["completion"][0]["content"].encode())
+        self.targets = torch.cat([tokens[0, start:] for tokens, start in self.tokens])
         self.before = self.predictions(AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32).eval())
 
     @torch.no_grad()
-    def predictions(self, model) -> list[torch.Tensor]:
-        """Log-probabilities, `(tokens of the answer, V)` each."""
+    def predictions(self, model) -> torch.Tensor:
+        """Log-probabilities of the answers' tokens, `(tokens, V)`."""
         found = []
         for tokens, start in tqdm(self.tokens, desc="held-out", leave=False):
             found.append(model(tokens, use_cache=False).logits[0, start - 1 : -1].log_softmax(-1))
-        return found
+        return torch.cat(found)
+
+    def compare(self, after: torch.Tensor) -> dict[str, float]:
+        """Compares predictions with those before INT4."""
+        nats = -after.gather(1, self.targets[:, None]).sum().item()
+        return {
+            "divergence": (self.before.exp() * (self.before - after)).sum(-1).mean().item(),
+            "agreement": (self.before.argmax(-1) == after.argmax(-1)).float().mean().item(),
+            "bits_per_byte": nats / math.log(2) / self.num_bytes,
+        }
 
     def measure(self, packed) -> dict[str, float]:
         """Compares a packed model in FP32, with the roundings of its program."""
         with rounded_as(packed.eval(), {"INT8 activations", "INT8 expert activations"}, 4, on_kernels=True):
-            after = torch.cat(self.predictions(packed))
-        before = torch.cat(self.before)
-        targets = torch.cat([tokens[0, start:] for tokens, start in self.tokens])
-        nats = -after.gather(1, targets[:, None]).sum().item()
-        return {
-            "divergence": (before.exp() * (before - after)).sum(-1).mean().item(),
-            "agreement": (before.argmax(-1) == after.argmax(-1)).float().mean().item(),
-            "bits_per_byte": nats / math.log(2) / self.num_bytes,
-        }
+            return self.compare(self.predictions(packed))
 
 
 def train(name: str, seed: int, directory: Path, arguments: argparse.Namespace) -> None:
@@ -97,7 +99,7 @@ def train(name: str, seed: int, directory: Path, arguments: argparse.Namespace) 
 def cell(name: str, seed: int, answers: Answers, arguments: argparse.Namespace) -> dict[str, float]:
     """Trains and measures one model, or reads the result of an earlier run."""
     directory = arguments.output / f"seed-{seed}" / name.replace(", ", "-").replace(" ", "-")
-    settings = {name: str(value) for name, value in vars(arguments).items() if name not in ("seeds", "losses")}
+    settings = {key: str(value) for key, value in vars(arguments).items() if key not in ("seeds", "losses")}
     settings["time"] = (arguments.model / "model.safetensors").stat().st_mtime
     file = directory / "cell.json"
     if file.is_file() and (found := json.loads(file.read_text()))["settings"] == settings:
@@ -128,21 +130,16 @@ def main() -> None:
 
     answers = Answers(arguments.model, arguments.heldout, arguments.rows)
     before = AutoModelForCausalLM.from_pretrained(arguments.model, dtype=torch.float32)
-    measured = {"rounding": [answers.measure(quantize(before))]}
+    measured = {"before INT4": [answers.compare(answers.before)], "rounding": [answers.measure(quantize(before))]}
     for seed in arguments.seeds:
         for name in arguments.losses:
             measured.setdefault(name, []).append(cell(name, seed, answers, arguments))
-    targets = torch.cat([tokens[0, start:] for tokens, start in answers.tokens])
-    nats = -torch.cat(answers.before).gather(1, targets[:, None]).sum().item()
-    own = {"divergence": 0.0, "agreement": 1.0, "bits_per_byte": nats / math.log(2) / answers.num_bytes}
-    measured = {"before INT4": [own]} | measured
-
     rows, result = [], {}
     for name, cells in measured.items():
         values = {measure: [each[measure] for each in cells] for measure in MEASURES}
         result[name] = values
         rows.append((name, *(mean_and_spread(values[measure], 4) for measure in MEASURES)))
-    title = f"INT4 of {arguments.model}, {arguments.max_steps} steps, mean ± standard deviation, {len(targets)} tokens"
+    title = f"INT4 of {arguments.model}, {arguments.max_steps} steps, {len(answers.targets)} tokens, mean ± deviation"
     show(table(("made by", "KL from before, nats", "same top token", "bits per byte"), rows, title))
     print(json.dumps({"benchmark": "qat_table", "seeds": arguments.seeds, "steps": arguments.max_steps} | result))
 
