@@ -101,6 +101,15 @@ def tiny_model(tiny_config: MobileMoEConfig) -> MobileMoEForCausalLM:
     return build_tiny_model(tiny_config)
 
 
+@pytest.fixture
+def one_thread():
+    """Sums in one order, so that weights and losses are equal to the last bit."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
 @pytest.fixture(scope="session")
 def input_ids(tiny_config: MobileMoEConfig) -> torch.Tensor:
     """Two rows of 24 tokens, without the special ids 0 to 2."""

@@ -53,15 +53,6 @@ def there(place, tmp_path, monkeypatch):
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
 
 
-@pytest.fixture
-def one_thread():
-    """Sums in one order, so that losses are equal to the last bit."""
-    number = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(number)
-
-
 def run(stage, output, *options, data=None):
     function, config = STAGES[stage], f"tiny/{stage}"
     if data is not None:

@@ -351,15 +351,6 @@ def test_adapters_over_a_packed_model(data, tmp_path, text_checkpoint, capsys):
     assert (output / "adapter/adapter_model.safetensors").exists() and not (output / "model.safetensors").exists()
 
 
-@pytest.fixture
-def one_thread():
-    """Sums in one order, so that weights are equal to the last bit."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 @pytest.mark.usefixtures("one_thread")
 @pytest.mark.parametrize("options", [[], ["--lora", "all"]], ids=["full", "lora"])
 def test_interrupted_run_resumes_and_ends_the_same(

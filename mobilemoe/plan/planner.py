@@ -17,7 +17,7 @@ from modeling_mobilemoe.saving_mobilemoe import replace_when_complete
 from ..costs import expected_experts, inference_flops, program_bytes
 from .fit import LawFit, published_fit
 from .law import ScalingLaw
-from .search import PAPER_EXPANSION, Candidate, Request, explain_nothing_fits, search
+from .search import PAPER_EXPANSION, Candidate, Request, explain_nothing_fits, millions, search
 
 
 # "d_model / n_l about 40" (paper): 38.4, 39.4 and 40 in S, M and L.
@@ -206,7 +206,7 @@ def plan(request: Request, fit: LawFit | None = None) -> Plan:
     largest = fit.law.ranges.get("active_parameters", (0, math.inf))[1]
     if not request.extrapolate and numbers[0] > largest:
         warnings.append(
-            f"sizes end at the {largest / 1e6:,.0f}M active parameters (+ 10 %) that the law was fitted to, "
+            f"sizes end at the {millions(largest)} active parameters (+ 10 %) that the law was fitted to, "
             "before the limits do"
         )
     runners_up = sorted(
